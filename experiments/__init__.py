@@ -1,0 +1,1 @@
+"""Programs built on ngd_jax: train, and benchmark."""
