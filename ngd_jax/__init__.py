@@ -1,0 +1,92 @@
+"""Exact natural gradient descent with a measured KL radius, for JAX, Optax and Flax.
+
+    import ngd_jax as ngd
+    tx = ngd.natural_gradient(1.0, model_fn, ngd.Categorical(), max_kl=1e-2)
+
+`ngd_jax.flax` holds the adapters for Flax and is imported on its own.
+"""
+
+from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
+from ngd_jax.fisher import (
+    Fisher,
+    dense_fisher,
+    fisher_diagonal,
+    fisher_trace,
+    fisher_vector_product,
+    linearize_fisher,
+    mean_kl,
+)
+from ngd_jax.likelihoods import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    FromDistribution,
+    FromKL,
+    Gaussian,
+    Likelihood,
+    LogAmplitude,
+    LogDensity,
+    Poisson,
+    Product,
+)
+from ngd_jax.solvers import (
+    CG,
+    Cholesky,
+    Lineax,
+    Solver,
+    SolverInfo,
+    SolverStatus,
+    conjugate_gradient,
+)
+from ngd_jax.transform import (
+    NaturalGradientInfo,
+    NaturalGradientState,
+    StepStatus,
+    natural_gradient,
+    scale_by_natural_gradient,
+)
+from ngd_jax.trust_region import (
+    TrustRegionResult,
+    quadratic_step_scale,
+    search_kl_radius,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "Bernoulli",
+    "Categorical",
+    "Cholesky",
+    "DiagonalGaussian",
+    "Fisher",
+    "FromDistribution",
+    "FromKL",
+    "Gaussian",
+    "LevenbergMarquardt",
+    "Likelihood",
+    "Lineax",
+    "LogAmplitude",
+    "LogDensity",
+    "NaturalGradientInfo",
+    "NaturalGradientState",
+    "Poisson",
+    "Product",
+    "RelativeDamping",
+    "Solver",
+    "SolverInfo",
+    "SolverStatus",
+    "StepStatus",
+    "TrustRegionResult",
+    "conjugate_gradient",
+    "dense_fisher",
+    "fisher_diagonal",
+    "fisher_trace",
+    "fisher_vector_product",
+    "linearize_fisher",
+    "mean_kl",
+    "natural_gradient",
+    "quadratic_step_scale",
+    "scale_by_natural_gradient",
+    "search_kl_radius",
+]

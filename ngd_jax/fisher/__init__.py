@@ -1,0 +1,31 @@
+"""Fisher-vector products: F v = (1/N) Σₙ Jₙᵀ Hₙ Jₙ v.
+
+J is the Jacobian of `model_fn` with respect to the parameters, H the Fisher of the
+output distribution with respect to the outputs. Knows likelihoods and models, and
+nothing of solvers, steps or Optax.
+
+* `average`: the mean over a batch, weighted, and block by block for a `Product`;
+* `linearization`: J and Jᵀ, from one run of the model, whole or by microbatches;
+* `operator`: `linearize_fisher` and the `Fisher` it returns;
+* `rows`: the diagonal from per-example rows of the Jacobian.
+"""
+
+from ngd_jax.fisher.operator import (
+    Fisher,
+    dense_fisher,
+    fisher_diagonal,
+    fisher_trace,
+    fisher_vector_product,
+    linearize_fisher,
+    mean_kl,
+)
+
+__all__ = [
+    "Fisher",
+    "dense_fisher",
+    "fisher_diagonal",
+    "fisher_trace",
+    "fisher_vector_product",
+    "linearize_fisher",
+    "mean_kl",
+]

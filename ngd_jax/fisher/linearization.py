@@ -1,0 +1,129 @@
+"""J and its adjoint at the parameters, from one run of the model.
+
+    push(v) = J v          pull(c) = Re-adjoint of J applied to c: Jᵀ c for real models
+
+`linearize` keeps the intermediate values of the forward pass, so that each later
+product costs the linear part alone; `by_microbatch` gives up the kept values to bound
+memory by one microbatch, and runs the model again in every pass.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ngd_jax import tree
+from ngd_jax.types import Array, Batch, ModelFn, Outputs, Params, PyTree
+
+__all__ = ["Linearization", "linearize", "map_microbatches", "sum_microbatches"]
+
+
+class Linearization(NamedTuple):
+    """A model at its parameters, to first order.
+
+    Attributes:
+      outputs: model_fn(params, batch).
+      push: tangents of the parameters, float32 or wider -> tangents of the outputs.
+      pull: cotangents of the outputs -> the adjoint's result, float32 or wider.
+    """
+
+    outputs: Outputs
+    push: Callable[[PyTree], PyTree]
+    pull: Callable[[PyTree], PyTree]
+
+
+def linearize(model_fn: ModelFn, params: Params, batch: Batch) -> Linearization:
+    """Runs the model once; see `Linearization`.
+
+    Parameters narrower than float32 are cast inside of the differentiated function:
+    the model computes what it always does, and the vectors that a solver iterates on
+    keep float32.
+    """
+
+    def wide_model_fn(wide_params: Params) -> Outputs:
+        return model_fn(optax.tree.cast_like(wide_params, params), batch)
+
+    wide_params = tree.widen(params)
+    outputs, push = jax.linearize(wide_model_fn, wide_params)
+    transpose = jax.linear_transpose(push, wide_params)
+
+    def pull(cotangents: PyTree) -> PyTree:
+        # JAX transposes; for complex values the adjoint is what makes F Hermitian.
+        (gradient,) = transpose(_conj(cotangents))
+        return _conj(gradient)
+
+    return Linearization(outputs, push, pull)
+
+
+def _conj(values: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.conj(x) if jnp.iscomplexobj(x) else x, values)
+
+
+def _is_split(leaf: Any, leading: int) -> bool:
+    shape = jnp.shape(leaf)
+    return bool(shape) and shape[0] == leading
+
+
+def _split(
+    batch: Batch, leading: int, microbatch_size: int
+) -> tuple[list[Any], Callable[[list[Any]], Batch], list[Any]]:
+    """Leaves as [chunks, microbatch_size, ...], the way back, and the remainder."""
+    leaves, structure = jax.tree.flatten(batch)
+    split = [_is_split(leaf, leading) for leaf in leaves]
+    count = leading // microbatch_size
+    whole = count * microbatch_size
+
+    def chunk(leaf: Array) -> Array:
+        shape = (count, microbatch_size, *jnp.shape(leaf)[1:])
+        return jnp.reshape(leaf[:whole], shape)
+
+    def rebuild(chunks: list[Any]) -> Batch:
+        remaining = iter(chunks)
+        merged = [
+            next(remaining) if is_split else leaf
+            for leaf, is_split in zip(leaves, split, strict=True)
+        ]
+        return jax.tree.unflatten(structure, merged)
+
+    chosen = [leaf for leaf, is_split in zip(leaves, split, strict=True) if is_split]
+    return [chunk(x) for x in chosen], rebuild, [x[whole:] for x in chosen]
+
+
+def sum_microbatches(
+    fn: Callable[[Batch], PyTree], data: Batch, *, leading: int, microbatch_size: int
+) -> PyTree:
+    """Σ fn(microbatch), one microbatch at a time, the last one possibly shorter.
+
+    Args:
+      fn: returns a tree of arrays whose shapes do not depend on the microbatch.
+      data: leaves whose leading axis has length `leading` are split along it; all
+        others, typed keys and scalars among them, reach every call whole.
+      leading: the number of examples.
+      microbatch_size: examples in a call.
+    """
+    chunks, rebuild, rest = _split(data, leading, microbatch_size)
+    like = jax.eval_shape(lambda c: fn(rebuild(c)), [x[0] for x in chunks])
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+    def add(total: PyTree, chunk: list[Array]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, fn(rebuild(chunk))), None
+
+    total, _ = jax.lax.scan(add, total, chunks)
+    if leading % microbatch_size:
+        total, _ = add(total, rest)
+    return total
+
+
+def map_microbatches(
+    fn: Callable[[Batch], PyTree], data: Batch, *, leading: int, microbatch_size: int
+) -> PyTree:
+    """Concatenates fn(microbatch) along the leading axis; see `sum_microbatches`."""
+    chunks, rebuild, rest = _split(data, leading, microbatch_size)
+    mapped = jax.lax.map(lambda chunk: fn(rebuild(chunk)), chunks)
+    mapped = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), mapped)
+    if leading % microbatch_size:
+        last = fn(rebuild(rest))
+        mapped = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), mapped, last)
+    return mapped

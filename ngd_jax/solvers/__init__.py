@@ -1,0 +1,22 @@
+"""Solvers of (F + λI) d = g, behind one interface and with one report.
+
+    solver(fisher, rhs, *, damping, x0=None) -> (solution, SolverInfo)
+
+A solver is a frozen dataclass. It sees the Fisher as an operator, knows nothing of
+steps or Optax, and never returns a non-finite solution: trouble goes into the report.
+"""
+
+from ngd_jax.solvers.conjugate_gradient import CG, conjugate_gradient
+from ngd_jax.solvers.direct import Cholesky
+from ngd_jax.solvers.interface import Solver, SolverInfo, SolverStatus
+from ngd_jax.solvers.lineax_adapter import Lineax
+
+__all__ = [
+    "CG",
+    "Cholesky",
+    "Lineax",
+    "Solver",
+    "SolverInfo",
+    "SolverStatus",
+    "conjugate_gradient",
+]

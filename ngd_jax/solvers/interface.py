@@ -1,0 +1,136 @@
+"""What every solver takes and what every solver reports."""
+
+import enum
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax import tree
+from ngd_jax.types import Array, ArrayLike, PyTree
+
+__all__ = ["Solver", "SolverInfo", "SolverStatus", "check_system", "forward_only"]
+
+
+class SolverStatus(enum.IntEnum):
+    """How a solve ended; `message` says it in words.
+
+    Example:
+      >>> print(SolverStatus(1).message)
+      The step budget was used; the solution is the last iterate.
+    """
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    BREAKDOWN = 2
+    NON_FINITE = 3
+    STAGNATED = 4
+
+    @property
+    def message(self) -> str:
+        """One sentence for a person."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    SolverStatus.CONVERGED: "The residual is within the tolerance.",
+    SolverStatus.MAX_STEPS: (
+        "The step budget was used; the solution is the last iterate."
+    ),
+    SolverStatus.BREAKDOWN: (
+        "The matrix is not positive definite to working precision; the solution is the "
+        "last iterate before that, zero if there was none. More damping helps."
+    ),
+    SolverStatus.NON_FINITE: (
+        "The right-hand side or a product with the matrix is not finite; the solution "
+        "is the last finite iterate, zero if there was none."
+    ),
+    SolverStatus.STAGNATED: (
+        "Round-off keeps the true residual above the tolerance; more steps do not help."
+    ),
+}
+
+
+class SolverInfo(NamedTuple):
+    """How a solve went.
+
+    Attributes:
+      num_steps: int32, iterations taken; 0 for direct solvers.
+      relative_residual: ‖g - (F + λI) d‖ / ‖g‖, 0 for g = 0, 1 where d = 0 is returned
+        for want of anything better.
+      status: int32, a `SolverStatus`.
+    """
+
+    num_steps: Array
+    relative_residual: Array
+    status: Array
+
+
+class Solver(Protocol):
+    """A solver of (F + λI) d = g."""
+
+    def __call__(
+        self,
+        fisher: Any,
+        rhs: PyTree,
+        *,
+        damping: ArrayLike,
+        x0: PyTree | None = None,
+    ) -> tuple[PyTree, SolverInfo]:
+        """Solves for d.
+
+        Args:
+          fisher: the operator, an `ngd_jax.Fisher`.
+          rhs: g, a tree of the structure of the parameters.
+          damping: λ ≥ 0, a scalar in units of F (a mean over examples).
+          x0: where to start from, for solvers that iterate; direct solvers have no use
+            for it.
+
+        Returns:
+          d in the structure and the dtypes of `rhs`, always finite; and the report.
+        """
+        ...
+
+
+def check_system(rhs: PyTree, damping: ArrayLike, x0: PyTree | None) -> None:
+    """Raises at trace time on arguments that no solver can take.
+
+    Raises:
+      ValueError: on a negative or non-scalar damping, or an `x0` unlike `rhs`.
+    """
+    if jnp.shape(damping) != ():
+        raise ValueError(
+            f"`damping` must be a scalar, got an array of shape {jnp.shape(damping)}."
+        )
+    if isinstance(damping, int | float) and not damping >= 0:
+        raise ValueError(f"`damping` must not be negative, got {damping}.")
+    if x0 is not None:
+        tree.check_like(x0, rhs, name="x0", like_name="rhs")
+
+
+def forward_only(values: PyTree, *, what: str, instead: str) -> PyTree:
+    """The identity, but for reverse-mode differentiation, which it refuses in words.
+
+    Without it the error would come from the loops inside, and name none of our terms.
+    Forward mode passes.
+    """
+
+    def refuse(_residual: PyTree, _cotangent: PyTree) -> PyTree:
+        raise TypeError(
+            f"Reverse-mode differentiation through {what} is not supported, since it "
+            f"iterates an unknown number of times (lax.while_loop). {instead}"
+        )
+
+    @jax.custom_jvp
+    def guard(values: PyTree) -> PyTree:
+        return values
+
+    @guard.defjvp
+    def _(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
+        (tangent,) = tangents
+        linear = jax.custom_derivatives.linear_call(
+            lambda _, t: t, refuse, (), tangent
+        )
+        return primals[0], linear
+
+    return guard(values)

@@ -1,0 +1,219 @@
+"""The length of a step, in KL: the largest s with KL(θ ‖ θ - s d) within the radius.
+
+    ½ s² dᵀFd = max_kl    gives the first guess    s = √(2·max_kl / dᵀFd)
+
+The guess is right where the quadratic model is, and a thousand times too long where F
+is nearly singular along d, so what is promised is the KL *measured*: a search on s, one
+forward pass for each trial. log KL is nearly linear in log s (slope 2 for small steps,
+towards 1 for large ones), so secants in logarithms get there in two or three trials.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax.types import Array, ArrayLike, Scalar
+
+__all__ = [
+    "TrustRegionResult",
+    "first_trial",
+    "quadratic_step_scale",
+    "search_kl_radius",
+]
+
+# A trial is good enough above this fraction of the radius; trials aim between it and 1.
+_FILL = 0.92
+_AIM = 0.965
+# Bounds of one extrapolation. Growth is held back: a KL that has stopped growing with
+# the step says that the outputs saturate, not that a huge step is wanted.
+_LARGEST_GROWTH = 4.0
+_LARGEST_SHRINK = 1e-3
+# Local slope of log KL against log s: 2 for small steps; outside of this is noise.
+_SLOPES = (0.5, 4.0)
+
+
+class TrustRegionResult(NamedTuple):
+    """How long a step may be.
+
+    Attributes:
+      scale: s, the longest step measured to be within the radius; 0 where none was.
+      kl: the KL measured there, in nats per example.
+      num_kl_evaluations: int32, forward passes spent.
+      found: whether a step within the radius was found.
+    """
+
+    scale: Scalar
+    kl: Scalar
+    num_kl_evaluations: Array
+    found: Array
+
+
+def quadratic_step_scale(quadratic: ArrayLike, max_kl: ArrayLike) -> Scalar:
+    """s = √(2·max_kl / q), at which ½ s² q = max_kl; 1 where q is not positive.
+
+    Args:
+      quadratic: q = dᵀFd, or its multiple that the KL really grows with.
+      max_kl: the radius, in nats per example.
+
+    Example:
+      >>> quadratic_step_scale(2.0, 0.01).round(3)
+      Array(0.1, dtype=float32, weak_type=True)
+
+    References:
+      Schulman et al., Trust region policy optimization, 2015, appendix C.
+    """
+    quadratic = jnp.asarray(quadratic)
+    positive = quadratic > 0
+    # Two roots, so that neither quotient nor product leaves the range of float32.
+    root = jnp.sqrt(jnp.where(positive, quadratic, 1.0))
+    scale = jnp.sqrt(2 * jnp.asarray(max_kl)) / root
+    return jnp.where(positive & jnp.isfinite(scale), scale, 1.0)
+
+
+def first_trial(
+    quadratic: ArrayLike, max_kl: ArrayLike, upper: ArrayLike = jnp.inf
+) -> Scalar:
+    """Where to start `search_kl_radius`: aims just inside of the radius.
+
+    Starts at `upper` where the quadratic model says that it is within reach, for there
+    a single trial settles it.
+    """
+    guess = jnp.sqrt(_AIM) * quadratic_step_scale(quadratic, max_kl)
+    return jnp.where(jnp.asarray(upper) <= 2 * guess, upper, guess)
+
+
+class _Search(NamedTuple):
+    scale: Scalar
+    low: Scalar
+    low_kl: Scalar
+    high: Scalar
+    high_kl: Scalar
+    previous: Scalar
+    previous_kl: Scalar
+    same_side: Array
+    count: Array
+    done: Array
+
+
+def search_kl_radius(
+    kl_fn: Callable[[Scalar], Scalar],
+    *,
+    start: ArrayLike,
+    max_kl: ArrayLike,
+    upper: ArrayLike = jnp.inf,
+    max_evaluations: int = 10,
+) -> TrustRegionResult:
+    """Finds s in (0, upper] with KL(s) in [0.92, 1]·max_kl, or KL(upper) ≤ max_kl.
+
+    The result is the longest trial whose KL was within the radius, and so never above
+    it. NaN and infinity count as outside.
+
+    Args:
+      kl_fn: s -> measured mean KL of the step of length s, 0 at s = 0.
+      start: the first trial; 0 asks for no step and no trial.
+      max_kl: the radius, in nats per example.
+      upper: no longer step is tried.
+      max_evaluations: trials at most; two or three do for a smooth model.
+
+    Example:
+      >>> result = search_kl_radius(lambda s: 3.0 * s**2, start=1.0, max_kl=0.01)
+      >>> bool(0.92 * 0.01 <= result.kl <= 0.01), int(result.num_kl_evaluations)
+      (True, 2)
+    """
+    start = jnp.asarray(start)
+    dtype = jnp.promote_types(start.dtype, jnp.float32)
+    start, max_kl, upper = (
+        jnp.asarray(x).astype(dtype) for x in (start, max_kl, upper)
+    )
+
+    def body(state: _Search) -> _Search:
+        s = state.scale
+        kl = jnp.asarray(kl_fn(s)).astype(dtype)
+        kl = jnp.where(jnp.isfinite(kl), kl, jnp.inf)
+        inside = kl <= max_kl
+        low = jnp.where(inside, jnp.maximum(s, state.low), state.low)
+        low_kl = jnp.where(inside & (s >= state.low), kl, state.low_kl)
+        high = jnp.where(inside, state.high, jnp.minimum(s, state.high))
+        high_kl = jnp.where(~inside & (s <= state.high), kl, state.high_kl)
+        was_inside = state.previous_kl <= max_kl
+        repeats = (state.count > 0) & (inside == was_inside)
+        same_side = jnp.where(repeats, state.same_side + 1, 0)
+        return _Search(
+            scale=jnp.minimum(
+                _next_trial(s, kl, low, low_kl, high, high_kl, state, same_side, max_kl),
+                upper,
+            ),
+            low=low,
+            low_kl=low_kl,
+            high=high,
+            high_kl=high_kl,
+            previous=s,
+            previous_kl=kl,
+            same_side=same_side,
+            count=state.count + 1,
+            done=inside & ((kl >= _FILL * max_kl) | (s >= upper)),
+        )
+
+    def running(state: _Search) -> Array:
+        return ~state.done & (state.count < max_evaluations)
+
+    zero = jnp.zeros((), dtype)
+    infinity = jnp.asarray(jnp.inf, dtype)
+    state = _Search(
+        scale=jnp.minimum(start, upper),
+        low=zero,
+        low_kl=zero,
+        high=infinity,
+        high_kl=infinity,
+        previous=zero,
+        previous_kl=zero,
+        same_side=jnp.zeros((), jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        done=~(start > 0),
+    )
+    state = jax.lax.while_loop(running, body, state)
+    found = (state.low > 0) | ((state.count == 0) & (start == 0))
+    return TrustRegionResult(state.low, state.low_kl, state.count, found)
+
+
+def _next_trial(
+    s: Scalar,
+    kl: Scalar,
+    low: Scalar,
+    low_kl: Scalar,
+    high: Scalar,
+    high_kl: Scalar,
+    state: _Search,
+    same_side: Array,
+    max_kl: Scalar,
+) -> Scalar:
+    target = _AIM * max_kl
+    bracketed = (low > 0) & jnp.isfinite(high)
+
+    # Beyond the trials so far: along the slope of the last two, 2 if there is one.
+    slope = _slope(s, kl, state.previous, state.previous_kl)
+    slope = jnp.where(jnp.isfinite(slope), jnp.clip(slope, *_SLOPES), 2.0)
+    ratio = jnp.exp(jnp.log(target / kl) / slope)
+    beyond = s * jnp.clip(ratio, _LARGEST_SHRINK, _LARGEST_GROWTH)
+    # Shrinking cannot be stuck: every trial outside goes down by a tenth at least.
+    beyond = jnp.where(kl > max_kl, jnp.minimum(beyond, 0.9 * s), beyond)
+
+    # Between two trials: the secant in logarithms, its midpoint where that has ended
+    # on one side twice running or has no slope to go by.
+    safe_low = jnp.where(bracketed, low, 1.0)
+    safe_high = jnp.where(bracketed, high, 4.0)
+    slope = _slope(safe_high, high_kl, safe_low, low_kl)
+    secant = safe_low * jnp.exp(jnp.log(target / low_kl) / slope)
+    midpoint = jnp.sqrt(safe_low) * jnp.sqrt(safe_high)
+    usable = jnp.isfinite(secant) & (slope > 0) & (same_side < 2)
+    between = jnp.where(usable, secant, midpoint)
+    margin = (safe_high / safe_low) ** 0.02
+    between = jnp.clip(between, safe_low * margin, safe_high / margin)
+    return jnp.where(bracketed, between, beyond)
+
+
+def _slope(s: Scalar, kl: Scalar, other: Scalar, other_kl: Scalar) -> Scalar:
+    """d log KL / d log s through two trials; not finite where one of them is."""
+    return (jnp.log(kl) - jnp.log(other_kl)) / (jnp.log(s) - jnp.log(other))
