@@ -1,0 +1,37 @@
+"""Which examples the batch of a step holds: a pure function of the key and the step.
+
+Each epoch is a fresh permutation of the training set, cut into batches; what does not
+fill a batch is dropped for that epoch. Since nothing but the key and the step goes in,
+a resumed run sees the very batches of a run that was never stopped.
+"""
+
+from typing import Any
+
+import jax
+
+__all__ = ["epoch_and_position", "epoch_permutation", "take_batch"]
+
+PyTree = Any
+
+
+def epoch_and_position(
+    step: jax.Array, num_examples: int, batch_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the epoch that `step` is in, and which batch of that epoch it takes."""
+    batches_per_epoch = num_examples // batch_size
+    return step // batches_per_epoch, step % batches_per_epoch
+
+
+def epoch_permutation(key: jax.Array, epoch: jax.Array, num_examples: int) -> jax.Array:
+    """Returns the order `[num_examples]` in which `epoch` visits the examples."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+
+
+def take_batch(
+    data: PyTree, permutation: jax.Array, position: jax.Array, batch_size: int
+) -> PyTree:
+    """Gathers batch number `position` of the epoch with this permutation."""
+    indices = jax.lax.dynamic_slice_in_dim(
+        permutation, position * batch_size, batch_size
+    )
+    return jax.tree.map(lambda leaf: leaf[indices], data)

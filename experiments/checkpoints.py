@@ -1,0 +1,68 @@
+"""Checkpoints of a run: the whole training state, through Orbax.
+
+A checkpoint appears under its final name only when it is complete, so that a process
+killed while it writes leaves the previous one as the latest.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import jax
+import orbax.checkpoint as ocp
+
+from experiments.training import TrainState
+
+__all__ = ["Checkpoints"]
+
+NUM_KEPT = 3
+
+
+class Checkpoints:
+    """The checkpoints in one folder; a context manager that waits for pending writes.
+
+    Writing goes on in the background; the newest `NUM_KEPT` are kept.
+    """
+
+    def __init__(self, folder: Path):
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=NUM_KEPT,
+                create=True,
+                # What a killed process left half-written.
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, state: TrainState) -> None:
+        """Saves `state` under its step, unless that step is there already."""
+        step = int(state.step)
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore_latest(self, template: TrainState) -> TrainState | None:
+        """Returns the newest state that was saved, or None where there is none.
+
+        Args:
+          template: a state of the same structure, shapes and dtypes, such as the one
+            before the first step.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return cast("TrainState", restored)

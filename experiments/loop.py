@@ -1,0 +1,247 @@
+"""A whole run: dispatches of steps, evaluations, logs, checkpoints, and a clean stop.
+
+    restore -> [ steps -> evaluate -> logs -> checkpoint ] ... -> result, curves
+
+At a checkpoint the logs are on the disk up to that step, so that killing the process at
+any moment loses only steps that a resumed run takes again.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from experiments.checkpoints import Checkpoints
+from experiments.config import TrainConfig
+from experiments.interruption import StopRequest
+from experiments.logs import RunLogs, plain_number
+from experiments.optimizers import make_optimizer
+from experiments.plots import plot_curves
+from experiments.run_folder import (
+    read_json_lines,
+    write_config,
+    write_environment,
+    write_json,
+)
+from experiments.screen import Screen
+from experiments.settings import ConfigError
+from experiments.tasks import make_task, num_examples
+from experiments.training import (
+    TrainState,
+    init_state,
+    make_evaluate_fn,
+    make_train_chunk,
+)
+
+__all__ = ["Result", "describe_result", "next_stop", "run_training"]
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+      steps: steps taken.
+      finished: whether these are all.
+      metrics: losses and metrics on the whole training and test sets; empty where the
+        run was stopped before its end.
+      seconds: of training, over all resumptions, without compiling and evaluating.
+      compile_seconds: of compiling the training step, this time.
+      state: the training state after the last step.
+    """
+
+    steps: int
+    finished: bool
+    metrics: dict[str, float | int | None]
+    seconds: float
+    compile_seconds: float
+    state: TrainState
+
+
+def next_stop(step: int, config: TrainConfig) -> int:
+    """Returns the step at which Python must look again, after `step`."""
+    intervals = (
+        config.steps_per_dispatch,
+        config.eval_every,
+        config.checkpoint_every,
+    )
+    return min(config.steps, *((step // every + 1) * every for every in intervals))
+
+
+def run_training(config: TrainConfig, folder: Path, console: Console) -> Result:
+    """Trains as `config` says, in `folder`, from its last checkpoint if it has one.
+
+    Raises:
+      ConfigError: the configuration does not fit the task or the run in the folder.
+    """
+    run = _Run(config, folder)
+    with StopRequest() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
+        state = checkpoints.restore_latest(run.first_state) or run.first_state
+        step = int(state.step)
+        if step > config.steps:
+            raise ConfigError(
+                f"`steps` must be at least the {step} steps that the run in {folder} "
+                f"has taken, got {config.steps}."
+            )
+        differences = write_environment(folder)
+        write_config(config, folder)
+        title = f"{config.task.name}, {config.optimizer.name}, seed {config.seed}"
+        with (
+            RunLogs(folder, step) as logs,
+            Screen(
+                console,
+                title=title,
+                first_step=step,
+                last_step=config.steps,
+                log_every=config.log_every,
+            ) as screen,
+        ):
+            if step:
+                screen.say(f"Continuing {folder} after step {step}.")
+            for difference in differences:
+                screen.say(f"Not the environment of before: {difference}.")
+            result = run.train(state, stop, checkpoints, logs, screen)
+    if result.finished:
+        summary = {
+            "steps": result.steps,
+            **result.metrics,
+            "seconds": round(result.seconds, 3),
+            "compile_seconds": round(result.compile_seconds, 3),
+        }
+        write_json(folder / "result.json", summary)
+    records = read_json_lines(folder / "metrics.jsonl")
+    plot_curves(records, folder / "curves.png", title)
+    return result
+
+
+def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
+    """Returns the last line of a run: what came out, and where everything is."""
+    if not result.finished:
+        return (
+            f"Stopped after step {result.steps} of {config.steps}; to go on: "
+            f"python -m experiments.train resume={folder}"
+        )
+    values = ", ".join(
+        f"{name.replace('_', ' ').replace('train', 'training')} {_format(name, value)}"
+        for name, value in result.metrics.items()
+        if name == "train_loss" or name.startswith("test_")
+    )
+    return (
+        f"{config.task.name}, {config.optimizer.name}, seed {config.seed}: {values} "
+        f"after {result.steps} steps and {result.seconds:.1f} s of training "
+        f"(compiled in {result.compile_seconds:.1f} s). All of it is in {folder}"
+    )
+
+
+class _Run:
+    """The parts of one run, put together from its configuration."""
+
+    def __init__(self, config: TrainConfig, folder: Path):
+        self._config = config
+        self._folder = folder
+        task = make_task(config.task)
+        size = num_examples(task.train)
+        batch_size = config.batch_size or size
+        if batch_size > size:
+            raise ConfigError(
+                f"`batch_size` must be at most the {size} training examples of "
+                f"{config.task.name}, got {batch_size}."
+            )
+        tx = make_optimizer(config.optimizer, task)
+        self._data = jax.device_put({"train": task.train, "test": task.test})
+        self._train_chunk = make_train_chunk(
+            task,
+            tx,
+            batch_size=batch_size,
+            steps_per_dispatch=config.steps_per_dispatch,
+            measure_kl=config.measure_kl,
+        )
+        self._evaluate = make_evaluate_fn(task, batch_size=config.eval_batch_size)
+        self.first_state = init_state(task, tx, config.seed)
+
+    def train(
+        self,
+        state: TrainState,
+        stop: StopRequest,
+        checkpoints: Checkpoints,
+        logs: RunLogs,
+        screen: Screen,
+    ) -> Result:
+        """Takes the steps that are left, until `stop` is requested."""
+        config, data = self._config, self._data["train"]
+        step = saved_step = int(state.step)
+        seconds, metrics = logs.seconds, {}
+        started = time.perf_counter()
+        compiled = self._train_chunk.lower(state, data, jnp.int32(0)).compile()
+        compile_seconds = time.perf_counter() - started
+        while step < config.steps and not stop.requested:
+            num_steps = next_stop(step, config) - step
+            started = time.perf_counter()
+            state, records = compiled(state, data, jnp.int32(num_steps))
+            records = jax.device_get(records)
+            seconds += time.perf_counter() - started
+            rows = self._rows(records, step, num_steps)
+            step += num_steps
+            if step % config.eval_every == 0 or step == config.steps:
+                metrics = self._evaluate_all(state)
+                rows[-1].update(metrics)
+            for row in rows:
+                logs.write_step(row)
+                screen.show_step(row)
+            screen.show_progress(rows[-1])
+            logs.write_time(step, seconds)
+            if step % config.checkpoint_every == 0:
+                _save(state, checkpoints, logs)
+                saved_step = step
+        if saved_step != step:
+            _save(state, checkpoints, logs)
+        finished = step == config.steps
+        if finished and not metrics:
+            metrics = self._evaluate_all(state)
+        return Result(
+            steps=step,
+            finished=finished,
+            metrics=metrics if finished else {},
+            seconds=seconds,
+            compile_seconds=compile_seconds,
+            state=state,
+        )
+
+    def _rows(self, records: dict[str, Any], step: int, num_steps: int) -> list[Row]:
+        radius = getattr(self._config.optimizer, "max_kl", None)
+        constants = {} if radius is None else {"max_kl": radius}
+        return [
+            {
+                "step": step + index + 1,
+                **{name: plain_number(leaf[index]) for name, leaf in records.items()},
+                **constants,
+            }
+            for index in range(num_steps)
+        ]
+
+    def _evaluate_all(self, state: TrainState) -> dict[str, float | int | None]:
+        return {
+            f"{prefix}_{name}": plain_number(value)
+            for prefix in ("train", "test")
+            for name, value in sorted(
+                self._evaluate(state, self._data[prefix]).items(), reverse=True
+            )
+        }
+
+
+def _save(state: TrainState, checkpoints: Checkpoints, logs: RunLogs) -> None:
+    # In this order: a checkpoint promises that the logs reach up to it.
+    logs.sync()
+    checkpoints.save(state)
+
+
+def _format(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.3g}"

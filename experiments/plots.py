@@ -1,0 +1,111 @@
+"""The curves of a run as one PNG: loss, accuracy, KL and radius, solver steps."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["plot_curves"]
+
+Records = list[dict[str, Any]]
+
+mpl.use("Agg")
+
+LIGHT, DARK, CONTRAST = "#9ecae1", "#08519c", "#d94801"
+
+
+def plot_curves(records: Records, path: Path, title: str) -> None:
+    """Draws the records of a run (the lines of `metrics.jsonl`) into `path`."""
+    figure = Figure(figsize=(11.0, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    figure.suptitle(title)
+    _draw_loss(axes[0, 0], records)
+    _draw_accuracy(axes[0, 1], records)
+    _draw_kl(axes[1, 0], records)
+    _draw_solver(axes[1, 1], records)
+    for axis in axes.flat:
+        axis.grid(visible=True, which="major", alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    # Written aside and renamed: a kill must not leave half a picture.
+    draft = path.with_name(f".{path.name}")
+    figure.savefig(draft, dpi=120, format="png")
+    draft.replace(path)
+
+
+def _draw_loss(axis: Axes, records: Records) -> None:
+    axis.set(title="Loss", ylabel="mean loss per example (nats)", yscale="log")
+    axis.plot(*_curve(records, "loss"), color=LIGHT, label="batch, before the step")
+    axis.plot(
+        *_curve(records, "train_loss"), "o-", ms=4, color=DARK, label="training set"
+    )
+    axis.plot(
+        *_curve(records, "test_loss"), "s-", ms=4, color=CONTRAST, label="test set"
+    )
+
+
+def _draw_accuracy(axis: Axes, records: Records) -> None:
+    axis.set(title="Accuracy", ylabel="accuracy (%)")
+    for name, style, color, label in (
+        ("accuracy", "-", LIGHT, "batch, before the step"),
+        ("train_accuracy", "o-", DARK, "training set"),
+        ("test_accuracy", "s-", CONTRAST, "test set"),
+    ):
+        steps, values = _curve(records, name)
+        axis.plot(steps, 100.0 * values, style, ms=4, color=color, label=label)
+    _, tested = _curve(records, "test_accuracy")
+    if tested.size:
+        # The interesting part is near the top.
+        axis.set_ylim(max(0.0, 100.0 * np.nanmin(tested) - 10.0), 101.0)
+
+
+def _draw_kl(axis: Axes, records: Records) -> None:
+    axis.set(title="KL of the step", ylabel="mean KL per example (nats)", yscale="log")
+    steps, measured = _curve(records, "measured_kl")
+    axis.plot(steps, _positive(measured), ".-", ms=4, color=DARK, label="measured")
+    steps, predicted = _curve(records, "predicted_kl")
+    if steps.size:
+        axis.plot(
+            steps, _positive(predicted), color=LIGHT, zorder=1, label="quadratic model"
+        )
+    steps, radius = _curve(records, "max_kl")
+    if steps.size:
+        axis.plot(steps, radius, "--", color=CONTRAST, label="radius (max_kl)")
+
+
+def _draw_solver(axis: Axes, records: Records) -> None:
+    for name, title, label in (
+        ("solver_steps", "Solver", "conjugate-gradient steps"),
+        ("linesearch_steps", "Line search", "line-search steps"),
+    ):
+        steps, values = _curve(records, name)
+        if steps.size:
+            axis.set(title=title, ylabel=label)
+            axis.step(steps, values, where="mid", color=DARK, label=label)
+            axis.set_ylim(0.0, 1.25 * max(1.0, np.nanmax(values)))
+            break
+    else:
+        axis.set(title="Solver", yticks=[])
+        axis.text(0.5, 0.5, "no inner solver", ha="center", transform=axis.transAxes)
+    steps, damping = _curve(records, "damping")
+    if steps.size:
+        twin = axis.twinx()
+        twin.plot(steps, _positive(damping), ":", color=CONTRAST)
+        twin.set_yscale("log")
+        twin.set_ylabel("damping (dotted)", color=CONTRAST)
+
+
+def _curve(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps at which `name` is known, and its values, NaN where null."""
+    known = [record for record in records if name in record]
+    values = [np.nan if record[name] is None else record[name] for record in known]
+    return np.array([record["step"] for record in known]), np.array(values, float)
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    return np.where(values > 0.0, values, np.nan)

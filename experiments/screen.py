@@ -1,0 +1,157 @@
+"""What a run shows: a row for each step, and on a terminal a live progress bar."""
+
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+__all__ = ["Screen"]
+
+
+class Column(NamedTuple):
+    """A column of the table of steps.
+
+    Attributes:
+      title: its heading.
+      name: the name of the value in the record of a step.
+      form: format specification.
+    """
+
+    title: str
+    name: str
+    form: str
+
+
+COLUMNS = (
+    Column("step", "step", "d"),
+    Column("loss", "loss", ".2e"),
+    Column("accuracy", "accuracy", ".1%"),
+    Column("KL/nats", "measured_kl", ".2e"),
+    Column("radius", "max_kl", ".2e"),
+    Column("CG", "solver_steps", "d"),
+    Column("search", "linesearch_steps", "d"),
+    Column("damping", "damping", ".2e"),
+    Column("all: loss", "train_loss", ".2e"),
+    Column("test", "test_accuracy", ".1%"),
+)
+EVALUATIONS = ("train_loss", "test_accuracy")
+MIN_WIDTH = 8
+BAR_NAMES = (
+    "loss",
+    "accuracy",
+    "measured_kl",
+    "solver_steps",
+    "linesearch_steps",
+    "max_kl",
+)
+
+
+class StepsPerSecond(ProgressColumn):
+    """Speed, over the last moments."""
+
+    def render(self, task: Task) -> Text:
+        """Returns the speed of `task`."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} steps/s" if speed else "- steps/s")
+
+
+class Screen:
+    """Shows the steps of a run as they come; a context manager.
+
+    Args:
+      console: where to print.
+      title: what the run is.
+      first_step: steps done before.
+      last_step: steps of the whole run.
+      log_every: steps between rows.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        title: str,
+        first_step: int,
+        last_step: int,
+        log_every: int,
+    ):
+        self._console = console
+        self._log_every = log_every
+        self._last_step = last_step
+        self._columns: list[Column] = []
+        # Without a terminal the rows alone tell how far the run is.
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            StepsPerSecond(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            title, total=last_step, completed=first_step, status="compiling"
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, message: str) -> None:
+        """Prints one line that is not about a step."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def show_step(self, record: dict[str, Any]) -> None:
+        """Prints the row of a step where one is due, and a heading above the first."""
+        if not self._columns:
+            names = {*record, *EVALUATIONS}
+            self._columns = [column for column in COLUMNS if column.name in names]
+            titles = (f"{column.title:>{_width(column)}}" for column in self._columns)
+            self.say(" ".join(titles))
+        step = record["step"]
+        if step % self._log_every and step != self._last_step:
+            return
+        cells = (
+            f"{_cell(column, record):>{_width(column)}}" for column in self._columns
+        )
+        trouble = "  not finite, step refused" if record.get("status") else ""
+        self.say(" ".join(cells).rstrip() + trouble)
+
+    def show_progress(self, record: dict[str, Any]) -> None:
+        """Moves the bar to the step of `record`, with its numbers."""
+        columns = [column for column in self._columns if column.name in BAR_NAMES]
+        status = " ".join(
+            f"{column.title.removesuffix('/nats')} {_cell(column, record)}"
+            for column in columns
+        )
+        self._progress.update(self._task, completed=record["step"], status=status)
+
+
+def _width(column: Column) -> int:
+    return 5 if column.form == "d" else max(MIN_WIDTH, len(column.title))
+
+
+def _cell(column: Column, record: dict[str, Any]) -> str:
+    if column.name not in record:
+        return ""
+    value = record[column.name]
+    return "nan" if value is None else format(value, column.form)

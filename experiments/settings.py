@@ -1,0 +1,69 @@
+"""Typed settings: dataclass fields that carry the rule which their value must obey.
+
+A configuration class declares `learning_rate: Annotated[float, POSITIVE]`; its numbers
+live in `configs/`. `None` passes where the type allows it, a list where each of its
+elements does. Knows neither Hydra nor any task.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_type_hints
+
+__all__ = [
+    "AT_LEAST_ONE",
+    "FRACTION",
+    "NON_NEGATIVE",
+    "POSITIVE",
+    "SEED",
+    "ConfigError",
+    "Rule",
+    "check_rules",
+]
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration, told in one line that names the setting."""
+
+
+class Rule(NamedTuple):
+    """What a value must satisfy, in words and as a predicate.
+
+    Attributes:
+      text: completes the sentence "`name` must be ...".
+      holds: the predicate. Written so that NaN fails it.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule("positive and finite", lambda value: 0.0 < value < math.inf)
+NON_NEGATIVE = Rule("zero or more, and finite", lambda value: 0.0 <= value < math.inf)
+FRACTION = Rule("in [0, 1)", lambda value: 0.0 <= value < 1.0)
+AT_LEAST_ONE = Rule("at least 1", lambda value: value >= 1)
+SEED = Rule("between 0 and 2^31 - 1", lambda value: 0 <= value < 2**31)
+
+
+def check_rules(config: Any, prefix: str = "") -> None:
+    """Holds every field of a configuration dataclass, nested ones too, to its rule.
+
+    Args:
+      config: a dataclass instance.
+      prefix: dotted path of `config` in the whole configuration, for the message.
+
+    Raises:
+      ConfigError: names the setting, the rule and the value that came.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_rules(value, f"{name}.")
+        elements = value if isinstance(value, list) else [value]
+        for rule in getattr(hints[field.name], "__metadata__", ()):
+            if not all(
+                rule.holds(element) for element in elements if element is not None
+            ):
+                raise ConfigError(f"`{name}` must be {rule.text}, got {value}.")

@@ -1,0 +1,82 @@
+"""What a task is: data, a model, a likelihood, a loss, and nothing about optimizers.
+
+    params, batch --model_fn--> outputs --output_loss_fn--> loss
+                                outputs --likelihood------> metric, KL
+
+Every program (training, races, claims) sees tasks through this one type. The loss and
+the metrics are functions of the *outputs*, because the natural gradient needs the
+outputs by themselves and because one forward pass then serves all three.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+__all__ = ["Task", "num_examples"]
+
+PyTree = Any
+
+
+def _keep_model_state(params: PyTree, model_state: PyTree, batch: PyTree) -> PyTree:
+    del params, batch
+    return model_state
+
+
+def _no_metrics(outputs: PyTree, batch: PyTree) -> dict[str, jax.Array]:
+    del outputs, batch
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A learning problem.
+
+    Attributes:
+      name: as in the configuration.
+      train: pytree of arrays with the examples along the leading axis.
+      test: the same, for evaluation.
+      init_fn: `init_fn(key) -> (params, model_state)`; the model state (running
+        averages of BatchNorm and the like) is an empty tree for most models.
+      model_fn: `model_fn(params, batch) -> outputs`, in training mode.
+      likelihood: the distribution that the outputs parametrise.
+      output_loss_fn: `output_loss_fn(outputs, batch) -> scalar`, mean over examples.
+      metrics_fn: `metrics_fn(outputs, batch) -> {name: scalar}`, means over examples.
+      predict_fn: `predict_fn(params, model_state, batch) -> outputs`, in evaluation
+        mode; `model_fn` unless given.
+      update_model_state: `(params, model_state, batch) -> model_state`, applied at the
+        parameters before the step.
+    """
+
+    name: str
+    train: PyTree
+    test: PyTree
+    init_fn: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    model_fn: Callable[[PyTree, PyTree], PyTree]
+    likelihood: Any
+    output_loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    metrics_fn: Callable[[PyTree, PyTree], dict[str, jax.Array]] = _no_metrics
+    predict_fn: Callable[[PyTree, PyTree, PyTree], PyTree] | None = None
+    update_model_state: Callable[[PyTree, PyTree, PyTree], PyTree] = _keep_model_state
+
+    def loss_fn(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the mean training loss; the `value_fn` of line searches."""
+        return self.output_loss_fn(self.model_fn(params, batch), batch)
+
+    def predict(self, params: PyTree, model_state: PyTree, batch: PyTree) -> PyTree:
+        """Returns the outputs in evaluation mode."""
+        if self.predict_fn is None:
+            return self.model_fn(params, batch)
+        return self.predict_fn(params, model_state, batch)
+
+
+def num_examples(data: PyTree) -> int:
+    """Returns the length of the leading axis that all leaves of `data` share."""
+    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(data)}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"All arrays of a data set must have as many examples as each other, got "
+            f"leading axes {sorted(lengths)}."
+        )
+    return lengths.pop()

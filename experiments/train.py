@@ -1,0 +1,61 @@
+"""Trains one network: `python -m experiments.train task=... optimizer=... name=value`.
+
+The library part is `experiments.loop.run_training`; `configs/` has all the settings.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from experiments.config import CONFIG_DIR, describe_error
+from experiments.loop import describe_result, run_training
+from experiments.run_folder import choose_folder, open_run
+from experiments.settings import ConfigError
+
+EXIT_BAD_CONFIG, EXIT_INTERRUPTED = 2, 130
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
+def train_one(tree: DictConfig) -> None:
+    """Trains the network that the composed configuration `tree` describes."""
+    hydra_config = HydraConfig.get()
+    folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
+    if tree.resume is not None and hydra_config.mode == RunMode.MULTIRUN:
+        raise ConfigError("`resume` continues one run: leave out --multirun.")
+    try:
+        config = open_run(tree, folder, list(hydra_config.overrides.task))
+        result = run_training(config, folder, Console())
+    except ConfigError:
+        # Hydra made the folder before anyone had looked at the configuration.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+        raise
+    print(describe_result(result, config, folder))
+    if not result.finished:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def main() -> None:
+    """Runs the command line; a mistake in it ends as one line, not as a traceback."""
+    OmegaConf.register_new_resolver("run_folder", choose_folder, replace=True)
+    # Hydra would print and exit by itself; we want the exception.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        train_one()
+    except Exception as error:
+        if (line := describe_error(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_BAD_CONFIG)
+
+
+if __name__ == "__main__":
+    main()

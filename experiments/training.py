@@ -1,0 +1,209 @@
+"""The training step, many to a dispatch: one jitted function with donated state.
+
+    batch(step) -> loss, gradient -> tx.update -> params        for num_steps steps
+
+The number of steps of a dispatch is an argument, not a shape: any cut of a run into
+dispatches runs the same compiled program. That is what lets a run stop anywhere and
+continue to the same numbers, bit for bit.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.batches import epoch_and_position, epoch_permutation, take_batch
+from experiments.optimizers import read_step_info
+from experiments.tasks import Task, num_examples
+
+__all__ = ["TrainState", "init_state", "make_evaluate_fn", "make_train_chunk"]
+
+PyTree = Any
+Records = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that the next step needs, and so everything that a checkpoint holds.
+
+    Attributes:
+      step: int32, steps taken.
+      key: typed PRNG key of the order of the batches.
+      params: parameters of the model.
+      model_state: what else the model carries (running averages); often empty.
+      opt_state: state of the optimizer.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+
+
+def init_state(
+    task: Task, tx: optax.GradientTransformationExtraArgs, seed: int
+) -> TrainState:
+    """Returns the state before the first step; all randomness comes from `seed`."""
+    init_key, data_key = jax.random.split(jax.random.key(seed))
+
+    def init(init_key: jax.Array, data_key: jax.Array) -> TrainState:
+        params, model_state = task.init_fn(init_key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            key=data_key,
+            params=params,
+            model_state=model_state,
+            opt_state=tx.init(params),
+        )
+
+    # Under jit every leaf gets a buffer of its own, as donation demands; weak types
+    # go, since a checkpoint would not bring them back.
+    return jax.tree.map(_strip_weak_type, jax.jit(init)(init_key, data_key))
+
+
+def make_train_chunk(
+    task: Task,
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    batch_size: int,
+    steps_per_dispatch: int,
+    measure_kl: bool,
+) -> jax.stages.Wrapped:
+    """Builds the jitted function that takes up to `steps_per_dispatch` steps.
+
+    Args:
+      task: the problem.
+      tx: the optimizer.
+      batch_size: examples in a batch, at most those of the training set.
+      steps_per_dispatch: capacity of one dispatch.
+      measure_kl: whether to measure the KL of each step of the optimizers that do not
+        report it themselves (two more forward passes).
+
+    Returns:
+      `train_chunk(state, data, num_steps) -> (state, records)`. It donates `state`,
+      takes `num_steps <= steps_per_dispatch` steps, and returns records with a leading
+      axis of length `steps_per_dispatch`, of which the first `num_steps` count.
+    """
+    train_step = functools.partial(_train_step, task, tx, measure_kl)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_chunk(
+        state: TrainState, data: PyTree, num_steps: jax.Array
+    ) -> tuple[TrainState, Records]:
+        size = num_examples(data)
+        first_epoch, _ = epoch_and_position(state.step, size, batch_size)
+        permutation = epoch_permutation(state.key, first_epoch, size)
+
+        def take_step(
+            carry: tuple[TrainState, jax.Array],
+        ) -> tuple[tuple[TrainState, jax.Array], Records]:
+            state, permutation = carry
+            epoch, position = epoch_and_position(state.step, size, batch_size)
+            # Sorting is dear: a new order only where a new epoch begins.
+            permutation = jax.lax.cond(
+                position == 0,
+                lambda: epoch_permutation(state.key, epoch, size),
+                lambda: permutation,
+            )
+            batch = take_batch(data, permutation, position, batch_size)
+            state, record = train_step(state, batch)
+            return (state, permutation), record
+
+        carry = (state, permutation)
+        _, record = jax.eval_shape(take_step, carry)
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), record)
+        (state, _), records = jax.lax.scan(
+            lambda carry, index: jax.lax.cond(
+                index < num_steps, take_step, lambda carry: (carry, blank), carry
+            ),
+            carry,
+            jnp.arange(steps_per_dispatch, dtype=jnp.int32),
+        )
+        return state, records
+
+    return train_chunk
+
+
+def make_evaluate_fn(
+    task: Task, *, batch_size: int
+) -> Callable[[TrainState, PyTree], dict[str, float]]:
+    """Builds `evaluate(state, data) -> {"loss": ..., metrics...}`, means over `data`.
+
+    At most `batch_size` examples go through the model at once.
+    """
+
+    @jax.jit
+    def evaluate_batch(params: PyTree, model_state: PyTree, batch: PyTree) -> Records:
+        outputs = task.predict(params, model_state, batch)
+        loss = task.output_loss_fn(outputs, batch)
+        return {"loss": loss, **task.metrics_fn(outputs, batch)}
+
+    def evaluate(state: TrainState, data: PyTree) -> dict[str, float]:
+        size = num_examples(data)
+        totals: dict[str, float] = {}
+        for start in range(0, size, batch_size):
+            end = min(start + batch_size, size)
+            batch = jax.tree.map(lambda leaf, i=start, j=end: leaf[i:j], data)
+            means = evaluate_batch(state.params, state.model_state, batch)
+            for name, mean in means.items():
+                weight = (end - start) / size
+                totals[name] = totals.get(name, 0.0) + weight * float(mean)
+        return totals
+
+    return evaluate
+
+
+def _train_step(
+    task: Task,
+    tx: optax.GradientTransformationExtraArgs,
+    measure_kl: bool,
+    state: TrainState,
+    batch: PyTree,
+) -> tuple[TrainState, Records]:
+    def loss_and_metrics(params: PyTree) -> tuple[jax.Array, Records]:
+        outputs = task.model_fn(params, batch)
+        return task.output_loss_fn(outputs, batch), task.metrics_fn(outputs, batch)
+
+    params = state.params
+    (value, metrics), grads = jax.value_and_grad(loss_and_metrics, has_aux=True)(params)
+    updates, opt_state = tx.update(
+        grads,
+        state.opt_state,
+        params,
+        batch=batch,
+        value=value,
+        grad=grads,
+        value_fn=task.loss_fn,
+    )
+    new_params = optax.apply_updates(params, updates)
+    record = {"loss": value, **metrics, **read_step_info(opt_state)}
+    if measure_kl and "measured_kl" not in record:
+        import ngd_jax as ngd
+
+        record["measured_kl"] = ngd.mean_kl(
+            task.model_fn, params, new_params, batch, task.likelihood
+        )
+    new_state = TrainState(
+        step=state.step + 1,
+        key=state.key,
+        params=new_params,
+        model_state=task.update_model_state(params, state.model_state, batch),
+        opt_state=opt_state,
+    )
+    # The loop over steps needs types that do not change.
+    return jax.tree.map(_match_dtype, new_state, state), record
+
+
+def _strip_weak_type(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return jax.lax.convert_element_type(leaf, leaf.dtype)
+
+
+def _match_dtype(leaf: Any, old_leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(old_leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return jax.lax.convert_element_type(leaf, old_leaf.dtype)
