@@ -13,7 +13,6 @@ from ngd_jax.likelihoods.bernoulli import Bernoulli
 from ngd_jax.likelihoods.categorical import Categorical
 from ngd_jax.likelihoods.derived import FromDistribution, FromKL
 from ngd_jax.likelihoods.gaussian import DiagonalGaussian, Gaussian
-from ngd_jax.likelihoods.numerics import log_mean_exp
 from ngd_jax.likelihoods.poisson import Poisson
 from ngd_jax.likelihoods.product import Product
 from ngd_jax.likelihoods.unnormalized import LogAmplitude, LogDensity
@@ -30,5 +29,4 @@ __all__ = [
     "LogDensity",
     "Poisson",
     "Product",
-    "log_mean_exp",
 ]

@@ -1,0 +1,454 @@
+"""What every likelihood promises, whatever its distribution."""
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ngd_jax.likelihoods import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    FromDistribution,
+    FromKL,
+    Gaussian,
+    Likelihood,
+    LogAmplitude,
+    LogDensity,
+    Poisson,
+    Product,
+)
+
+BATCH = (4,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    likelihood: Likelihood
+    shapes: Any  # of the outputs, without the batch
+
+    def outputs(self, rng, dtype="float32", batch=BATCH):
+        def draw(shape):
+            values = rng.normal(size=(*batch, *shape))
+            if self.complex:
+                values = values + 1j * rng.normal(size=values.shape)
+            return jnp.asarray(values).astype(
+                _complex(dtype) if self.complex else dtype
+            )
+
+        return jax.tree.map(draw, self.shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+    complex: bool = False
+
+
+def _complex(dtype):
+    return "complex128" if dtype == "float64" else "complex64"
+
+
+HEADS = Product(
+    {"label": Categorical(), "box": DiagonalGaussian(), "count": Poisson()},
+    weights={"label": 1.0, "box": 0.25, "count": 2.0},
+)
+CASES = {
+    "categorical": Case(Categorical(), (3,)),
+    "bernoulli": Case(Bernoulli(), (3,)),
+    "bernoulli image": Case(Bernoulli(event_ndims=2), (2, 2)),
+    "gaussian": Case(Gaussian(scale=0.7), (3,)),
+    "gaussian scalar": Case(Gaussian(event_ndims=0), ()),
+    "diagonal gaussian": Case(DiagonalGaussian(), {"mean": (2,), "log_scale": (2,)}),
+    "poisson": Case(Poisson(), (3,)),
+    "product": Case(
+        HEADS,
+        {"label": (3,), "box": {"mean": (2,), "log_scale": (2,)}, "count": (1,)},
+    ),
+    "log density": Case(LogDensity(), ()),
+    "log amplitude": Case(LogAmplitude(), ()),
+    "complex amplitude": Case(LogAmplitude(), (), complex=True),
+    "from kl": Case(FromKL(Categorical().kl), (3,)),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SEPARABLE = {name: c for name, c in CASES.items() if not c.likelihood.centered}
+every_separable_case = pytest.mark.parametrize(
+    "case", SEPARABLE.values(), ids=SEPARABLE
+)
+WITH_LOG_PROB = {name: c for name, c in CASES.items() if name != "from kl"}
+every_case_with_log_prob = pytest.mark.parametrize(
+    "case", WITH_LOG_PROB.values(), ids=WITH_LOG_PROB
+)
+PRODUCTS = ("fisher_vp", "sqrt_fisher_vp", "sqrt_fisher_tvp")
+
+
+def vdot(a, b):
+    """Σ conj(a) b over all leaves, in float64 (complex128), by NumPy."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(np.vdot(_to_numpy(x), _to_numpy(y)) for x, y in pairs)
+
+
+def _to_numpy(x):
+    x = jnp.asarray(x)
+    return np.asarray(x, complex if jnp.iscomplexobj(x) else float)
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(_to_numpy(x), _to_numpy(y), rtol=rtol, atol=atol)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_kl_of_equal_outputs_is_exactly_zero(case, dtype, rng):
+    with jax.enable_x64(dtype == "float64"):
+        outputs = case.outputs(rng, dtype)
+        kl_fn = jax.jit(case.likelihood.kl)
+        same = jax.tree.map(jnp.copy, outputs)
+        np.testing.assert_array_equal(kl_fn(outputs, same), 0.0)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_kl_is_positive_per_example_and_wide(case, dtype, rng):
+    with jax.enable_x64(dtype == "float64"):
+        kl = case.likelihood.kl(case.outputs(rng, dtype), case.outputs(rng, dtype))
+        assert (np.asarray(kl) >= 0).all()
+        assert np.asarray(kl).sum() > 0
+        assert kl.shape == BATCH
+        assert kl.dtype == ("float64" if dtype == "float64" else "float32")
+
+
+@every_case
+def test_kl_is_half_the_quadratic_form_to_third_order(case, rng):
+    with jax.enable_x64(True):
+        likelihood, z = case.likelihood, case.outputs(rng, "float64")
+        t = case.outputs(rng, "float64")
+        if case.complex:  # |psi|^2 sees real parts only
+            t = t.real.astype(t.dtype)
+        curvature = likelihood.kl_curvature
+        half = curvature * vdot(t, likelihood.fisher_vp(z, t)).real / 2
+        if isinstance(likelihood, Product):
+            assert curvature == 1.0
+
+        def error(step):
+            moved = jax.tree.map(lambda x, y: x + step * y, z, t)
+            return abs(float(likelihood.kl(z, moved).sum()) - step**2 * half)
+
+        assert error(1e-3) < 1e-2 * 1e-6 * half
+        exact = isinstance(likelihood, Gaussian)
+        assert exact or 6 < error(2e-2) / error(1e-2) < 10 or error(2e-2) < 1e-6 * half
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fisher_is_the_autodiff_hessian_of_the_kl_at_equality(case, dtype, rng):
+    if case.complex:
+        pytest.skip("the KL of |psi|^2 does not see phases")
+    with jax.enable_x64(dtype == "float64"):
+        likelihood = case.likelihood
+        z, t = case.outputs(rng, dtype), case.outputs(rng, dtype)
+        derived = FromKL(likelihood.kl)
+        scaled = jax.tree.map(
+            lambda h: h / likelihood.kl_curvature, derived.fisher_vp(z, t)
+        )
+        tolerance = 1e-5 if dtype == "float32" else 1e-12
+        assert_close(likelihood.fisher_vp(z, t), scaled, tolerance, tolerance)
+
+        # The first distribution may move as well: the same metric.
+        def gradient_fn(p):
+            return jax.grad(lambda p: likelihood.kl(p, z).sum())(p)
+
+        _, other = jax.jvp(gradient_fn, (z,), (t,))
+        other = jax.tree.map(lambda h: h / likelihood.kl_curvature, other)
+        assert_close(likelihood.fisher_vp(z, t), other, tolerance, tolerance)
+
+
+@every_separable_case
+def test_autodiff_roots_agree_with_the_fisher_of_the_closed_form(case, rng):
+    with jax.enable_x64(True):
+        z, t = case.outputs(rng, "float64"), case.outputs(rng, "float64")
+        derived = FromKL(case.likelihood.kl)
+        twice = derived.sqrt_fisher_vp(z, derived.sqrt_fisher_tvp(z, t))
+        assert_close(twice, case.likelihood.fisher_vp(z, t), 1e-9, 1e-9)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_root_times_its_transpose_is_the_fisher(case, dtype, rng):
+    with jax.enable_x64(dtype == "float64"):
+        likelihood = case.likelihood
+        z, t = case.outputs(rng, dtype), case.outputs(rng, dtype)
+        twice = likelihood.sqrt_fisher_vp(z, likelihood.sqrt_fisher_tvp(z, t))
+        tolerance = 1e-5 if dtype == "float32" else 1e-9
+        assert_close(twice, likelihood.fisher_vp(z, t), tolerance, tolerance)
+
+
+@every_case
+def test_root_products_are_adjoint_and_fisher_is_symmetric_positive(case, rng):
+    likelihood = case.likelihood
+    z, t, u = (case.outputs(rng) for _ in range(3))
+    assert vdot(likelihood.sqrt_fisher_vp(z, u), t) == pytest.approx(
+        vdot(u, likelihood.sqrt_fisher_tvp(z, t)), rel=1e-4, abs=1e-5
+    )
+    assert vdot(u, likelihood.fisher_vp(z, t)) == pytest.approx(
+        np.conj(vdot(t, likelihood.fisher_vp(z, u))), rel=1e-4, abs=1e-5
+    )
+    square = vdot(t, likelihood.fisher_vp(z, t))
+    root = likelihood.sqrt_fisher_tvp(z, t)
+    assert square == pytest.approx(vdot(root, root), rel=1e-4)
+    assert square.real > 0
+
+
+@every_case
+@pytest.mark.parametrize("method", PRODUCTS)
+def test_products_are_linear(case, method, rng):
+    product = getattr(case.likelihood, method)
+    z, s, t = (case.outputs(rng) for _ in range(3))
+    combined = product(z, jax.tree.map(lambda x, y: 2 * x - 3 * y, s, t))
+    apart = jax.tree.map(lambda x, y: 2 * x - 3 * y, product(z, s), product(z, t))
+    assert_close(combined, apart, 1e-4, 1e-5)
+
+
+@every_case
+@pytest.mark.parametrize("method", PRODUCTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_products_keep_structure_shape_and_dtype_of_the_vector(
+    case, method, dtype, rng
+):
+    with jax.enable_x64(dtype == "float64"):
+        z, t = case.outputs(rng), case.outputs(rng, dtype)
+        product = getattr(case.likelihood, method)(z, t)
+        assert jax.tree.structure(product) == jax.tree.structure(t)
+        for x, y in zip(jax.tree.leaves(product), jax.tree.leaves(t), strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+@every_case
+@pytest.mark.parametrize("method", PRODUCTS)
+def test_bfloat16_is_rounded_only_at_the_end(case, method, rng):
+    z, t = case.outputs(rng, "bfloat16"), case.outputs(rng, "bfloat16")
+    wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, "float32")), z)
+    wide_t = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, "float32")), t)
+    product = getattr(case.likelihood, method)
+    assert_close(product(z, t), product(wide, wide_t), 2**-8, 1e-6)
+
+
+@every_case
+def test_jit_equals_eager(case, rng):
+    likelihood = case.likelihood
+    z, t = case.outputs(rng), case.outputs(rng)
+    for method in ("kl", *PRODUCTS):
+        function = getattr(likelihood, method)
+        assert_close(jax.jit(function)(z, t), function(z, t), 1e-5, 1e-6)
+
+
+@every_separable_case
+def test_vmap_over_examples_equals_the_batch(case, rng):
+    likelihood = case.likelihood
+    z, t = case.outputs(rng), case.outputs(rng)
+    for method in ("kl", *PRODUCTS):
+        function = getattr(likelihood, method)
+        assert_close(jax.vmap(function)(z, t), function(z, t), 1e-5, 1e-6)
+
+
+@every_separable_case
+def test_any_number_of_leading_axes_is_the_batch(case, rng):
+    likelihood = case.likelihood
+    z, t = (case.outputs(rng, batch=(2, 3)) for _ in range(2))
+    flat_z, flat_t = (
+        jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), tree) for tree in (z, t)
+    )
+    assert likelihood.batch_shape(z) == (2, 3)
+    kl = likelihood.kl(z, t)
+    assert kl.shape == (2, 3)
+    assert_close(kl.reshape(6), likelihood.kl(flat_z, flat_t))
+    for method in PRODUCTS:
+        product = getattr(likelihood, method)(z, t)
+        flat = getattr(likelihood, method)(flat_z, flat_t)
+        product = jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), product)
+        assert_close(product, flat, 1e-5, 1e-5)
+
+
+@every_case
+def test_batch_shape_needs_shapes_only(case, rng):
+    outputs = case.outputs(rng)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), outputs)
+    assert case.likelihood.batch_shape(outputs) == BATCH
+    assert case.likelihood.batch_shape(shapes) == BATCH
+
+
+@every_case_with_log_prob
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_samples_are_targets(case, dtype, rng):
+    with jax.enable_x64(dtype == "float64"):
+        likelihood, outputs = case.likelihood, case.outputs(rng, dtype)
+        samples = jax.jit(likelihood.sample)(jax.random.key(1), outputs)
+        log_prob = jax.jit(likelihood.log_prob)(outputs, samples)
+        assert log_prob.shape == BATCH
+        assert log_prob.dtype == ("float64" if dtype == "float64" else "float32")
+        assert np.isfinite(log_prob).all()
+        again = likelihood.sample(jax.random.key(1), outputs)
+        assert_close(samples, again, 1e-2, 1e-2)
+
+
+@every_case_with_log_prob
+def test_legacy_keys_draw_samples(case, rng):
+    outputs = case.outputs(rng)
+    samples = case.likelihood.sample(jax.random.PRNGKey(0), outputs)
+    assert case.likelihood.log_prob(outputs, samples).shape == BATCH
+
+
+@every_case
+def test_float32_survives_strict_promotion_of_ranks_and_dtypes(case, rng):
+    z, t = case.outputs(rng), case.outputs(rng)
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        case.likelihood.kl(z, t)
+        for method in PRODUCTS:
+            getattr(case.likelihood, method)(z, t)
+
+
+@every_case
+def test_likelihoods_are_values(case):
+    likelihood = case.likelihood
+    twin = copy.deepcopy(likelihood)
+    assert twin == likelihood
+    assert hash(twin) == hash(likelihood)
+    assert twin != FromKL(len)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        likelihood.event_ndims = 3
+    if not isinstance(likelihood, FromKL):
+        assert pickle.loads(pickle.dumps(likelihood)) == likelihood
+        assert eval(repr(likelihood)) == likelihood
+
+
+def test_equal_likelihoods_do_not_compile_twice(rng):
+    traces = []
+
+    @jax.jit
+    def compiled(outputs):
+        return outputs
+
+    def count(likelihood, outputs):
+        traces.append(likelihood)
+        return likelihood.kl(outputs, outputs)
+
+    compiled = jax.jit(count, static_argnums=0)
+    outputs = CASES["product"].outputs(rng)
+    for _ in range(2):
+        compiled(copy.deepcopy(HEADS), outputs)
+    assert len(traces) == 1
+
+
+finite = st.floats(-30, 30, width=32)
+_kl_fns = {name: jax.jit(c.likelihood.kl) for name, c in CASES.items()}
+_forms = {
+    name: jax.jit(lambda z, t, c=c: (c.likelihood.fisher_vp(z, t)))
+    for name, c in CASES.items()
+}
+
+
+@pytest.mark.parametrize("name", ["categorical", "bernoulli", "poisson", "log density"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_kl_is_never_negative_and_zero_only_at_equality(name, data):
+    shape = (*BATCH, *CASES[name].shapes)
+    size = int(np.prod(shape))
+    values = st.lists(finite, min_size=size, max_size=size)
+    p, q = (np.float32(data.draw(values)).reshape(shape) for _ in range(2))
+    kl = np.asarray(_kl_fns[name](p, q))
+    assert (kl >= 0).all()
+    np.testing.assert_array_equal(_kl_fns[name](p, p.copy()), 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["categorical", "bernoulli", "poisson", "gaussian", "log density"]
+)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_quadratic_form_is_never_negative(name, data):
+    shape = (*BATCH, *CASES[name].shapes)
+    size = int(np.prod(shape))
+    values = st.lists(finite, min_size=size, max_size=size)
+    z, t = (np.float32(data.draw(values)).reshape(shape) for _ in range(2))
+    product = np.asarray(_forms[name](z, t), float)
+    assert np.sum(t * product) >= -1e-6 * np.sum(np.abs(t * product))
+
+
+def test_users_likelihood_of_one_method_has_everything_but_log_prob_and_sample(rng):
+    class Laplace(Likelihood):  # smooth near equality: log scale of a Laplace density
+        def kl(self, outputs_p, outputs_q):
+            d = outputs_p["log_scale"] - outputs_q["log_scale"]
+            return jnp.sum(jnp.expm1(d) - d, axis=-1)
+
+    z = {"log_scale": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)}
+    t = {"log_scale": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)}
+    likelihood = Laplace()
+    assert likelihood.batch_shape(z) == (4,)
+    assert not likelihood.centered
+    assert likelihood.kl_curvature == 1.0
+    for method in PRODUCTS:
+        assert_close(getattr(likelihood, method)(z, t), t)
+    with pytest.raises(TypeError, match=r"Define `log_prob\(self, outputs, targets\)`"):
+        likelihood.log_prob(z, z)
+    with pytest.raises(TypeError, match=r"Define `sample\(self, key, outputs\)`"):
+        likelihood.sample(jax.random.key(0), z)
+
+
+def test_likelihood_without_kl_cannot_be_made():
+    class Empty(Likelihood):
+        pass
+
+    with pytest.raises(TypeError, match="kl"):
+        Empty()
+
+
+def test_derived_root_of_a_singular_metric_is_finite():
+    logits = jnp.array([[200.0, 0.0, -200.0], [0.0, 0.0, 0.0]])
+    root = FromKL(Categorical().kl).sqrt_fisher_vp(logits, jnp.ones((2, 3)))
+    np.testing.assert_allclose(root, np.zeros((2, 3)), atol=1e-3)
+
+
+distrax = pytest.importorskip("distrax")
+DISTRAX_CASES = {
+    "categorical": (
+        Categorical(),
+        lambda z: distrax.Categorical(logits=z),
+    ),
+    "diagonal gaussian": (
+        DiagonalGaussian(),
+        lambda z: distrax.MultivariateNormalDiag(z["mean"], jnp.exp(z["log_scale"])),
+    ),
+    "bernoulli": (
+        Bernoulli(),
+        lambda z: distrax.Independent(
+            distrax.Bernoulli(logits=z), reinterpreted_batch_ndims=1
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISTRAX_CASES)
+def test_distrax_distributions_agree_with_the_closed_forms(name, rng):
+    likelihood, make = DISTRAX_CASES[name]
+    derived = FromDistribution(make)
+    z, t = CASES[name].outputs(rng), CASES[name].outputs(rng)
+    assert derived.batch_shape(z) == BATCH
+    assert_close(derived.kl(z, t), likelihood.kl(z, t), 1e-4, 1e-5)
+    assert_close(derived.fisher_vp(z, t), likelihood.fisher_vp(z, t), 1e-4, 1e-5)
+    root = derived.sqrt_fisher_vp(z, derived.sqrt_fisher_tvp(z, t))
+    assert_close(root, likelihood.fisher_vp(z, t), 1e-3, 1e-4)
+    samples = derived.sample(jax.random.key(0), z)
+    assert_close(derived.log_prob(z, samples), likelihood.log_prob(z, samples), 1e-4)
