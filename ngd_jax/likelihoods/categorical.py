@@ -9,7 +9,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import logsumexp
 
 from ngd_jax.likelihoods.base import Likelihood
 from ngd_jax.likelihoods.checks import (
@@ -130,34 +129,30 @@ class Categorical(Likelihood):
         self.batch_shape(outputs_p)
         check_like(self, outputs_q, outputs_p, name="outputs_q")
         a, b = wide_together(outputs_p, outputs_q)
-        lost = jnp.any(jnp.isneginf(b) & ~jnp.isneginf(a), axis=-1)
-        possible = ~(jnp.isneginf(a) & jnp.isneginf(b))
+        lost = jnp.isneginf(b) & ~jnp.isneginf(a)
         delta, a, b = difference(a, b), floored(a), floored(b)
 
         top = jax.lax.stop_gradient(jnp.max(a, axis=-1, keepdims=True))
         log_sum = jnp.log(jnp.sum(jnp.exp(a - top), axis=-1, keepdims=True))
         p = jnp.exp(a - top - log_sum)
 
-        # log q = log p + e − log Σ p eᵉ for e = delta − c. With c the mean of delta the
-        # sum is 1 + O(e²), which log1p and expm1 keep to the last digit; where some e
-        # is large, the sum is taken in logarithms instead.
+        # log q = log p + e − log Σ p eᵉ, where e = delta − c and c is the mean of delta
+        # under p. The sum is then 1 + O(e²), which expm1 and log1p keep to the last
+        # digit. Classes that grow much enter as their mass r = p eᵉ instead, and if one
+        # would overflow, eᵐ is taken out of the sum.
         centre = jnp.sum(p * delta, axis=-1, keepdims=True)
         shift = delta - centre
-        size = jnp.max(jnp.where(possible, jnp.abs(shift), 0), axis=-1, keepdims=True)
-        small = size <= 1
-        excess = jnp.sum(
-            p * jnp.expm1(jnp.where(small & possible, shift, 0)), axis=-1, keepdims=True
+        log_r = b - top - log_sum - centre
+        m = jax.lax.stop_gradient(jnp.max(log_r, axis=-1, keepdims=True))
+        m = jnp.where(m > 1, m, 0)
+        growth = jnp.where(
+            (shift <= 1) & (m == 0),
+            p * jnp.expm1(jnp.minimum(shift, 1)),
+            jnp.exp(log_r - m) - p,
         )
-        log_q = b - top - log_sum - centre
-        log_ratio_sum = jnp.where(
-            small,
-            jnp.log1p(jnp.where(small, excess, 0)),
-            logsumexp(log_q, axis=-1, keepdims=True),
-        )
-        terms = relative_entropy(
-            p, jnp.exp(log_q - log_ratio_sum), log_ratio_sum - shift
-        )
-        return jnp.where(lost, jnp.inf, jnp.sum(terms, axis=-1))
+        log_total = m + jnp.log1p(jnp.sum(growth, axis=-1, keepdims=True))
+        terms = relative_entropy(p, jnp.exp(log_r - log_total), log_total - shift)
+        return jnp.sum(jnp.where(lost, jnp.inf, terms), axis=-1)
 
     def fisher_vp(self, outputs: Array, tangents: Array) -> Array:
         """H t = p ∘ (t − pᵀt), per example, in the dtype of `tangents`.

@@ -33,7 +33,8 @@ __all__ = [
 def wide_together(*arrays: ArrayLike) -> tuple[Array, ...]:
     """Converts all arrays to their common dtype, float32 or wider."""
     dtypes = [jnp.result_type(x) for x in arrays]
-    common = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):  # asked for here, even under "strict"
+        common = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
     return tuple(jnp.asarray(x).astype(common) for x in arrays)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ngd_jax.likelihoods.base import Likelihood
 from ngd_jax.likelihoods.checks import check_dict, check_nonnegative, describe
 from ngd_jax.likelihoods.numerics import wide_together
+from ngd_jax.tree import widen
 from ngd_jax.types import Array, KeyArray, PyTree
 
 __all__ = ["Product"]
@@ -243,14 +244,14 @@ class Product(Likelihood):
         self._check(outputs, name="outputs")
         self._check(vector, name=name)
 
-        def scaled(x: Array, factor: float) -> Array:
-            return x if factor == 1 else (wide_together(x)[0] * factor).astype(x.dtype)
-
         products = {}
         for block_name, block in self.blocks.items():
-            product = getattr(block, method)(outputs[block_name], vector[block_name])
+            # Wide until the weight is in, so that narrow dtypes are rounded once.
+            wide = getattr(block, method)(outputs[block_name], widen(vector[block_name]))
             factor = self.weights[block_name] ** power
             products[block_name] = jax.tree.map(
-                lambda x, factor=factor: scaled(x, factor), product
+                lambda x, like, factor=factor: (factor * x).astype(like.dtype),
+                wide,
+                vector[block_name],
             )
         return products
