@@ -376,7 +376,9 @@ class _Method:
         if self.kind == "empirical" and self.targets_fn is None:
             raise ValueError('`targets_fn` is needed for kind="empirical", got None.')
         if self.kind != "sampled" and self.key is not None:
-            raise ValueError(f'`key` is for kind="sampled" only, got kind={self.kind!r}.')
+            raise ValueError(
+                f'`key` is for kind="sampled" only, got kind={self.kind!r}.'
+            )
         if self.kind != "empirical" and self.targets_fn is not None:
             raise ValueError(
                 f'`targets_fn` is for kind="empirical" only, got kind={self.kind!r}.'
@@ -479,7 +481,10 @@ class _Method:
                 emitted = jax.tree.map(jnp.negative, emitted)
             return optax.apply_updates(params, emitted)
 
-        is_zero = ~(tree.max_abs(direction) > 0)
+        gradient_size = tree.max_abs(tree.pack(gradient)[0])
+        unit = jnp.where(gradient_size > 0, gradient_size, 1.0)
+        scaled = tree.divide(tree.pack(direction)[0], unit)
+        is_zero = tree.vdot(scaled, scaled) == 0
         step = self._step_size(
             lambda scale: fisher.kl(moved(emit(scale))),
             quadratic,
@@ -490,7 +495,7 @@ class _Method:
         emitted = emit(step.scale)
 
         # 4. Whether to take it.
-        status = self._status(gradient, direction, is_zero, solver_info, step, value)
+        status = self._status(gradient_size, is_zero, solver_info, step, value)
         next_damping = damping
         if isinstance(self.damping, LevenbergMarquardt):
             actual = self._reduction(fisher, params, moved(emitted), value, value_fn)
@@ -582,8 +587,7 @@ class _Method:
 
     def _status(
         self,
-        gradient: PyTree,
-        direction: PyTree,
+        gradient_size: Scalar,
         is_zero: Array,
         solver_info: SolverInfo,
         step: TrustRegionResult,
@@ -595,16 +599,15 @@ class _Method:
             else StepStatus.RADIUS_NOT_MET
         )
         value_is_finite = True if value is None else jnp.all(jnp.isfinite(value))
-        lost = is_zero & (tree.max_abs(gradient) > 0)
         # The first that applies is the cause; those after it are consequences.
         causes = [
-            (~tree.all_finite(gradient), StepStatus.NON_FINITE_GRADIENT),
+            (~jnp.isfinite(gradient_size), StepStatus.NON_FINITE_GRADIENT),
             (~jnp.asarray(value_is_finite), StepStatus.NON_FINITE_VALUE),
             (
                 solver_info.status == SolverStatus.NON_FINITE,
                 StepStatus.NON_FINITE_MODEL,
             ),
-            (lost | ~tree.all_finite(direction), StepStatus.NO_DIRECTION),
+            (is_zero & (gradient_size > 0), StepStatus.NO_DIRECTION),
             (~step.found, missed),
         ]
         conditions, statuses = zip(*causes, strict=True)

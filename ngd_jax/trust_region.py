@@ -26,12 +26,14 @@ __all__ = [
 # A trial is good enough above this fraction of the radius; trials aim between it and 1.
 _FILL = 0.92
 _AIM = 0.965
-# Bounds of one extrapolation. Growth is held back: a KL that has stopped growing with
-# the step says that the outputs saturate, not that a huge step is wanted.
-_LARGEST_GROWTH = 4.0
+# The slopes that are assumed beyond the trials so far. To shrink, between the 2 of short
+# steps and the 1 of long ones, where outputs saturate; to grow, 2, and no more than
+# fourfold: a KL that has stopped growing does not ask for a huge step.
+_SHRINKING_SLOPE = 1.5
 _LARGEST_SHRINK = 1e-3
-# Local slope of log KL against log s: 2 for small steps; outside of this is noise.
-_SLOPES = (0.5, 4.0)
+_LARGEST_GROWTH = 4.0
+# Trials between two others keep off both ends by this part of their logarithmic distance.
+_MARGIN = 0.1
 
 
 class TrustRegionResult(NamedTuple):
@@ -85,14 +87,13 @@ def first_trial(
 
 
 class _Search(NamedTuple):
+    """The trial to come, and the trials closest to the radius from both sides."""
+
     scale: Scalar
     low: Scalar
     low_kl: Scalar
     high: Scalar
     high_kl: Scalar
-    previous: Scalar
-    previous_kl: Scalar
-    same_side: Array
     count: Array
     done: Array
 
@@ -120,7 +121,7 @@ def search_kl_radius(
     Example:
       >>> result = search_kl_radius(lambda s: 3.0 * s**2, start=1.0, max_kl=0.01)
       >>> bool(0.92 * 0.01 <= result.kl <= 0.01), int(result.num_kl_evaluations)
-      (True, 2)
+      (True, 3)
     """
     start = jnp.asarray(start)
     dtype = jnp.promote_types(start.dtype, jnp.float32)
@@ -131,27 +132,21 @@ def search_kl_radius(
     def body(state: _Search) -> _Search:
         s = state.scale
         kl = jnp.asarray(kl_fn(s)).astype(dtype)
-        kl = jnp.where(jnp.isfinite(kl), kl, jnp.inf)
+        kl = jnp.where(jnp.isnan(kl), jnp.inf, kl)
         inside = kl <= max_kl
-        low = jnp.where(inside, jnp.maximum(s, state.low), state.low)
-        low_kl = jnp.where(inside & (s >= state.low), kl, state.low_kl)
-        high = jnp.where(inside, state.high, jnp.minimum(s, state.high))
-        high_kl = jnp.where(~inside & (s <= state.high), kl, state.high_kl)
-        was_inside = state.previous_kl <= max_kl
-        repeats = (state.count > 0) & (inside == was_inside)
-        same_side = jnp.where(repeats, state.same_side + 1, 0)
+        low, low_kl = (
+            jnp.where(inside, s, state.low),
+            jnp.where(inside, kl, state.low_kl),
+        )
+        high = jnp.where(inside, state.high, s)
+        high_kl = jnp.where(inside, state.high_kl, kl)
+        trial = _next_trial(low, low_kl, high, high_kl, _AIM * max_kl)
         return _Search(
-            scale=jnp.minimum(
-                _next_trial(s, kl, low, low_kl, high, high_kl, state, same_side, max_kl),
-                upper,
-            ),
+            scale=jnp.minimum(trial, upper),
             low=low,
             low_kl=low_kl,
             high=high,
             high_kl=high_kl,
-            previous=s,
-            previous_kl=kl,
-            same_side=same_side,
             count=state.count + 1,
             done=inside & ((kl >= _FILL * max_kl) | (s >= upper)),
         )
@@ -167,53 +162,27 @@ def search_kl_radius(
         low_kl=zero,
         high=infinity,
         high_kl=infinity,
-        previous=zero,
-        previous_kl=zero,
-        same_side=jnp.zeros((), jnp.int32),
         count=jnp.zeros((), jnp.int32),
         done=~(start > 0),
     )
     state = jax.lax.while_loop(running, body, state)
-    found = (state.low > 0) | ((state.count == 0) & (start == 0))
+    found = (state.low > 0) | (start == 0)
     return TrustRegionResult(state.low, state.low_kl, state.count, found)
 
 
 def _next_trial(
-    s: Scalar,
-    kl: Scalar,
-    low: Scalar,
-    low_kl: Scalar,
-    high: Scalar,
-    high_kl: Scalar,
-    state: _Search,
-    same_side: Array,
-    max_kl: Scalar,
+    low: Scalar, low_kl: Scalar, high: Scalar, high_kl: Scalar, target: Scalar
 ) -> Scalar:
-    target = _AIM * max_kl
-    bracketed = (low > 0) & jnp.isfinite(high)
-
-    # Beyond the trials so far: along the slope of the last two, 2 if there is one.
-    slope = _slope(s, kl, state.previous, state.previous_kl)
-    slope = jnp.where(jnp.isfinite(slope), jnp.clip(slope, *_SLOPES), 2.0)
-    ratio = jnp.exp(jnp.log(target / kl) / slope)
-    beyond = s * jnp.clip(ratio, _LARGEST_SHRINK, _LARGEST_GROWTH)
-    # Shrinking cannot be stuck: every trial outside goes down by a tenth at least.
-    beyond = jnp.where(kl > max_kl, jnp.minimum(beyond, 0.9 * s), beyond)
-
-    # Between two trials: the secant in logarithms, its midpoint where that has ended
-    # on one side twice running or has no slope to go by.
-    safe_low = jnp.where(bracketed, low, 1.0)
-    safe_high = jnp.where(bracketed, high, 4.0)
-    slope = _slope(safe_high, high_kl, safe_low, low_kl)
-    secant = safe_low * jnp.exp(jnp.log(target / low_kl) / slope)
-    midpoint = jnp.sqrt(safe_low) * jnp.sqrt(safe_high)
-    usable = jnp.isfinite(secant) & (slope > 0) & (same_side < 2)
-    between = jnp.where(usable, secant, midpoint)
-    margin = (safe_high / safe_low) ** 0.02
-    between = jnp.clip(between, safe_low * margin, safe_high / margin)
-    return jnp.where(bracketed, between, beyond)
-
-
-def _slope(s: Scalar, kl: Scalar, other: Scalar, other_kl: Scalar) -> Scalar:
-    """d log KL / d log s through two trials; not finite where one of them is."""
-    return (jnp.log(kl) - jnp.log(other_kl)) / (jnp.log(s) - jnp.log(other))
+    """Every trial lies between `low` and `high`, so the two close in on the radius."""
+    growth = jnp.minimum(jnp.sqrt(target / low_kl), _LARGEST_GROWTH)
+    shrink = jnp.exp(jnp.log(target / high_kl) / _SHRINKING_SLOPE)
+    shrink = jnp.maximum(shrink, _LARGEST_SHRINK)
+    # The secant of log KL over log s as a fraction of the way; halfway without one.
+    distance = jnp.log(high / low)
+    fraction = jnp.log(target / low_kl) / jnp.log(high_kl / low_kl)
+    usable = (low_kl > 0) & jnp.isfinite(high_kl)
+    fraction = jnp.where(usable, jnp.clip(fraction, _MARGIN, 1 - _MARGIN), 0.5)
+    between = low * jnp.exp(fraction * distance)
+    return jnp.where(
+        low == 0, high * shrink, jnp.where(jnp.isinf(high), low * growth, between)
+    )

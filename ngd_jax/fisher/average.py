@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ngd_jax import tree
 from ngd_jax.likelihoods import Likelihood, Product
+from ngd_jax.likelihoods.numerics import log_mean_exp
 from ngd_jax.types import Array, Outputs, PyTree, Scalar
 
 __all__ = [
@@ -64,9 +65,7 @@ def join(likelihood: Likelihood, parts: Sequence[PyTree]) -> PyTree:
 def _join(likelihood: Likelihood, parts: Iterator[PyTree]) -> PyTree:
     if not isinstance(likelihood, Product):
         return next(parts)
-    return {
-        name: _join(block, parts) for name, block in likelihood.blocks.items()
-    }
+    return {name: _join(block, parts) for name, block in likelihood.blocks.items()}
 
 
 def example_measure(
@@ -162,25 +161,12 @@ def average_kl(
         strict=True,
     ):
         if term.centered:
-            kl = term.kl_from_normaliser(p, q, _log_normaliser_ratio(term, p, q, mu))
+            log_normaliser_ratio = log_mean_exp(term.log_ratio(p, q), mu)
+            kl = term.kl_from_normaliser(p, q, log_normaliser_ratio)
         else:
             kl = term.kl(p, q)
         total += jnp.sum(mu * jnp.where(mu == 0, 0.0, kl), dtype=total.dtype)
     return total
-
-
-def _log_normaliser_ratio(term: Any, p: Outputs, q: Outputs, mu: Array) -> Scalar:
-    log_ratio = term.log_ratio(p, q).astype(mu.dtype)
-    mu = mu / jnp.sum(mu)
-    # About the mean, so that equal outputs give exactly 0 and close ones lose nothing.
-    mean = jnp.sum(mu * log_ratio)
-    deviation = log_ratio - mean
-    largest = jnp.maximum(jnp.max(deviation), 0.0)
-    moderate = largest < 1.0
-    close = jnp.log1p(jnp.sum(mu * jnp.expm1(jnp.where(moderate, deviation, 0.0))))
-    shifted = jnp.where(moderate, 0.0, deviation - largest)
-    far = largest + jnp.log(jnp.sum(mu * jnp.exp(shifted)))
-    return mean + jnp.where(moderate, close, far)
 
 
 def centers(

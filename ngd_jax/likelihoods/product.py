@@ -247,7 +247,9 @@ class Product(Likelihood):
         products = {}
         for block_name, block in self.blocks.items():
             # Wide until the weight is in, so that narrow dtypes are rounded once.
-            wide = getattr(block, method)(outputs[block_name], widen(vector[block_name]))
+            wide = getattr(block, method)(
+                outputs[block_name], widen(vector[block_name])
+            )
             factor = self.weights[block_name] ** power
             products[block_name] = jax.tree.map(
                 lambda x, like, factor=factor: (factor * x).astype(like.dtype),

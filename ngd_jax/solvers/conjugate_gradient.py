@@ -37,17 +37,14 @@ from ngd_jax.types import Array, ArrayLike, MatVec, PyTree
 __all__ = ["CG", "conjugate_gradient"]
 
 _RUNNING = -1
-# A tolerance that two true residuals in a row have missed after the recurrence had
-# reached it is out of reach of the precision.
-_MAX_MISSES = 2
 
 
 class _State(NamedTuple):
-    """The loop's carry, in units in which ‖b‖ = 1.
+    """The loop's carry, in units in which the largest entry of b is 1.
 
-    `drift` bounds the distance between the recurrence's residual and the true one,
-    `drift_floor` is its value at the last true residual, `spread` the largest
-    ‖A v‖ / ‖v‖ seen, a lower bound of ‖A‖.
+    `x_norm` bounds ‖x‖, `spread` is the largest Rayleigh quotient seen and so a lower
+    bound of ‖A‖, `drift` estimates how far the recurrence's residual is from the true
+    one. `replace` asks the next turn to compute the true one.
     """
 
     x: PyTree
@@ -55,11 +52,10 @@ class _State(NamedTuple):
     p: PyTree
     previous_rz: Array
     residual: Array
+    x_norm: Array
     spread: Array
     drift: Array
-    drift_floor: Array
     num_steps: Array
-    misses: Array
     replace: Array
     status: Array
 
@@ -117,152 +113,154 @@ def conjugate_gradient(
     dtype = tree.accumulator_dtype(rhs)
     eps = float(jnp.finfo(dtype).eps)
 
-    wide_rhs = tree.widen(rhs)
-    start = tree.zeros_like_wide(rhs) if x0 is None else tree.widen(x0)
-    finite = tree.all_finite((wide_rhs, start))
-    wide_rhs = tree.select(finite, wide_rhs, tree.zeros_like_wide(rhs))
-    start = tree.select(finite, start, tree.zeros_like_wide(rhs))
-
-    # ‖b‖ in two factors: the sum of squares of b itself could over- or underflow.
-    largest = tree.max_abs(wide_rhs)
-    is_zero = ~(largest > 0)
-    largest = jnp.where(is_zero, 1.0, largest).astype(dtype)
-    b = jax.tree.map(lambda leaf: leaf / largest.astype(leaf.real.dtype), wide_rhs)
-    norm = jnp.where(is_zero, 1.0, jnp.sqrt(tree.vdot(b, b)))
-    b = tree.scale(1 / norm, b)
-    start = tree.scale(1 / norm, jax.tree.map(lambda leaf: leaf / largest, start))
-
-    # Below ε‖b‖ the recurrence goes on shrinking, the solution no longer improves.
-    tolerance = jnp.maximum(jnp.maximum(rtol, atol / largest / norm), eps).astype(dtype)
-    verifies = rtol > 0 or atol > 0
+    b, unpack = tree.pack(tree.widen(rhs))
+    zeros = optax.tree.zeros_like(b)
+    start = zeros if x0 is None else tree.pack(tree.widen(x0))[0]
 
     def product(vector: PyTree) -> PyTree:
-        return tree.widen(matvec(optax.tree.cast_like(vector, rhs)))
+        image = matvec(optax.tree.cast_like(unpack(vector), rhs))
+        return tree.pack(tree.widen(image))[0]
+
+    def precondition(residual: PyTree) -> PyTree:
+        image = preconditioner(optax.tree.cast_like(unpack(residual), rhs))
+        return tree.pack(tree.widen(image))[0]
+
+    # In units of its largest entry: the square of b itself could over- or underflow.
+    largest = tree.max_abs(b)
+    finite = jnp.isfinite(largest)
+    if x0 is not None:
+        finite &= jnp.isfinite(tree.max_abs(start))
+        start = tree.select(finite & (largest > 0), start, zeros)
+    unit = jnp.where(largest > 0, largest, 1.0)
+    b, start = tree.divide(b, unit), tree.divide(start, unit)
+    b_norm = jnp.sqrt(tree.vdot(b, b))
+
+    # Below ε‖b‖ the recurrence goes on shrinking, the solution no longer improves.
+    tolerance = jnp.maximum(max(rtol, eps) * b_norm, atol / unit).astype(dtype)
+    verifies = rtol > 0 or atol > 0
 
     def body(state: _State) -> _State:
-        z = state.r if preconditioner is None else _precondition(state.r)
-        rz = tree.vdot(state.r, z)
+        z = state.r if preconditioner is None else precondition(state.r)
+        rz = state.residual**2 if preconditioner is None else tree.vdot(state.r, z)
         p = tree.axpy(rz / state.previous_rz, state.p, z)
         vector = tree.select(state.replace, state.x, p)
         image = product(vector)
-
         curvature = tree.vdot(vector, image)
         length_squared = tree.vdot(vector, vector)
-        image_norm = jnp.sqrt(tree.vdot(image, image))
-        spread = jnp.maximum(
-            state.spread,
-            image_norm / jnp.sqrt(jnp.where(length_squared > 0, length_squared, 1.0)),
-        )
+        length = jnp.sqrt(length_squared)
 
-        # Either a step along p, or r = b - s A x with s = 1, but for the first guess.
-        is_guess = state.replace & (state.num_steps == 0) & (x0 is not None)
-        multiple = jnp.where(curvature > 0, tree.vdot(vector, b) / curvature, 0.0)
-        factor = jnp.where(is_guess, multiple, 1.0)
+        # Either a step along p, or r = b - s A x with s = 1 but for the first guess.
         alpha = jnp.where(state.replace, 0.0, rz / curvature)
+        factor = jnp.ones((), dtype)
+        if x0 is not None:
+            multiple = jnp.where(curvature > 0, tree.vdot(vector, b) / curvature, 0.0)
+            is_guess = state.replace & (state.num_steps == 0)
+            factor = jnp.where(is_guess, multiple, 1.0)
         x = tree.axpy(alpha, p, tree.scale(factor, state.x))
-        r = tree.select(
-            state.replace,
-            tree.axpy(-factor, image, b),
-            tree.axpy(-alpha, image, state.r),
+        r = tree.axpy(
+            jnp.where(state.replace, -factor, -alpha),
+            image,
+            tree.select(state.replace, b, state.r),
         )
         residual = jnp.sqrt(tree.vdot(r, r))
 
-        finite = jnp.isfinite(image_norm) & jnp.isfinite(residual)
-        sound = (curvature > eps * spread * length_squared) & (rz > 0)
-        failed = ~finite | ~(sound | state.replace)
+        # curvature / length² is a Rayleigh quotient, so at most ‖A‖.
+        is_sound = (curvature > eps * state.spread * length_squared) & (rz > 0)
+        finite = jnp.isfinite(curvature) & jnp.isfinite(residual)
+        failed = ~finite | ~(is_sound | state.replace)
+        quotient = curvature / jnp.where(length_squared > 0, length_squared, 1.0)
+        spread = jnp.maximum(state.spread, quotient)
 
         # The estimate of van der Vorst and Ye: each update of r rounds at this size.
-        rounding = eps * (spread * jnp.sqrt(tree.vdot(x, x)) + residual)
-        drift = jnp.where(state.replace, rounding, state.drift + rounding)
-        drift_floor = jnp.where(state.replace, rounding, state.drift_floor)
-        root = jnp.sqrt(jnp.asarray(eps, dtype))
-        drifted = (
-            (state.drift <= root * state.residual)
-            & (drift > root * residual)
-            & (drift > 1.1 * drift_floor)
+        x_norm = jnp.where(
+            state.replace, jnp.abs(factor), jnp.abs(alpha)
+        ) * length + jnp.where(state.replace, 0.0, state.x_norm)
+        rounding = eps * (spread * x_norm + residual)
+        drift = jnp.where(state.replace, 0.0, state.drift) + rounding
+        has_drifted = (drift > eps**0.5 * residual) & (
+            state.drift <= eps**0.5 * state.residual
         )
         reached = residual <= tolerance
-        doubtful = verifies & ~state.replace & (drift > 0.1 * tolerance)
-        misses = state.misses + (
-            state.replace & ~reached & (state.residual <= tolerance)
+        is_doubtful = verifies & ~state.replace & (drift > 0.1 * tolerance)
+        # The recurrence was there, the truth is not, and rounding alone accounts for it.
+        is_stuck = (
+            state.replace & (state.residual <= tolerance) & (rounding > tolerance)
         )
-        status = jnp.where(
-            failed,
-            jnp.where(finite, SolverStatus.BREAKDOWN, SolverStatus.NON_FINITE),
-            jnp.where(
-                reached & ~doubtful,
+        status = jnp.select(
+            [~finite, failed, reached & ~is_doubtful, is_stuck],
+            [
+                SolverStatus.NON_FINITE,
+                SolverStatus.BREAKDOWN,
                 SolverStatus.CONVERGED,
-                jnp.where(misses >= _MAX_MISSES, SolverStatus.STAGNATED, _RUNNING),
-            ),
-        ).astype(jnp.int32)
-        step = jnp.where(state.replace | failed, 0, 1).astype(jnp.int32)
+                SolverStatus.STAGNATED,
+            ],
+            _RUNNING,
+        )
         return _State(
             x=tree.select(failed, state.x, x),
-            r=tree.select(failed, state.r, r),
+            r=r,
             p=tree.select(state.replace, state.p, p),
             previous_rz=jnp.where(state.replace, state.previous_rz, rz),
             residual=jnp.where(failed, state.residual, residual),
+            x_norm=jnp.where(failed, state.x_norm, x_norm),
             spread=spread,
             drift=drift,
-            drift_floor=drift_floor,
-            num_steps=state.num_steps + step,
-            misses=misses,
-            replace=~state.replace & (drifted | (reached & doubtful)),
-            status=status,
+            num_steps=state.num_steps
+            + jnp.where(state.replace | failed, 0, 1).astype(jnp.int32),
+            replace=~state.replace & (has_drifted | (reached & is_doubtful)),
+            status=status.astype(jnp.int32),
         )
-
-    def _precondition(residual: PyTree) -> PyTree:
-        return tree.widen(preconditioner(optax.tree.cast_like(residual, rhs)))
 
     def running(state: _State) -> Array:
         return (state.status == _RUNNING) & (
             (state.num_steps < max_steps) | state.replace
         )
 
-    status = jnp.where(
-        finite,
-        jnp.where(is_zero, SolverStatus.CONVERGED, _RUNNING),
-        SolverStatus.NON_FINITE,
+    is_solved = largest == 0
+    if x0 is None:
+        is_solved |= b_norm <= tolerance
+    status = jnp.select(
+        [~finite, is_solved],
+        [SolverStatus.NON_FINITE, SolverStatus.CONVERGED],
+        _RUNNING,
     )
-    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    zero = jnp.zeros((), dtype)
     state = _State(
-        x=tree.select(is_zero, tree.zeros_like_wide(rhs), start),
+        x=start,
         r=b,
-        p=tree.zeros_like_wide(rhs),
+        p=zeros,
         previous_rz=jnp.asarray(jnp.inf, dtype),
-        residual=jnp.where(finite & is_zero, zero, one),
+        residual=b_norm,
+        x_norm=zero,
         spread=zero,
         drift=zero,
-        drift_floor=zero,
         num_steps=jnp.zeros((), jnp.int32),
-        misses=jnp.zeros((), jnp.int32),
         replace=jnp.asarray(x0 is not None),
         status=status.astype(jnp.int32),
     )
     state = jax.lax.while_loop(running, body, state)
 
-    # A first guess whose own product was not finite has not been accounted for.
-    unusable = (state.status == SolverStatus.NON_FINITE) & (state.num_steps == 0)
-    x = tree.select(unusable, tree.zeros_like_wide(rhs), state.x)
-    x = jax.tree.map(lambda leaf: leaf * norm.astype(leaf.real.dtype), x)
-    solution = optax.tree.cast_like(tree.scale(largest, x), rhs)
-    overflowed = ~tree.all_finite(solution)
-    solution = tree.select(overflowed, optax.tree.zeros_like(rhs), solution)
+    # Entries are at most x_norm, so this also says that none has overflowed.
+    is_sound = finite & jnp.isfinite(state.x_norm * unit)
+    if x0 is not None:
+        # A first guess whose own product is not finite is no solution.
+        has_moved = (state.status != SolverStatus.NON_FINITE) | (state.num_steps > 0)
+        is_sound &= has_moved
+    solution = unpack(tree.select(is_sound, tree.scale(unit, state.x), zeros))
+    relative = state.residual / jnp.where(b_norm > 0, b_norm, 1.0)
     status = jnp.where(state.status == _RUNNING, SolverStatus.MAX_STEPS, state.status)
     info = SolverInfo(
         num_steps=state.num_steps,
-        relative_residual=jnp.where(unusable | overflowed, one, state.residual),
-        status=jnp.where(overflowed, SolverStatus.NON_FINITE, status).astype(jnp.int32),
+        relative_residual=jnp.where(is_sound, relative, 1.0).astype(dtype),
+        status=jnp.where(is_sound, status, SolverStatus.NON_FINITE).astype(jnp.int32),
     )
-    return (
-        forward_only(
-            solution,
-            what="conjugate_gradient",
-            instead="Stop the gradient at its result with jax.lax.stop_gradient, or "
-            "wrap the solve in jax.lax.custom_linear_solve.",
-        ),
-        info,
+    solution = forward_only(
+        optax.tree.cast_like(solution, rhs),
+        what="conjugate_gradient",
+        instead="Stop the gradient at its result with jax.lax.stop_gradient, or wrap "
+        "the solve in jax.lax.custom_linear_solve.",
     )
+    return solution, info
 
 
 def _check_budget(max_steps: Any, rtol: float, atol: float) -> None:

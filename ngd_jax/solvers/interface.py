@@ -128,9 +128,7 @@ def forward_only(values: PyTree, *, what: str, instead: str) -> PyTree:
     @guard.defjvp
     def _(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
         (tangent,) = tangents
-        linear = jax.custom_derivatives.linear_call(
-            lambda _, t: t, refuse, (), tangent
-        )
+        linear = jax.custom_derivatives.linear_call(lambda _, t: t, refuse, (), tangent)
         return primals[0], linear
 
     return guard(values)
