@@ -53,8 +53,9 @@ def _complex(dtype):
     return "complex128" if dtype == "float64" else "complex64"
 
 
-def categorical_kl(outputs_p, outputs_q):
-    return Categorical().kl(outputs_p, outputs_q)
+def exponential_kl(log_rate_p, log_rate_q):
+    d = log_rate_q - log_rate_p
+    return jnp.sum(jnp.expm1(d) - d, axis=-1)
 
 
 HEADS = Product(
@@ -76,7 +77,7 @@ CASES = {
     "log density": Case(LogDensity(), ()),
     "log amplitude": Case(LogAmplitude(), ()),
     "complex amplitude": Case(LogAmplitude(), (), complex=True),
-    "from kl": Case(FromKL(categorical_kl), (3,)),
+    "from kl": Case(FromKL(exponential_kl), (3,)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 SEPARABLE = {name: c for name, c in CASES.items() if not c.likelihood.centered}
@@ -123,7 +124,7 @@ def rng():
 def test_kl_of_equal_outputs_is_exactly_zero(case, dtype, rng):
     with jax.enable_x64(dtype == "float64"):
         outputs = case.outputs(rng, dtype)
-        kl_fn = jax.jit(case.likelihood.kl)
+        kl_fn = jitted(case.likelihood, "kl")
         same = jax.tree.map(jnp.copy, outputs)
         np.testing.assert_array_equal(kl_fn(outputs, same), 0.0)
 
@@ -161,21 +162,18 @@ def test_kl_is_half_the_quadratic_form_to_third_order(case, rng):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_fisher_is_the_autodiff_hessian_of_the_kl_at_equality(case, dtype, rng):
+def test_fisher_is_the_autodiff_hessian_of_the_kl_at_equality(case, rng):
     if case.complex:
         pytest.skip("the KL of |psi|^2 does not see phases")
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(True):
         likelihood = case.likelihood
-        z, t = case.outputs(rng, dtype), case.outputs(rng, dtype)
+        z, t = case.outputs(rng, "float64"), case.outputs(rng, "float64")
         derived = FromKL(likelihood.kl)
         scaled = jax.tree.map(
             lambda h: h / likelihood.kl_curvature, jitted(derived, "fisher_vp")(z, t)
         )
-        tolerance = 1e-5 if dtype == "float32" else 1e-12
-        assert_close(
-            jitted(likelihood, "fisher_vp")(z, t), scaled, tolerance, tolerance
-        )
+        product = jitted(likelihood, "fisher_vp")(z, t)
+        assert_close(product, scaled, 1e-12, 1e-12)
 
         # The first distribution may move as well: the same metric.
         def gradient_fn(p):
@@ -183,11 +181,12 @@ def test_fisher_is_the_autodiff_hessian_of_the_kl_at_equality(case, dtype, rng):
 
         _, other = jax.jit(lambda z, t: jax.jvp(gradient_fn, (z,), (t,)))(z, t)
         other = jax.tree.map(lambda h: h / likelihood.kl_curvature, other)
-        assert_close(jitted(likelihood, "fisher_vp")(z, t), other, tolerance, tolerance)
+        assert_close(product, other, 1e-12, 1e-12)
 
 
-@every_separable_case
-def test_autodiff_roots_agree_with_the_fisher_of_the_closed_form(case, rng):
+@pytest.mark.parametrize("name", ["categorical", "diagonal gaussian"])
+def test_autodiff_roots_agree_with_the_fisher_of_the_closed_form(name, rng):
+    case = CASES[name]
     with jax.enable_x64(True):
         z, t = case.outputs(rng, "float64"), case.outputs(rng, "float64")
         derived = FromKL(case.likelihood.kl)
@@ -306,24 +305,22 @@ def test_batch_shape_needs_shapes_only(case, rng):
 
 
 @every_case_with_log_prob
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_samples_are_targets(case, dtype, rng):
     with jax.enable_x64(dtype == "float64"):
         likelihood, outputs = case.likelihood, case.outputs(rng, dtype)
-        samples = jax.jit(likelihood.sample)(jax.random.key(1), outputs)
-        log_prob = jax.jit(likelihood.log_prob)(outputs, samples)
+        samples = jitted(likelihood, "sample")(jax.random.key(1), outputs)
+        log_prob = jitted(likelihood, "log_prob")(outputs, samples)
         assert log_prob.shape == BATCH
         assert log_prob.dtype == ("float64" if dtype == "float64" else "float32")
         assert np.isfinite(log_prob).all()
-        again = likelihood.sample(jax.random.key(1), outputs)
-        assert_close(samples, again, 1e-2, 1e-2)
 
 
-@every_case_with_log_prob
-def test_legacy_keys_draw_samples(case, rng):
-    outputs = case.outputs(rng)
-    samples = case.likelihood.sample(jax.random.PRNGKey(0), outputs)
-    assert jitted(case.likelihood, "log_prob")(outputs, samples).shape == BATCH
+def test_raw_keys_draw_the_samples_of_typed_ones(rng):
+    outputs = CASES["product"].outputs(rng)
+    sample_fn = jitted(HEADS, "sample")
+    raw = sample_fn(jax.random.PRNGKey(7), outputs)
+    assert_close(raw, sample_fn(jax.random.key(7), outputs))
 
 
 @every_case
@@ -393,7 +390,7 @@ def test_quadratic_form_is_never_negative(name, data):
     values = st.lists(finite, min_size=size, max_size=size)
     z, t = (np.float32(data.draw(values)).reshape(shape) for _ in range(2))
     product = np.asarray(jitted(CASES[name].likelihood, "fisher_vp")(z, t), float)
-    assert np.sum(t * product) >= -1e-6 * np.sum(np.abs(t * product))
+    assert np.sum(t * product) >= -1e-6 * np.sum(t * t)
 
 
 def test_users_likelihood_of_one_method_has_everything_but_log_prob_and_sample(rng):

@@ -214,7 +214,9 @@ class DiagonalGaussian(IndependentLikelihood):
         """Draws targets, of the shape and dtype of the means."""
         self.batch_shape(outputs)
         mean, log_scale = wide_together(outputs["mean"], outputs["log_scale"])
-        scale = jnp.exp(jnp.minimum(log_scale, largest_exponent(log_scale.dtype)))
+        # e³ is left for the noise, so that no sample is infinite.
+        limit = largest_exponent(outputs["mean"].dtype) - 3
+        scale = jnp.exp(jnp.minimum(log_scale, limit))
         noise = jax.random.normal(key, mean.shape, mean.dtype)
         return (mean + scale * noise).astype(outputs["mean"].dtype)
 
