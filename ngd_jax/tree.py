@@ -150,7 +150,7 @@ def max_abs(tree: PyTree) -> Scalar:
 
 
 def axpy(alpha: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
-    """alpha·x + y, computed wide, in the dtype of the leaves of `y`."""
+    """Adds alpha·x + y, computed wide, in the dtype of the leaves of `y`."""
 
     def combine(x_leaf: ArrayLike, y_leaf: ArrayLike) -> Array:
         wide = jnp.promote_types(_wide_dtype(x_leaf), _wide_dtype(y_leaf))
@@ -163,7 +163,7 @@ def axpy(alpha: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
 
 
 def scale(alpha: ArrayLike, x: PyTree) -> PyTree:
-    """alpha·x, computed wide, in the dtype of the leaves of `x`."""
+    """Multiplies alpha·x, computed wide, in the dtype of the leaves of `x`."""
 
     def multiply(leaf: ArrayLike) -> Array:
         wide = _wide_dtype(leaf)
@@ -174,7 +174,7 @@ def scale(alpha: ArrayLike, x: PyTree) -> PyTree:
 
 
 def divide(x: PyTree, by: ArrayLike) -> PyTree:
-    """x / by for a scalar; exact where the inverse of `by` would overflow."""
+    """Divides by a scalar, x / by; exact where the inverse of `by` would overflow."""
 
     def quotient(leaf: ArrayLike) -> Array:
         wide = _wide_dtype(leaf)

@@ -26,13 +26,13 @@ __all__ = [
 # A trial is good enough above this fraction of the radius; trials aim between it and 1.
 _FILL = 0.92
 _AIM = 0.965
-# The slopes that are assumed beyond the trials so far. To shrink, between the 2 of short
-# steps and the 1 of long ones, where outputs saturate; to grow, 2, and no more than
-# fourfold: a KL that has stopped growing does not ask for a huge step.
+# The slopes assumed beyond the trials so far. To shrink, between the 2 of short steps
+# and the 1 of long ones, where outputs saturate; to grow, 2, and no more than fourfold:
+# a KL that has stopped growing does not ask for a huge step.
 _SHRINKING_SLOPE = 1.5
 _LARGEST_SHRINK = 1e-3
 _LARGEST_GROWTH = 4.0
-# Trials between two others keep off both ends by this part of their logarithmic distance.
+# Trials between two others keep off both by this part of their logarithmic distance.
 _MARGIN = 0.1
 
 
@@ -53,7 +53,7 @@ class TrustRegionResult(NamedTuple):
 
 
 def quadratic_step_scale(quadratic: ArrayLike, max_kl: ArrayLike) -> Scalar:
-    """s = √(2·max_kl / q), at which ½ s² q = max_kl; 1 where q is not positive.
+    """The scale s = √(2·max_kl / q) with ½ s² q = max_kl; 1 where q is not positive.
 
     Args:
       quadratic: q = dᵀFd, or its multiple that the KL really grows with.
@@ -94,7 +94,7 @@ class _Search(NamedTuple):
     low_kl: Scalar
     high: Scalar
     high_kl: Scalar
-    count: Array
+    num_trials: Array
     done: Array
 
 
@@ -147,12 +147,12 @@ def search_kl_radius(
             low_kl=low_kl,
             high=high,
             high_kl=high_kl,
-            count=state.count + 1,
+            num_trials=state.num_trials + 1,
             done=inside & ((kl >= _FILL * max_kl) | (s >= upper)),
         )
 
     def running(state: _Search) -> Array:
-        return ~state.done & (state.count < max_evaluations)
+        return ~state.done & (state.num_trials < max_evaluations)
 
     zero = jnp.zeros((), dtype)
     infinity = jnp.asarray(jnp.inf, dtype)
@@ -162,12 +162,12 @@ def search_kl_radius(
         low_kl=zero,
         high=infinity,
         high_kl=infinity,
-        count=jnp.zeros((), jnp.int32),
+        num_trials=jnp.zeros((), jnp.int32),
         done=~(start > 0),
     )
     state = jax.lax.while_loop(running, body, state)
     found = (state.low > 0) | (start == 0)
-    return TrustRegionResult(state.low, state.low_kl, state.count, found)
+    return TrustRegionResult(state.low, state.low_kl, state.num_trials, found)
 
 
 def _next_trial(

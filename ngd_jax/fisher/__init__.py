@@ -7,21 +7,22 @@ nothing of solvers, steps or Optax.
 * `average`: the mean over a batch, weighted, and block by block for a `Product`;
 * `linearization`: J and Jᵀ, from one run of the model, whole or by microbatches;
 * `operator`: `linearize_fisher` and the `Fisher` it returns;
+* `functions`: the same in one call each, and the measured KL;
 * `rows`: the diagonal from per-example rows of the Jacobian.
 """
 
-from ngd_jax.fisher.operator import (
-    Fisher,
+from ngd_jax.fisher.functions import (
     dense_fisher,
     fisher_diagonal,
     fisher_trace,
     fisher_vector_product,
-    linearize_fisher,
     mean_kl,
 )
+from ngd_jax.fisher.operator import Fisher, Kind, linearize_fisher
 
 __all__ = [
     "Fisher",
+    "Kind",
     "dense_fisher",
     "fisher_diagonal",
     "fisher_trace",

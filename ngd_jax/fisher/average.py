@@ -21,8 +21,8 @@ __all__ = [
     "Measure",
     "average_kl",
     "centers",
-    "example_measure",
     "exact_cotangents",
+    "example_measure",
     "join",
     "leading_size",
     "rank_one_cotangents",
@@ -203,7 +203,7 @@ def exact_cotangents(
         means,
         strict=True,
     ):
-        if term.centered:
+        if mean is not None:
             product = tangent - mean.astype(tangent.dtype)
         else:
             product = term.fisher_vp(out, tangent)

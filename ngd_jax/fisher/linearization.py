@@ -17,7 +17,13 @@ import optax
 from ngd_jax import tree
 from ngd_jax.types import Array, Batch, ModelFn, Outputs, Params, PyTree
 
-__all__ = ["Linearization", "linearize", "map_microbatches", "sum_microbatches"]
+__all__ = [
+    "Chunks",
+    "Linearization",
+    "linearize",
+    "map_microbatches",
+    "sum_microbatches",
+]
 
 
 class Linearization(NamedTuple):
@@ -61,26 +67,38 @@ def _conj(values: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.conj(x) if jnp.iscomplexobj(x) else x, values)
 
 
-def _is_split(leaf: Any, leading: int) -> bool:
-    shape = jnp.shape(leaf)
-    return bool(shape) and shape[0] == leading
+class Chunks(NamedTuple):
+    """How a batch is cut.
+
+    Attributes:
+      leading: the number of examples: leaves whose leading axis is as long are cut
+        along it; all others, typed keys and scalars among them, stay whole.
+      size: examples in a microbatch; the last one may be shorter.
+    """
+
+    leading: int
+    size: int
+
+    def cuts(self, leaf: Any) -> bool:
+        """Whether `leaf` is cut."""
+        return jnp.shape(leaf)[:1] == (self.leading,)
 
 
 def _split(
-    batch: Batch, leading: int, microbatch_size: int
+    batch: Batch, chunks: Chunks
 ) -> tuple[list[Any], Callable[[list[Any]], Batch], list[Any]]:
     """Leaves as [chunks, microbatch_size, ...], the way back, and the remainder."""
     leaves, structure = jax.tree.flatten(batch)
-    split = [_is_split(leaf, leading) for leaf in leaves]
-    count = leading // microbatch_size
-    whole = count * microbatch_size
+    split = [chunks.cuts(leaf) for leaf in leaves]
+    count = chunks.leading // chunks.size
+    whole = count * chunks.size
 
     def chunk(leaf: Array) -> Array:
-        shape = (count, microbatch_size, *jnp.shape(leaf)[1:])
+        shape = (count, chunks.size, *jnp.shape(leaf)[1:])
         return jnp.reshape(leaf[:whole], shape)
 
-    def rebuild(chunks: list[Any]) -> Batch:
-        remaining = iter(chunks)
+    def rebuild(values: list[Any]) -> Batch:
+        remaining = iter(values)
         merged = [
             next(remaining) if is_split else leaf
             for leaf, is_split in zip(leaves, split, strict=True)
@@ -92,38 +110,36 @@ def _split(
 
 
 def sum_microbatches(
-    fn: Callable[[Batch], PyTree], data: Batch, *, leading: int, microbatch_size: int
+    fn: Callable[[Batch], PyTree], data: Batch, chunks: Chunks
 ) -> PyTree:
-    """Σ fn(microbatch), one microbatch at a time, the last one possibly shorter.
+    """Σ fn(microbatch), one microbatch at a time.
 
     Args:
       fn: returns a tree of arrays whose shapes do not depend on the microbatch.
-      data: leaves whose leading axis has length `leading` are split along it; all
-        others, typed keys and scalars among them, reach every call whole.
-      leading: the number of examples.
-      microbatch_size: examples in a call.
+      data: the batch, and whatever else belongs to its examples.
+      chunks: how to cut it.
     """
-    chunks, rebuild, rest = _split(data, leading, microbatch_size)
-    like = jax.eval_shape(lambda c: fn(rebuild(c)), [x[0] for x in chunks])
+    stacked, rebuild, rest = _split(data, chunks)
+    like = jax.eval_shape(lambda c: fn(rebuild(c)), [x[0] for x in stacked])
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
-    def add(total: PyTree, chunk: list[Array]) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, fn(rebuild(chunk))), None
+    def add(total: PyTree, part: list[Array]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, fn(rebuild(part))), None
 
-    total, _ = jax.lax.scan(add, total, chunks)
-    if leading % microbatch_size:
+    total, _ = jax.lax.scan(add, total, stacked)
+    if chunks.leading % chunks.size:
         total, _ = add(total, rest)
     return total
 
 
 def map_microbatches(
-    fn: Callable[[Batch], PyTree], data: Batch, *, leading: int, microbatch_size: int
+    fn: Callable[[Batch], PyTree], data: Batch, chunks: Chunks
 ) -> PyTree:
     """Concatenates fn(microbatch) along the leading axis; see `sum_microbatches`."""
-    chunks, rebuild, rest = _split(data, leading, microbatch_size)
-    mapped = jax.lax.map(lambda chunk: fn(rebuild(chunk)), chunks)
+    stacked, rebuild, rest = _split(data, chunks)
+    mapped = jax.lax.map(lambda part: fn(rebuild(part)), stacked)
     mapped = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), mapped)
-    if leading % microbatch_size:
+    if chunks.leading % chunks.size:
         last = fn(rebuild(rest))
         mapped = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), mapped, last)
     return mapped

@@ -8,7 +8,7 @@ with μₙ = wₙ / Σ w. A product costs one `jvp` and one `vjp` of the lineari
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypedDict, Unpack, get_args
+from typing import Literal, NamedTuple, TypedDict, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from ngd_jax import tree
 from ngd_jax.fisher import average
 from ngd_jax.fisher.linearization import (
+    Chunks,
     Linearization,
     linearize,
     map_microbatches,
@@ -39,13 +40,11 @@ from ngd_jax.types import (
 
 __all__ = [
     "Fisher",
+    "FisherOptions",
     "Kind",
-    "dense_fisher",
-    "fisher_diagonal",
-    "fisher_trace",
-    "fisher_vector_product",
+    "chunks_of",
+    "forward",
     "linearize_fisher",
-    "mean_kl",
 ]
 
 Kind = Literal["exact", "sampled", "empirical"]
@@ -82,8 +81,8 @@ class Fisher:
         add up to one (to the weight of its block in a `Product`).
       kind: "exact", "sampled" or "empirical".
       targets: the targets of the sampled and the empirical kind, else None.
-      microbatch_size: None, or the examples held in memory at once.
-      linearization: J and Jᵀ of the whole batch; None with microbatches.
+      linearization: J and Jᵀ of the whole batch, or the microbatches from which they
+        are made anew in each product.
     """
 
     model_fn: ModelFn
@@ -94,8 +93,7 @@ class Fisher:
     measure: average.Measure
     kind: Kind
     targets: PyTree | None
-    microbatch_size: int | None
-    linearization: Linearization | None
+    linearization: Linearization | Chunks
 
     def matvec(self, vector: PyTree) -> PyTree:
         """F v, in the structure and the dtypes of `vector`.
@@ -135,23 +133,23 @@ class Fisher:
 
     def outputs_at(self, new_params: Params) -> Outputs:
         """The outputs of the model at other parameters, on the same batch."""
-        return _forward(
-            self.model_fn, new_params, self.batch, self._leading, self.microbatch_size
-        )
+        chunks = self.linearization if isinstance(self.linearization, Chunks) else None
+        return forward(self.model_fn, new_params, self.batch, chunks)
 
     def pullback(self, output_cotangents: PyTree) -> PyTree:
         """Jᵀ c, float32 or wider: a sum over the batch, neither averaged nor weighted.
 
         With c = ∂loss/∂outputs this is the gradient of the loss.
         """
-        if self.linearization is not None:
+
+        def pull(data: PyTree) -> PyTree:
+            batch, cotangents = data
+            return linearize(self.model_fn, self.params, batch).pull(cotangents)
+
+        if isinstance(self.linearization, Linearization):
             return self.linearization.pull(output_cotangents)
-        return sum_microbatches(
-            lambda data: linearize(self.model_fn, self.params, data[0]).pull(data[1]),
-            (self.batch, output_cotangents),
-            leading=self._leading,
-            microbatch_size=self.microbatch_size,
-        )
+        data = (self.batch, output_cotangents)
+        return sum_microbatches(pull, data, self.linearization)
 
     def dense(self) -> Float[Array, "P P"]:
         """F as a matrix, in the order of `jax.flatten_util.ravel_pytree(params)`."""
@@ -189,10 +187,6 @@ class Fisher:
         """The trace of F; costs what `diagonal` costs."""
         return jnp.sum(self.diagonal())
 
-    @property
-    def _leading(self) -> int | None:
-        return average.leading_size(self.likelihood, self.outputs)
-
     def _widen_vector(self, vector: PyTree) -> PyTree:
         tree.check_like(vector, self.params, name="vector", like_name="params")
         wide = tree.widen(self.params)
@@ -212,10 +206,10 @@ class Fisher:
 
     def _sum(self, fn: Callable[["_Part"], PyTree], vector: PyTree) -> PyTree:
         """`fn` of the whole batch, or its sum over microbatches."""
-        if self.linearization is not None:
+        if isinstance(self.linearization, Linearization):
             return fn(_Part(self.linearization, self.measure, self.targets, None))
+        chunks = self.linearization
         data = (self.batch, self.measure, self.targets)
-        size = {"leading": self._leading, "microbatch_size": self.microbatch_size}
 
         def tangents(data: PyTree) -> PyTree:
             return linearize(self.model_fn, self.params, data[0]).push(vector)
@@ -223,7 +217,7 @@ class Fisher:
         centers = None
         if any(term.centered for term, _ in average.terms(self.likelihood)):
             # A covariance needs the mean over the whole batch before any part of it.
-            all_tangents = map_microbatches(tangents, data, **size)
+            all_tangents = map_microbatches(tangents, data, chunks)
             centers = average.centers(self.likelihood, all_tangents, self.measure)
 
         def on_microbatch(data: PyTree) -> PyTree:
@@ -231,7 +225,7 @@ class Fisher:
             linearization = linearize(self.model_fn, self.params, batch)
             return fn(_Part(linearization, measure, targets, centers))
 
-        return sum_microbatches(on_microbatch, data, **size)
+        return sum_microbatches(on_microbatch, data, chunks)
 
 
 class _Part(NamedTuple):
@@ -316,22 +310,21 @@ def linearize_fisher(
         raise ValueError('`targets` are needed for kind="empirical", got None.')
     if kind != "exact" and any(t.centered for t, _ in average.terms(likelihood)):
         raise ValueError(
-            f'`kind` must be "exact" for {likelihood!r}, got {kind!r}: its examples are '
-            f"already draws from the model."
+            f'`kind` must be "exact" for {likelihood!r}, got {kind!r}: its examples '
+            f"are already draws from the model."
         )
     tree.check_parameters(params)
 
     shapes = jax.eval_shape(model_fn, params, batch)
-    leading = average.leading_size(likelihood, shapes)
-    microbatch_size = _check_microbatch_size(microbatch_size, leading, batch)
-    if microbatch_size is None:
+    chunks = chunks_of(likelihood, shapes, batch, microbatch_size)
+    if chunks is None:
         linearization = linearize(model_fn, params, batch)
         outputs = linearization.outputs
     else:
-        linearization = None
-        outputs = _forward(model_fn, params, batch, leading, microbatch_size)
+        linearization = chunks
+        outputs = forward(model_fn, params, batch, chunks)
     if kind == "sampled":
-        targets = likelihood.sample(key, jax.lax.stop_gradient(outputs))
+        targets = likelihood.sample(cast("KeyArray", key), outputs)
     return Fisher(
         model_fn=model_fn,
         params=params,
@@ -341,14 +334,28 @@ def linearize_fisher(
         measure=average.example_measure(likelihood, outputs, weights),
         kind=kind,
         targets=None if kind == "exact" else targets,
-        microbatch_size=microbatch_size,
         linearization=linearization,
     )
 
 
-def _check_microbatch_size(
-    microbatch_size: int | None, leading: int | None, batch: Batch
-) -> int | None:
+def chunks_of(
+    likelihood: Likelihood,
+    outputs: Outputs,
+    batch: Batch,
+    microbatch_size: int | None,
+) -> Chunks | None:
+    """How to cut `batch`; None where one microbatch holds it.
+
+    Args:
+      likelihood: says which axis of the outputs counts the examples.
+      outputs: the outputs, or their shapes and dtypes.
+      batch: what is to be cut.
+      microbatch_size: examples in a microbatch, or None.
+
+    Raises:
+      ValueError, TypeError: where `microbatch_size` cannot be used.
+    """
+    leading = average.leading_size(likelihood, outputs)
     if microbatch_size is None:
         return None
     if isinstance(microbatch_size, bool) or not isinstance(microbatch_size, int):
@@ -364,161 +371,19 @@ def _check_microbatch_size(
         raise ValueError(
             "`microbatch_size` needs outputs that share one leading axis of examples."
         )
-    if not any(jnp.shape(x)[:1] == (leading,) for x in jax.tree.leaves(batch)):
+    chunks = Chunks(leading, microbatch_size)
+    if not any(chunks.cuts(leaf) for leaf in jax.tree.leaves(batch)):
         raise ValueError(
             f"`microbatch_size` needs a leaf of `batch` to split: none has a leading "
             f"axis of length {leading}, the number of examples in the outputs."
         )
-    return microbatch_size if microbatch_size < leading else None
+    return chunks if microbatch_size < leading else None
 
 
-def _forward(
-    model_fn: ModelFn,
-    params: Params,
-    batch: Batch,
-    leading: int | None,
-    microbatch_size: int | None,
+def forward(
+    model_fn: ModelFn, params: Params, batch: Batch, chunks: Chunks | None
 ) -> Outputs:
-    if microbatch_size is None or leading is None:
+    """model_fn(params, batch), by microbatches where there are any."""
+    if chunks is None:
         return model_fn(params, batch)
-    return map_microbatches(
-        lambda part: model_fn(params, part),
-        batch,
-        leading=leading,
-        microbatch_size=microbatch_size,
-    )
-
-
-def fisher_vector_product(
-    model_fn: ModelFn,
-    params: Params,
-    batch: Batch,
-    likelihood: Likelihood,
-    vector: PyTree,
-    **options: Unpack[FisherOptions],
-) -> PyTree:
-    """F v, in the structure and the dtypes of `vector`, at 5/3 of a gradient.
-
-    For several products at the same parameters use `linearize_fisher`: its products
-    cost 4/3, because the model runs once.
-
-    Args:
-      model_fn, params, batch, likelihood: as for `linearize_fisher`.
-      vector: a tree of the structure and the shapes of `params`.
-      **options: `kind`, `key`, `targets`, `weights`, `microbatch_size`, likewise.
-
-    Example:
-      >>> import jax.numpy as jnp, ngd_jax as ngd
-      >>> model_fn = lambda params, x: x * params
-      >>> params, x = jnp.array([0.0, 0.0]), jnp.ones((4, 1))
-      >>> fisher_vector_product(
-      ...     model_fn, params, x, ngd.Categorical(), jnp.array([1.0, 0.0])
-      ... )
-      Array([ 0.25, -0.25], dtype=float32)
-    """
-    fisher = linearize_fisher(model_fn, params, batch, likelihood, **options)
-    return fisher.matvec(vector)
-
-
-def dense_fisher(
-    model_fn: ModelFn,
-    params: Params,
-    batch: Batch,
-    likelihood: Likelihood,
-    **options: Unpack[FisherOptions],
-) -> Float[Array, "P P"]:
-    """F as a matrix, in the order of `jax.flatten_util.ravel_pytree(params)`.
-
-    Costs one product for each parameter; arguments as for `linearize_fisher`.
-
-    Example:
-      >>> import jax.numpy as jnp, ngd_jax as ngd
-      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> dense_fisher(lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian())
-      Array([[ 5.,  7.],
-             [ 7., 10.]], dtype=float32)
-
-    Note:
-      With complex parameters the matrix is that of a holomorphic model.
-    """
-    return linearize_fisher(model_fn, params, batch, likelihood, **options).dense()
-
-
-def fisher_diagonal(
-    model_fn: ModelFn,
-    params: Params,
-    batch: Batch,
-    likelihood: Likelihood,
-    **options: Unpack[FisherOptions],
-) -> Float[Array, " P"]:
-    """diag(F), in the order of `jax.flatten_util.ravel_pytree(params)`.
-
-    Exact. Costs a backward pass for each output of an example, or a forward pass for
-    each parameter where the model mixes examples; see `Fisher.diagonal`. Arguments as
-    for `linearize_fisher`.
-
-    Example:
-      >>> import jax.numpy as jnp, ngd_jax as ngd
-      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> diagonal = fisher_diagonal(
-      ...     lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian()
-      ... )
-      >>> diagonal.round(4)
-      Array([ 5., 10.], dtype=float32)
-    """
-    return linearize_fisher(model_fn, params, batch, likelihood, **options).diagonal()
-
-
-def fisher_trace(
-    model_fn: ModelFn,
-    params: Params,
-    batch: Batch,
-    likelihood: Likelihood,
-    **options: Unpack[FisherOptions],
-) -> Scalar:
-    """tr(F), exact, at the cost of `fisher_diagonal`; arguments as there.
-
-    Example:
-      >>> import jax.numpy as jnp, ngd_jax as ngd
-      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> trace = fisher_trace(lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian())
-      >>> trace.round(4)
-      Array(15., dtype=float32)
-    """
-    return linearize_fisher(model_fn, params, batch, likelihood, **options).trace()
-
-
-def mean_kl(
-    model_fn: ModelFn,
-    params: Params,
-    new_params: Params,
-    batch: Batch,
-    likelihood: Likelihood,
-    *,
-    weights: PyTree | None = None,
-    microbatch_size: int | None = None,
-) -> Scalar:
-    """Σ μₙ KL(p(·|xₙ, params) ‖ p(·|xₙ, new_params)), in nats per example.
-
-    Exactly 0.0 where both parameters are the same. The converse is false: permuting
-    hidden units changes the parameters and not the outputs.
-
-    Args:
-      model_fn, params, batch, likelihood, weights, microbatch_size: as for
-        `linearize_fisher`.
-      new_params: a tree of the structure and the shapes of `params`.
-
-    Example:
-      >>> import jax.numpy as jnp, ngd_jax as ngd
-      >>> x = jnp.ones((4, 1))
-      >>> mean_kl(lambda w, x: x * w, jnp.zeros(1), jnp.ones(1), x, ngd.Gaussian())
-      Array(0.5, dtype=float32)
-    """
-    tree.check_like(new_params, params, name="new_params", like_name="params")
-    shapes = jax.eval_shape(model_fn, params, batch)
-    leading = average.leading_size(likelihood, shapes)
-    size = _check_microbatch_size(microbatch_size, leading, batch)
-    outputs = _forward(model_fn, params, batch, leading, size)
-    new_outputs = _forward(model_fn, new_params, batch, leading, size)
-    measure = average.example_measure(likelihood, outputs, weights)
-    return average.average_kl(likelihood, outputs, new_outputs, measure)
+    return map_microbatches(lambda part: model_fn(params, part), batch, chunks)

@@ -16,7 +16,12 @@ from jax.flatten_util import ravel_pytree
 
 from ngd_jax import tree
 from ngd_jax.fisher import average
-from ngd_jax.fisher.linearization import linearize, map_microbatches, sum_microbatches
+from ngd_jax.fisher.linearization import (
+    Chunks,
+    linearize,
+    map_microbatches,
+    sum_microbatches,
+)
 from ngd_jax.types import Array, PyTree
 
 if TYPE_CHECKING:
@@ -43,13 +48,15 @@ class DiagonalFromRows(NamedTuple):
 def diagonal_from_rows(fisher: "Fisher") -> DiagonalFromRows | None:
     """None where the model cannot be run on single examples, or F is a covariance."""
     leading = average.leading_size(fisher.likelihood, fisher.outputs)
-    cut = jax.tree.map(lambda x: jnp.shape(x)[:1] == (leading,), fisher.batch)
-    if leading is None or not any(jax.tree.leaves(cut)):
+    if leading is None:
+        return None
+    chunks = Chunks(leading, min(_CHUNK, leading))
+    cut = jax.tree.map(chunks.cuts, fisher.batch)
+    if not any(jax.tree.leaves(cut)):
         return None
     if any(term.centered for term, _ in average.terms(fisher.likelihood)):
         return None
     axes = jax.tree.map(lambda is_cut: 0 if is_cut else None, cut)
-    size = {"leading": leading, "microbatch_size": min(_CHUNK, leading)}
 
     def alone(example: PyTree) -> PyTree:
         return jax.tree.map(lambda x, is_cut: x[None] if is_cut else x, example, cut)
@@ -81,9 +88,9 @@ def diagonal_from_rows(fisher: "Fisher") -> DiagonalFromRows | None:
     def diagonal() -> Array:
         batched = jax.vmap(squares, in_axes=(axes, 0, 0))
         data = (fisher.batch, fisher.measure, fisher.targets)
-        return sum_microbatches(lambda part: batched(*part).sum(0), data, **size)
+        return sum_microbatches(lambda part: batched(*part).sum(0), data, chunks)
 
-    outputs = map_microbatches(outputs_alone, fisher.batch, **size)
+    outputs = map_microbatches(outputs_alone, fisher.batch, chunks)
     return DiagonalFromRows(_agree(outputs, fisher.outputs), diagonal)
 
 

@@ -122,6 +122,8 @@ def conjugate_gradient(
         return tree.pack(tree.widen(image))[0]
 
     def precondition(residual: PyTree) -> PyTree:
+        if preconditioner is None:
+            return residual
         image = preconditioner(optax.tree.cast_like(unpack(residual), rhs))
         return tree.pack(tree.widen(image))[0]
 
@@ -140,7 +142,7 @@ def conjugate_gradient(
     verifies = rtol > 0 or atol > 0
 
     def body(state: _State) -> _State:
-        z = state.r if preconditioner is None else precondition(state.r)
+        z = precondition(state.r)
         rz = state.residual**2 if preconditioner is None else tree.vdot(state.r, z)
         p = tree.axpy(rz / state.previous_rz, state.p, z)
         vector = tree.select(state.replace, state.x, p)
@@ -182,7 +184,7 @@ def conjugate_gradient(
         )
         reached = residual <= tolerance
         is_doubtful = verifies & ~state.replace & (drift > 0.1 * tolerance)
-        # The recurrence was there, the truth is not, and rounding alone accounts for it.
+        # The recurrence was there, the truth is not; rounding alone accounts for it.
         is_stuck = (
             state.replace & (state.residual <= tolerance) & (rounding > tolerance)
         )

@@ -1,7 +1,7 @@
 """What every solver takes and what every solver reports."""
 
 import enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ class SolverInfo(NamedTuple):
     status: Array
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A solver of (F + λI) d = g."""
 

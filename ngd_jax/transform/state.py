@@ -1,0 +1,134 @@
+"""What a step keeps for the next one, and what it tells about itself."""
+
+import enum
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from ngd_jax import tree
+from ngd_jax.solvers import SolverInfo
+from ngd_jax.types import Array, Params, PyTree
+
+__all__ = [
+    "NaturalGradientInfo",
+    "NaturalGradientState",
+    "StepStatus",
+    "initial_state",
+]
+
+
+class StepStatus(enum.IntEnum):
+    """What became of a step; `message` says it in words.
+
+    Example:
+      >>> StepStatus(0).name, StepStatus(1).message
+      ('TAKEN', 'Refused: the gradient is not finite.')
+    """
+
+    TAKEN = 0
+    NON_FINITE_GRADIENT = 1
+    NON_FINITE_MODEL = 2
+    NO_DIRECTION = 3
+    NON_FINITE_KL = 4
+    RADIUS_NOT_MET = 5
+    NON_FINITE_VALUE = 6
+    NO_REDUCTION = 7
+
+    @property
+    def message(self) -> str:
+        """One sentence for a person."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    StepStatus.TAKEN: "The step was taken.",
+    StepStatus.NON_FINITE_GRADIENT: "Refused: the gradient is not finite.",
+    StepStatus.NON_FINITE_MODEL: (
+        "Refused: the outputs of the model or their derivatives are not finite on this "
+        "batch."
+    ),
+    StepStatus.NO_DIRECTION: (
+        "Refused: the solver found no direction; its own status says why."
+    ),
+    StepStatus.NON_FINITE_KL: (
+        "Refused: the KL of the step is not finite. Set max_kl, or a smaller learning "
+        "rate."
+    ),
+    StepStatus.RADIUS_NOT_MET: (
+        "Refused: no step with a KL within max_kl was found in max_kl_evaluations."
+    ),
+    StepStatus.NON_FINITE_VALUE: "Refused: the loss handed in as value is not finite.",
+    StepStatus.NO_REDUCTION: (
+        "Refused by LevenbergMarquardt: the loss did not fall as foretold. The damping "
+        "has been raised."
+    ),
+}
+
+
+class NaturalGradientInfo(NamedTuple):
+    """How the last update went; nothing that the next one needs.
+
+    Get it out of any chain with `optax.tree.get(opt_state, "NaturalGradientInfo")`.
+
+    Attributes:
+      solver: `SolverInfo` of the solve.
+      predicted_kl: ½ s² dᵀFd, the KL of the step by the quadratic model, in nats.
+      measured_kl: the mean KL(θ ‖ θ + update) measured on the batch, in nats per
+        example; 0 for a refused step.
+      step_scale: s in update = -s d; 0 for a refused step.
+      damping: the λ that was used.
+      num_kl_evaluations: int32, forward passes spent on measuring KL.
+      status: int32, a `StepStatus`.
+    """
+
+    solver: SolverInfo
+    predicted_kl: Array
+    measured_kl: Array
+    step_scale: Array
+    damping: Array
+    num_kl_evaluations: Array
+    status: Array
+
+
+class NaturalGradientState(NamedTuple):
+    """What the next update needs. A refused step changes only `info` (and `damping`).
+
+    Attributes:
+      count: int32, steps taken; what schedules are evaluated at.
+      direction: the last natural direction d, float32 or wider, for momentum and warm
+        starts; zero before the first step.
+      damping: the λ of the next step under `LevenbergMarquardt`, else that of the last.
+      info: how the last update went, a `NaturalGradientInfo`.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    direction: PyTree
+    damping: Array
+    info: NaturalGradientInfo
+
+
+def initial_state(params: Params, *, damping: float) -> NaturalGradientState:
+    """The state before the first step; `params` may be without leaves."""
+    dtype = tree.accumulator_dtype(params)
+
+    # A buffer of its own for every entry: the state may be donated.
+    def number() -> Array:
+        return jnp.zeros((), dtype)
+
+    def integer() -> Array:
+        return jnp.zeros((), jnp.int32)
+
+    return NaturalGradientState(
+        count=integer(),
+        direction=tree.zeros_like_wide(params),
+        damping=jnp.full((), damping, dtype),
+        info=NaturalGradientInfo(
+            solver=SolverInfo(integer(), number(), integer()),
+            predicted_kl=number(),
+            measured_kl=number(),
+            step_scale=number(),
+            damping=number(),
+            num_kl_evaluations=integer(),
+            status=integer(),
+        ),
+    )
