@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import hydra
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
@@ -162,6 +162,8 @@ def _explain(error: Exception) -> str:
             f"`{match[1]}` is not a setting of this task and optimizer; "
             "--cfg job prints those there are."
         )
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not an override such as name=value."
     name = getattr(error, "full_key", None)
     if isinstance(error, MissingMandatoryValue):
         return f"`{name}` has no value."

@@ -7,6 +7,8 @@ any moment loses only steps that a resumed run takes again.
 """
 
 import dataclasses
+import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -102,8 +104,8 @@ def run_training(config: TrainConfig, folder: Path, console: Console) -> Result:
                 log_every=config.log_every,
             ) as screen,
         ):
-            if step:
-                screen.say(f"Continuing {folder} after step {step}.")
+            whence = f"continues after step {step}" if step else "starts"
+            screen.say(f"{title}: {whence}, in {folder}")
             for difference in differences:
                 screen.say(f"Not the environment of before: {difference}.")
             result = run.train(state, stop, checkpoints, logs, screen)
@@ -125,7 +127,7 @@ def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
     if not result.finished:
         return (
             f"Stopped after step {result.steps} of {config.steps}; to go on: "
-            f"python -m experiments.train resume={folder}"
+            f"python -m experiments.train {_quote_override(f'resume={folder}')}"
         )
     values = ", ".join(
         f"{name.replace('_', ' ').replace('train', 'training')} {_format(name, value)}"
@@ -177,13 +179,15 @@ class _Run:
         config, data = self._config, self._data["train"]
         step = saved_step = int(state.step)
         seconds, metrics = logs.seconds, {}
-        started = time.perf_counter()
-        compiled = self._train_chunk.lower(state, data, jnp.int32(0)).compile()
-        compile_seconds = time.perf_counter() - started
+        train_chunk, compile_seconds = self._train_chunk, 0.0
+        if step < config.steps:
+            started = time.perf_counter()
+            train_chunk = train_chunk.lower(state, data, jnp.int32(0)).compile()
+            compile_seconds = time.perf_counter() - started
         while step < config.steps and not stop.requested:
             num_steps = next_stop(step, config) - step
             started = time.perf_counter()
-            state, records = compiled(state, data, jnp.int32(num_steps))
+            state, records = train_chunk(state, data, jnp.int32(num_steps))
             records = jax.device_get(records)
             seconds += time.perf_counter() - started
             rows = self._rows(records, step, num_steps)
@@ -245,3 +249,10 @@ def _format(name: str, value: float | None) -> str:
     if value is None:
         return "not finite"
     return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.3g}"
+
+
+def _quote_override(override: str) -> str:
+    """Quotes an override for the shell and for Hydra where it must be."""
+    name, _, value = override.partition("=")
+    is_plain = re.fullmatch(r"[\w./+-]+", value, re.ASCII)
+    return override if is_plain else shlex.quote(f'{name}="{value}"')

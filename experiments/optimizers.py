@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import jax
 import optax
 
+import ngd_jax as ngd
 from experiments.settings import (
     AT_LEAST_ONE,
     FRACTION,
@@ -134,8 +135,6 @@ def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtra
 def _make_natural_gradient(
     config: NaturalGradientConfig, task: Task
 ) -> optax.GradientTransformationExtraArgs:
-    import ngd_jax as ngd
-
     if config.learning_rate is None and config.max_kl is None:
         raise ConfigError(
             "`optimizer.learning_rate` and `optimizer.max_kl` cannot both be null: one "

@@ -29,6 +29,7 @@ __all__ = [
     "find_run",
     "open_run",
     "read_json_lines",
+    "shorten",
     "write_config",
     "write_environment",
     "write_json",
@@ -77,13 +78,16 @@ def find_run(resume: str, runs_dir: Path) -> Path:
     return Path(resume)
 
 
-def open_run(tree: DictConfig, folder: Path, overrides: list[str]) -> TrainConfig:
+def open_run(
+    tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool = False
+) -> TrainConfig:
     """Returns the checked configuration of the run in `folder`, new or resumed.
 
     Args:
       tree: what this command line composes to.
       folder: the run folder.
       overrides: the command line's overrides, such as "optimizer.max_kl=0.1".
+      is_sweep: whether the run is one of several of this command line.
 
     Raises:
       ConfigError: a bad configuration, or overrides that do not fit the resumed run.
@@ -92,11 +96,19 @@ def open_run(tree: DictConfig, folder: Path, overrides: list[str]) -> TrainConfi
         if (folder / CONFIG_FILE).exists():
             raise ConfigError(f"{folder} holds a run already; resume={folder} goes on.")
         return read_config(tree)
+    if is_sweep:
+        raise ConfigError("`resume` continues one run: leave out --multirun.")
     recorded = OmegaConf.load(folder / CONFIG_FILE)
     assert isinstance(recorded, DictConfig)
     names = [override.lstrip("+~").partition("=")[0] for override in overrides]
     merge_resumed(recorded, tree, names)
     return read_config(recorded)
+
+
+def shorten(path: Path) -> Path:
+    """Returns `path` relative to the working directory where it lies within."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:

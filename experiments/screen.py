@@ -15,6 +15,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+import ngd_jax as ngd
+
 __all__ = ["Screen"]
 
 
@@ -41,8 +43,8 @@ COLUMNS = (
     Column("CG", "solver_steps", "d"),
     Column("search", "linesearch_steps", "d"),
     Column("damping", "damping", ".2e"),
-    Column("all: loss", "train_loss", ".2e"),
-    Column("test", "test_accuracy", ".1%"),
+    Column("train loss", "train_loss", ".2e"),
+    Column("test acc", "test_accuracy", ".1%"),
 )
 EVALUATIONS = ("train_loss", "test_accuracy")
 MIN_WIDTH = 8
@@ -133,7 +135,8 @@ class Screen:
         cells = (
             f"{_cell(column, record):>{_width(column)}}" for column in self._columns
         )
-        trouble = "  not finite, step refused" if record.get("status") else ""
+        status = record.get("status")
+        trouble = f"  {ngd.StepStatus(status).message}" if status else ""
         self.say(" ".join(cells).rstrip() + trouble)
 
     def show_progress(self, record: dict[str, Any]) -> None:

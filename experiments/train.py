@@ -16,28 +16,27 @@ from rich.console import Console
 
 from experiments.config import CONFIG_DIR, describe_error
 from experiments.loop import describe_result, run_training
-from experiments.run_folder import choose_folder, open_run
+from experiments.run_folder import choose_folder, open_run, shorten
 from experiments.settings import ConfigError
 
-EXIT_BAD_CONFIG, EXIT_INTERRUPTED = 2, 130
+EXIT_INTERRUPTED = 130
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def train_one(tree: DictConfig) -> None:
     """Trains the network that the composed configuration `tree` describes."""
     hydra_config = HydraConfig.get()
-    folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
-    if tree.resume is not None and hydra_config.mode == RunMode.MULTIRUN:
-        raise ConfigError("`resume` continues one run: leave out --multirun.")
+    folder = shorten(Path(hydra_config.runtime.output_dir))
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
     try:
-        config = open_run(tree, folder, list(hydra_config.overrides.task))
+        config = open_run(tree, folder, list(hydra_config.overrides.task), is_sweep)
         result = run_training(config, folder, Console())
-    except ConfigError:
+    except ConfigError as error:
         # Hydra made the folder before anyone had looked at the configuration.
         with contextlib.suppress(OSError):
             folder.rmdir()
             folder.parent.rmdir()
-        raise
+        sys.exit(f"error: {error}")
     print(describe_result(result, config, folder))
     if not result.finished:
         sys.exit(EXIT_INTERRUPTED)
@@ -51,10 +50,9 @@ def main() -> None:
     try:
         train_one()
     except Exception as error:
-        if (line := describe_error(error)) is None:
+        if (message := describe_error(error)) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(EXIT_BAD_CONFIG)
+        sys.exit(f"error: {message}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import ngd_jax as ngd
 from experiments.batches import epoch_and_position, epoch_permutation, take_batch
 from experiments.optimizers import read_step_info
 from experiments.tasks import Task, num_examples
@@ -181,8 +182,6 @@ def _train_step(
     new_params = optax.apply_updates(params, updates)
     record = {"loss": value, **metrics, **read_step_info(opt_state)}
     if measure_kl and "measured_kl" not in record:
-        import ngd_jax as ngd
-
         record["measured_kl"] = ngd.mean_kl(
             task.model_fn, params, new_params, batch, task.likelihood
         )

@@ -18,6 +18,7 @@ import optax
 from sklearn.datasets import load_digits as load_sklearn_digits
 from sklearn.model_selection import train_test_split
 
+import ngd_jax as ngd
 from experiments.settings import AT_LEAST_ONE
 from experiments.tasks.task import PyTree, Task
 
@@ -74,8 +75,6 @@ def load_digits() -> tuple[PyTree, PyTree]:
 
 def make_digits(config: DigitsConfig) -> Task:
     """Builds the task from its settings."""
-    import ngd_jax as ngd
-
     train, test = load_digits()
     mlp = MLP((*config.hidden_sizes, NUM_CLASSES))
 
