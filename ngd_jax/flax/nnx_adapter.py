@@ -18,7 +18,7 @@ from ngd_jax.flax.calls import (
     entry_of,
     keys_of,
 )
-from ngd_jax.types import Array, Batch, ModelFn, Outputs, Params, PyTree
+from ngd_jax.types import Array, Batch, KeyArray, ModelFn, Outputs, Params, PyTree
 
 __all__ = ["nnx_model_fn"]
 
@@ -129,6 +129,7 @@ def nnx_model_fn(
     graphdef, *states = nnx.split(model, *filters, ...)
     # Copies, for the buffers of the module may be donated in training.
     captured = jax.tree.map(jnp.copy, _pure(states[-1]))
+    captured_keys = [(s.key.tag, jnp.copy(s.key.get_value())) for s in _streams(model)]
     params_like = _flat_paths(states[0])
     state_like = _flat_paths(states[1]) if len(states) == 3 else None
     if not params_like:
@@ -141,29 +142,33 @@ def nnx_model_fn(
             given = entry_of(batch, "state", "state")
             _check_paths('batch["state"]', given, state_like)
             merged.append(_pure(given))
-        # New variables, so that nothing traced gets into those of the caller.
-        module = nnx.merge(graphdef, *merged, copy=True)
-        keys = keys_of(batch, rngs)
-        if keys:
-            streams: Any = keys  # Their names; pyright thinks of the options.
-            nnx.reseed(module, policy="match_shape", **streams)
-        fixed = [s for s in _streams(module) if s.key.tag not in keys]
-        before = [stream.count.get_value() for stream in fixed]
-        if callable(method):
-            outputs = method(module, *arguments_of(batch, inputs_fn), **kwargs)
-        else:
-            bound = getattr(module, method or "__call__")
-            outputs = bound(*arguments_of(batch, inputs_fn), **kwargs)
-        for stream, count in zip(fixed, before, strict=True):
-            # Nothing can be read off a traced counter, but who draws replaces it.
-            if stream.count.get_value() is not count:
-                name = stream.key.tag
-                raise ValueError(
-                    f"The model draws from its random stream {name!r}, with the same "
-                    f"numbers in every step: name it in rngs=({name!r},) and hand a "
-                    f'key over in batch["rngs"][{name!r}], or switch dropout off with '
-                    f"model.eval() before nnx_model_fn."
-                )
+        arguments, keys = arguments_of(batch, inputs_fn), keys_of(batch, rngs)
+
+        def call(fixed_keys: list[KeyArray]) -> tuple[Outputs, list[bool]]:
+            # New variables, so that nothing traced gets into those of the caller.
+            module = nnx.merge(graphdef, *merged, copy=True)
+            if keys:
+                streams: Any = keys  # Their names; pyright thinks of the options.
+                nnx.reseed(module, policy="match_shape", **streams)
+            fixed = [s for s in _streams(module) if s.key.tag not in keys]
+            for stream, key in zip(fixed, fixed_keys, strict=True):
+                stream.key.set_value(key)
+            counts = [stream.count.get_value() for stream in fixed]
+            if callable(method):
+                outputs = method(module, *arguments, **kwargs)
+            else:
+                outputs = getattr(module, method or "__call__")(*arguments, **kwargs)
+            # A traced counter cannot be read, but who draws replaces it.
+            pairs = zip(fixed, counts, strict=True)
+            return outputs, [s.count.get_value() is not count for s, count in pairs]
+
+        fixed = [(tag, key) for tag, key in captured_keys if tag not in keys]
+        outputs, drawn = call([key for _, key in fixed])
+        _check_unused(
+            lambda fixed_keys: call(fixed_keys)[0],
+            [key for _, key in fixed],
+            [tag for (tag, _), is_drawn in zip(fixed, drawn, strict=True) if is_drawn],
+        )
         return outputs
 
     return model_fn
@@ -171,6 +176,30 @@ def nnx_model_fn(
 
 def _streams(module: nnx.Module) -> list[nnx.RngStream]:
     return [n for _, n in nnx.iter_graph(module) if isinstance(n, nnx.RngStream)]
+
+
+def _check_unused(
+    call: Callable[[list[KeyArray]], Outputs], keys: list[KeyArray], drawn: list[str]
+) -> None:
+    """Raises if the outputs depend on random numbers that are the same in every step.
+
+    A module may draw and not use what it draws, as recurrent ones do to set up a carry
+    of zeros. What depends on the keys is what is batched where the keys are, and a
+    batched result cannot be returned with `out_axes=None`.
+    """
+    if not drawn:
+        return
+    several = jax.tree.map(lambda key: jnp.expand_dims(key, 0), keys)
+    try:
+        jax.eval_shape(jax.vmap(call, out_axes=None), several)
+    except ValueError as error:
+        names = tuple(sorted(set(drawn)))
+        raise ValueError(
+            f"The outputs depend on random streams whose numbers are the same in every "
+            f"step: name them in rngs={names} and hand keys over in "
+            f'batch["rngs"][{names[0]!r}], or switch dropout off with model.eval() '
+            f"before nnx_model_fn."
+        ) from error
 
 
 def _is_variable(node: Any) -> bool:
