@@ -3,18 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["plot_curves"]
 
 Records = list[dict[str, Any]]
 
-mpl.use("Agg")
-
 LIGHT, DARK, CONTRAST = "#9ecae1", "#08519c", "#d94801"
+SETS = (
+    ("{}", "-", LIGHT, "batch, before the step"),
+    ("train_{}", "o-", DARK, "training set"),
+    ("test_{}", "s-", CONTRAST, "test set"),
+)
 
 
 def plot_curves(records: Records, path: Path, title: str) -> None:
@@ -40,28 +43,22 @@ def plot_curves(records: Records, path: Path, title: str) -> None:
 
 def _draw_loss(axis: Axes, records: Records) -> None:
     axis.set(title="Loss", ylabel="mean loss per example (nats)", yscale="log")
-    axis.plot(*_curve(records, "loss"), color=LIGHT, label="batch, before the step")
-    axis.plot(
-        *_curve(records, "train_loss"), "o-", ms=4, color=DARK, label="training set"
-    )
-    axis.plot(
-        *_curve(records, "test_loss"), "s-", ms=4, color=CONTRAST, label="test set"
-    )
+    for name, style, color, label in SETS:
+        steps, values = _curve(records, name.format("loss"))
+        axis.plot(steps, _positive(values), style, ms=4, color=color, label=label)
 
 
 def _draw_accuracy(axis: Axes, records: Records) -> None:
     axis.set(title="Accuracy", ylabel="accuracy (%)")
-    for name, style, color, label in (
-        ("accuracy", "-", LIGHT, "batch, before the step"),
-        ("train_accuracy", "o-", DARK, "training set"),
-        ("test_accuracy", "s-", CONTRAST, "test set"),
-    ):
-        steps, values = _curve(records, name)
+    for name, style, color, label in SETS:
+        steps, values = _curve(records, name.format("accuracy"))
         axis.plot(steps, 100.0 * values, style, ms=4, color=color, label=label)
     _, tested = _curve(records, "test_accuracy")
     if tested.size:
         # The interesting part is near the top.
         axis.set_ylim(max(0.0, 100.0 * np.nanmin(tested) - 10.0), 101.0)
+    else:
+        _write_across(axis, "no accuracy in this task")
 
 
 def _draw_kl(axis: Axes, records: Records) -> None:
@@ -88,16 +85,22 @@ def _draw_solver(axis: Axes, records: Records) -> None:
             axis.set(title=title, ylabel=label)
             axis.step(steps, values, where="mid", color=DARK, label=label)
             axis.set_ylim(0.0, 1.25 * max(1.0, np.nanmax(values)))
+            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
             break
     else:
-        axis.set(title="Solver", yticks=[])
-        axis.text(0.5, 0.5, "no inner solver", ha="center", transform=axis.transAxes)
+        axis.set(title="Solver")
+        _write_across(axis, "no inner solver")
     steps, damping = _curve(records, "damping")
     if steps.size:
         twin = axis.twinx()
         twin.plot(steps, _positive(damping), ":", color=CONTRAST)
         twin.set_yscale("log")
         twin.set_ylabel("damping (dotted)", color=CONTRAST)
+
+
+def _write_across(axis: Axes, text: str) -> None:
+    axis.set_yticks([])
+    axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
 
 
 def _curve(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
