@@ -6,7 +6,7 @@ protocols say what a model, a matrix, a likelihood and a solver must be callable
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 
@@ -49,6 +49,7 @@ Scalar: TypeAlias = Float[Array, ""]
 ScalarOrSchedule: TypeAlias = float | Array | Callable[[Any], Any]
 
 
+@runtime_checkable
 class ModelFn(Protocol):
     """A model as the library sees it: a pure function of parameters and a batch."""
 
@@ -57,6 +58,7 @@ class ModelFn(Protocol):
         ...
 
 
+@runtime_checkable
 class MatVec(Protocol):
     """A symmetric linear operator on trees of the structure of the parameters."""
 

@@ -61,7 +61,7 @@ def dense_fisher(
     batch: Batch,
     likelihood: Likelihood,
     **options: Unpack[FisherOptions],
-) -> Float[Array, "P P"]:
+) -> Array:
     """F as a matrix, in the order of `jax.flatten_util.ravel_pytree(params)`.
 
     Costs one product for each parameter; arguments as for `linearize_fisher`.

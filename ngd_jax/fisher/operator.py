@@ -8,7 +8,7 @@ with μₙ = wₙ / Σ w. A product costs one `jvp` and one `vjp` of the lineari
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypedDict, cast, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ class Fisher:
         data = (self.batch, output_cotangents)
         return sum_microbatches(pull, data, self.linearization)
 
-    def dense(self) -> Float[Array, "P P"]:
+    def dense(self) -> Array:
         """F as a matrix, in the order of `jax.flatten_util.ravel_pytree(params)`."""
         flat, unravel = ravel_pytree(tree.widen(self.params))
         rows = jax.lax.map(
@@ -342,7 +342,7 @@ def chunks_of(
     likelihood: Likelihood,
     outputs: Outputs,
     batch: Batch,
-    microbatch_size: int | None,
+    microbatch_size: Any,
 ) -> Chunks | None:
     """How to cut `batch`; None where one microbatch holds it.
 
