@@ -128,11 +128,13 @@ def search_kl_radius(
     start, max_kl, upper = (
         jnp.asarray(x).astype(dtype) for x in (start, max_kl, upper)
     )
+    upper = jnp.minimum(upper, jnp.finfo(dtype).max)
 
     def body(state: _Search) -> _Search:
         s = state.scale
         kl = jnp.asarray(kl_fn(s)).astype(dtype)
-        kl = jnp.where(jnp.isnan(kl), jnp.inf, kl)
+        # NaN is outside; round-off below zero, and -0.0, would make the next trial NaN.
+        kl = jnp.where(kl <= 0, 0.0, jnp.where(jnp.isnan(kl), jnp.inf, kl))
         inside = kl <= max_kl
         low, low_kl = (
             jnp.where(inside, s, state.low),
