@@ -161,7 +161,7 @@ def test_second_arguments_that_do_not_fit_are_named(likelihood, method, name):
 
 
 def test_kl_function_that_returns_no_array_is_named():
-    with pytest.raises(TypeError, match="`kl` of FromKL.*one array.*got a tuple"):
+    with pytest.raises(TypeError, match=r"`kl` of FromKL.*one array.*got a tuple"):
         FromKL(lambda p, q: (p, q)).batch_shape(F(3))
 
 

@@ -79,7 +79,7 @@ def test_categorical_kl_ignores_a_constant_added_to_all_logits(rng):
     shifted = (q + np.float32(64)).astype(np.float32)
     truth = _kl_by_definition("categorical", p.astype(float), shifted.astype(float))
     # 64 + x is spaced by 8e-6: the differences themselves have three digits.
-    np.testing.assert_allclose(Categorical().kl(p, shifted), truth, rtol=1e-2)
+    np.testing.assert_allclose(Categorical().kl(p, shifted), truth, rtol=2e-2)
 
 
 @every_distribution
