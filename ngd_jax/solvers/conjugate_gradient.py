@@ -7,10 +7,10 @@ What differs from the textbook loop, and why:
 * the right-hand side is scaled to norm one first, so that nothing depends on its size
   and no test needs an absolute floor (lineax's absolute breakdown test returns NaN on
   well-conditioned systems of network size in float32);
-* the residual of the recurrence drifts away from the true one by accumulated round-off.
-  The drift is estimated as it grows, and the residual is replaced by b - A x when it
-  matters, keeping the search direction: no restart (van der Vorst and Ye 2000). A
-  replacement takes one turn of the same loop, so that A is traced and compiled once;
+* the residual of the recurrence drifts away from the true one by accumulated rounding.
+  In solves of more than 50 steps the drift is estimated as it grows, and the residual
+  is replaced by b - A x when it matters and before convergence is declared, keeping the
+  search direction: no restart (van der Vorst and Ye 2000);
 * curvature ⟨p, A p⟩ that round-off cannot tell from zero is a breakdown, relative to
   the largest curvature seen;
 * the loop ends at convergence, and an iterate that has converged is never touched by a
@@ -37,6 +37,8 @@ from ngd_jax.types import Array, ArrayLike, MatVec, PyTree
 __all__ = ["CG", "conjugate_gradient"]
 
 _RUNNING = -1
+# Shorter solves have no time to drift, and a second copy of A to compile has a price.
+_LONGEST_WITHOUT_REPLACEMENT = 50
 
 
 class _State(NamedTuple):
@@ -44,7 +46,7 @@ class _State(NamedTuple):
 
     `x_norm` bounds ‖x‖, `spread` is the largest Rayleigh quotient seen and so a lower
     bound of ‖A‖, `drift` estimates how far the recurrence's residual is from the true
-    one. `replace` asks the next turn to compute the true one.
+    one, which `is_suspect` asks to compute.
     """
 
     x: PyTree
@@ -56,7 +58,7 @@ class _State(NamedTuple):
     spread: Array
     drift: Array
     num_steps: Array
-    replace: Array
+    is_suspect: Array
     status: Array
 
 
@@ -68,21 +70,23 @@ def conjugate_gradient(
     max_steps: int,
     rtol: float = 0.0,
     atol: float = 0.0,
+    damping: ArrayLike = 0.0,
     preconditioner: MatVec | None = None,
 ) -> tuple[PyTree, SolverInfo]:
-    """Solves A x = b for a symmetric positive (semi-)definite A.
+    """Solves (A + λI) x = b for a symmetric positive (semi-)definite A.
 
-    Stops where ‖b - A x‖ ≤ max(rtol·‖b‖, atol), after `max_steps` steps, or where
-    round-off leaves nothing to gain.
+    Stops where the residual is at most max(rtol·‖b‖, atol), after `max_steps` steps, or
+    where round-off leaves nothing to gain.
 
     Args:
       matvec: v -> A v on trees of the structure and the dtypes of `rhs`.
       rhs: b, a tree of floating point arrays. Vectors are held in float32 or wider.
-      x0: a first guess; its best multiple ⟨x0, b⟩ / ⟨x0, A x0⟩ is what is started
-        from, so that a poor one is never worse than zero. Costs one product.
+      x0: a first guess; its best multiple ⟨x0, b⟩ / ⟨x0, (A + λI) x0⟩ is what is
+        started from, so that a poor one is never worse than zero. Costs one product.
       max_steps: the step budget, a Python int of at least 1.
       rtol: relative tolerance; 0 spends the whole budget.
       atol: absolute tolerance in units of `rhs`; 0 means relative only.
+      damping: λ; saves a pass over the vectors against adding it in `matvec`.
       preconditioner: v -> M⁻¹ v, symmetric positive definite.
 
     Returns:
@@ -108,7 +112,7 @@ def conjugate_gradient(
       Bounded by `lax.while_loop`: forward-mode differentiable, not reverse-mode.
     """
     _check_budget(max_steps, rtol, atol)
-    check_system(rhs, 0.0, x0)
+    check_system(rhs, damping, x0)
     tree.check_parameters(rhs, name="rhs")
     dtype = tree.accumulator_dtype(rhs)
     eps = float(jnp.finfo(dtype).eps)
@@ -116,6 +120,7 @@ def conjugate_gradient(
     b, unpack = tree.pack(tree.widen(rhs))
     zeros = optax.tree.zeros_like(b)
     start = zeros if x0 is None else tree.pack(tree.widen(x0))[0]
+    damping = jnp.asarray(damping).astype(dtype)
 
     def product(vector: PyTree) -> PyTree:
         image = matvec(optax.tree.cast_like(unpack(vector), rhs))
@@ -139,84 +144,90 @@ def conjugate_gradient(
 
     # Below ε‖b‖ the recurrence goes on shrinking, the solution no longer improves.
     tolerance = jnp.maximum(max(rtol, eps) * b_norm, atol / unit).astype(dtype)
-    verifies = rtol > 0 or atol > 0
+    replaces = max_steps > _LONGEST_WITHOUT_REPLACEMENT
+    verifies = replaces and (rtol > 0 or atol > 0)
 
-    def body(state: _State) -> _State:
+    def step(state: _State) -> _State:
         z = precondition(state.r)
         rz = state.residual**2 if preconditioner is None else tree.vdot(state.r, z)
         p = tree.axpy(rz / state.previous_rz, state.p, z)
-        vector = tree.select(state.replace, state.x, p)
-        image = product(vector)
-        curvature = tree.vdot(vector, image)
-        length_squared = tree.vdot(vector, vector)
-        length = jnp.sqrt(length_squared)
+        image = product(p)
+        length_squared = tree.vdot(p, p)
+        curvature = tree.vdot(p, image) + damping * length_squared
 
-        # Either a step along p, or r = b - s A x with s = 1 but for the first guess.
-        alpha = jnp.where(state.replace, 0.0, rz / curvature)
-        factor = jnp.ones((), dtype)
-        if x0 is not None:
-            multiple = jnp.where(curvature > 0, tree.vdot(vector, b) / curvature, 0.0)
-            is_guess = state.replace & (state.num_steps == 0)
-            factor = jnp.where(is_guess, multiple, 1.0)
-        x = tree.axpy(alpha, p, tree.scale(factor, state.x))
-        r = tree.axpy(
-            jnp.where(state.replace, -factor, -alpha),
-            image,
-            tree.select(state.replace, b, state.r),
-        )
-        residual = jnp.sqrt(tree.vdot(r, r))
-
-        # curvature / length² is a Rayleigh quotient, so at most ‖A‖.
-        is_sound = (curvature > eps * state.spread * length_squared) & (rz > 0)
-        finite = jnp.isfinite(curvature) & jnp.isfinite(residual)
-        failed = ~finite | ~(is_sound | state.replace)
-        quotient = curvature / jnp.where(length_squared > 0, length_squared, 1.0)
-        spread = jnp.maximum(state.spread, quotient)
+        finite = jnp.isfinite(curvature)
+        failed = ~((curvature > eps * state.spread * length_squared) & (rz > 0))
+        failed |= ~finite
+        alpha = jnp.where(failed, 0.0, rz / curvature)
+        x = tree.axpy(alpha, p, state.x)
+        r = tree.axpy(-alpha, image, tree.axpy(-alpha * damping, p, state.r))
+        residual = jnp.where(failed, state.residual, jnp.sqrt(tree.vdot(r, r)))
 
         # The estimate of van der Vorst and Ye: each update of r rounds at this size.
-        x_norm = jnp.where(
-            state.replace, jnp.abs(factor), jnp.abs(alpha)
-        ) * length + jnp.where(state.replace, 0.0, state.x_norm)
-        rounding = eps * (spread * x_norm + residual)
-        drift = jnp.where(state.replace, 0.0, state.drift) + rounding
+        # curvature / length² is a Rayleigh quotient, so at most ‖A + λI‖.
+        spread = jnp.maximum(state.spread, curvature / length_squared)
+        x_norm = state.x_norm + alpha * jnp.sqrt(length_squared)
+        drift = state.drift + eps * (spread * x_norm + residual)
         has_drifted = (drift > eps**0.5 * residual) & (
             state.drift <= eps**0.5 * state.residual
         )
         reached = residual <= tolerance
-        is_doubtful = verifies & ~state.replace & (drift > 0.1 * tolerance)
-        # The recurrence was there, the truth is not; rounding alone accounts for it.
-        is_stuck = (
-            state.replace & (state.residual <= tolerance) & (rounding > tolerance)
-        )
+        is_doubtful = reached & verifies & (drift > 0.1 * tolerance)
         status = jnp.select(
-            [~finite, failed, reached & ~is_doubtful, is_stuck],
-            [
-                SolverStatus.NON_FINITE,
-                SolverStatus.BREAKDOWN,
-                SolverStatus.CONVERGED,
-                SolverStatus.STAGNATED,
-            ],
+            [~finite, failed, reached & ~is_doubtful],
+            [SolverStatus.NON_FINITE, SolverStatus.BREAKDOWN, SolverStatus.CONVERGED],
             _RUNNING,
         )
         return _State(
-            x=tree.select(failed, state.x, x),
+            x=x,
             r=r,
-            p=tree.select(state.replace, state.p, p),
-            previous_rz=jnp.where(state.replace, state.previous_rz, rz),
-            residual=jnp.where(failed, state.residual, residual),
-            x_norm=jnp.where(failed, state.x_norm, x_norm),
+            p=p,
+            previous_rz=rz,
+            residual=residual,
+            x_norm=x_norm,
             spread=spread,
             drift=drift,
-            num_steps=state.num_steps
-            + jnp.where(state.replace | failed, 0, 1).astype(jnp.int32),
-            replace=~state.replace & (has_drifted | (reached & is_doubtful)),
+            num_steps=state.num_steps + jnp.where(failed, 0, 1).astype(jnp.int32),
+            is_suspect=replaces & (has_drifted | is_doubtful) & ~failed,
             status=status.astype(jnp.int32),
         )
 
-    def running(state: _State) -> Array:
-        return (state.status == _RUNNING) & (
-            (state.num_steps < max_steps) | state.replace
+    def replace_residual(state: _State) -> _State:
+        """Sets r = b - A x; before the first step, with the best multiple of x."""
+        image = tree.axpy(damping, state.x, product(state.x))
+        curvature = tree.vdot(state.x, image)
+        multiple = jnp.where(curvature > 0, tree.vdot(state.x, b) / curvature, 0.0)
+        factor = jnp.where(state.num_steps == 0, multiple, 1.0)
+        finite = jnp.isfinite(curvature) & jnp.isfinite(factor)
+        factor = jnp.where(finite, factor, 0.0)
+        x = tree.scale(factor, state.x)
+        r = tree.axpy(-factor, image, b)
+        residual = jnp.sqrt(tree.vdot(r, r))
+        x_norm = jnp.sqrt(tree.vdot(x, x))
+        rounding = eps * (state.spread * x_norm + residual)
+        # The recurrence was there, the truth is not; rounding alone accounts for it.
+        is_stuck = (state.residual <= tolerance) & (rounding > tolerance)
+        status = jnp.select(
+            [~finite, residual <= tolerance, is_stuck],
+            [SolverStatus.NON_FINITE, SolverStatus.CONVERGED, SolverStatus.STAGNATED],
+            _RUNNING,
         )
+        return state._replace(
+            x=x,
+            r=r,
+            residual=jnp.where(finite, residual, b_norm),
+            x_norm=x_norm,
+            drift=rounding,
+            is_suspect=jnp.asarray(False),
+            status=status.astype(jnp.int32),
+        )
+
+    def is_running(state: _State) -> Array:
+        in_budget = state.num_steps < max_steps
+        return (state.status == _RUNNING) & in_budget & ~state.is_suspect
+
+    def iterate(state: _State) -> _State:
+        return jax.lax.while_loop(is_running, step, state)
 
     is_solved = largest == 0
     if x0 is None:
@@ -237,17 +248,25 @@ def conjugate_gradient(
         spread=zero,
         drift=zero,
         num_steps=jnp.zeros((), jnp.int32),
-        replace=jnp.asarray(x0 is not None),
+        is_suspect=jnp.asarray(replaces),
         status=status.astype(jnp.int32),
     )
-    state = jax.lax.while_loop(running, body, state)
+    if replaces:
+        state = jax.lax.while_loop(
+            lambda state: (state.status == _RUNNING) & state.is_suspect,
+            lambda state: iterate(replace_residual(state)),
+            state,
+        )
+    elif x0 is None:
+        state = iterate(state)
+    else:
+        state = jax.lax.cond(
+            state.status == _RUNNING, replace_residual, lambda state: state, state
+        )
+        state = iterate(state)
 
     # Entries are at most x_norm, so this also says that none has overflowed.
     is_sound = finite & jnp.isfinite(state.x_norm * unit)
-    if x0 is not None:
-        # A first guess whose own product is not finite is no solution.
-        has_moved = (state.status != SolverStatus.NON_FINITE) | (state.num_steps > 0)
-        is_sound &= has_moved
     solution = unpack(tree.select(is_sound, tree.scale(unit, state.x), zeros))
     relative = state.residual / jnp.where(b_norm > 0, b_norm, 1.0)
     status = jnp.where(state.status == _RUNNING, SolverStatus.MAX_STEPS, state.status)
@@ -319,10 +338,11 @@ class CG:
         check_system(rhs, damping, x0)
         precondition = self.preconditioner and self.preconditioner(fisher, damping)
         return conjugate_gradient(
-            lambda v: tree.axpy(damping, v, fisher.matvec(v)),
+            fisher.matvec,
             rhs,
             x0=x0,
             max_steps=self.max_steps,
             rtol=self.rtol,
+            damping=damping,
             preconditioner=precondition,
         )

@@ -1,0 +1,1 @@
+"""What the benchmark is made of: fair clocks, the functions that are timed, tables."""

@@ -1,0 +1,203 @@
+"""The benchmark's figures, measured and written as Markdown."""
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import optax
+
+import ngd_jax as ngd
+from experiments.measure.clocks import (
+    compile_seconds,
+    import_seconds,
+    interleaved_seconds,
+    operation_count,
+)
+from experiments.measure.contestants import (
+    Problem,
+    count_parameters,
+    make_problem,
+    products,
+    train_step,
+)
+
+__all__ = [
+    "Figure",
+    "measure_network",
+    "measure_setup",
+    "network_name",
+    "write_markdown",
+]
+
+
+class Figure(NamedTuple):
+    """One row: what was measured, what came out, and what it should stay within.
+
+    Attributes:
+      name: what, in words with its unit.
+      value: the figure.
+      goal: the largest value aimed at; None where there is none.
+    """
+
+    name: str
+    value: float
+    goal: float | None = None
+
+
+def measure_network(
+    widths: Sequence[int], *, batch_size: int, cg_steps: int, repeats: int
+) -> list[Figure]:
+    """Prices of products and steps on one network, in gradients."""
+    problem = make_problem(widths, batch_size)
+    return [
+        *_count_operations(problem),
+        *_time_products(problem, cg_steps=cg_steps, repeats=repeats),
+        *_time_step(problem, cg_steps=cg_steps, repeats=repeats),
+    ]
+
+
+def _count_operations(problem: Problem) -> list[Figure]:
+    args = (problem.params, problem.batch, problem.vector)
+    gradient = operation_count(jax.value_and_grad(problem.loss_fn), *args[:2])
+    once, twice = (operation_count(products(problem, k), *args) for k in (1, 2))
+    return [
+        Figure("a lone product, operations / gradient", once / gradient, 1.67),
+        Figure("a further product, operations / gradient", (twice - once) / gradient),
+    ]
+
+
+def _time_products(problem: Problem, *, cg_steps: int, repeats: int) -> list[Figure]:
+    args = (problem.params, problem.batch)
+    gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
+    alone = jax.jit(products(problem, 1))
+
+    def solve(steps: int):
+        solver = ngd.CG(max_steps=steps, rtol=0.0)
+
+        @jax.jit
+        def run(params, batch, vector):
+            fisher = ngd.linearize_fisher(
+                problem.model_fn, params, batch, ngd.Categorical()
+            )
+            return solver(fisher, vector, damping=1e-3)
+
+        return run
+
+    short, long = solve(cg_steps), solve(3 * cg_steps)
+    _, right_side = gradient(*args)
+    for run, steps in ((short, cg_steps), (long, 3 * cg_steps)):
+        taken = int(run(*args, right_side)[1].num_steps)
+        if taken != steps:
+            raise RuntimeError(f"{taken} CG steps were taken where {steps} were timed")
+    seconds = interleaved_seconds(
+        [
+            lambda: gradient(*args),
+            lambda: alone(*args, problem.vector),
+            lambda: short(*args, right_side),
+            lambda: long(*args, right_side),
+        ],
+        repeats=repeats,
+    )
+    further = (seconds[3] - seconds[2]) / (2 * cg_steps)
+    return [
+        Figure("one gradient, CPU ms", 1e3 * seconds[0]),
+        Figure("a lone product, time / gradient", seconds[1] / seconds[0], 1.6),
+        Figure("a further CG step, time / gradient", further / seconds[0], 1.3),
+    ]
+
+
+def _time_step(problem: Problem, *, cg_steps: int, repeats: int) -> list[Figure]:
+    gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
+    tx = ngd.natural_gradient(
+        None,
+        problem.model_fn,
+        ngd.Categorical(),
+        max_kl=1e-2,
+        solver=ngd.CG(max_steps=cg_steps, rtol=0.0),
+    )
+    step, opt_state = train_step(problem, tx)
+    step = jax.jit(step)
+    args = (problem.params, opt_state, problem.batch)
+    info = optax.tree.get(step(*args)[1], "NaturalGradientInfo")
+    if int(info.status) != ngd.StepStatus.TAKEN:
+        raise RuntimeError(ngd.StepStatus(int(info.status)).message)
+    seconds = interleaved_seconds(
+        [lambda: gradient(problem.params, problem.batch), lambda: step(*args)],
+        repeats=repeats,
+    )
+    return [
+        Figure(
+            f"a whole step to the radius, {cg_steps} CG steps, time / gradient",
+            seconds[1] / seconds[0],
+            18.0,
+        ),
+        Figure("forward passes for the measured KL", float(info.num_kl_evaluations)),
+    ]
+
+
+def measure_setup(
+    widths: Sequence[int], *, batch_size: int, compile_repeats: int, import_repeats: int
+) -> list[Figure]:
+    """Prices paid once: compilation against Adam's, and the import."""
+    problem = make_problem(widths, batch_size)
+
+    def contestant(tx: optax.GradientTransformation):
+        def make():
+            step, opt_state = train_step(problem, tx)
+            return step, (problem.params, opt_state, problem.batch)
+
+        return make
+
+    natural = ngd.natural_gradient(
+        1.0, problem.model_fn, ngd.Categorical(), max_kl=1e-2
+    )
+    seconds = compile_seconds(
+        [contestant(optax.adam(1e-3)), contestant(natural)], repeats=compile_repeats
+    )
+    added = import_seconds("ngd_jax", after=("jax", "optax"), repeats=import_repeats)
+    return [
+        Figure("compiling Adam's training step, CPU s", seconds[0]),
+        Figure("compiling ours, times Adam's", seconds[1] / seconds[0], 2.5),
+        Figure("import ngd_jax after jax and optax, CPU s", added, 0.15),
+    ]
+
+
+def write_markdown(columns: dict[str, list[Figure]], setup: list[Figure]) -> str:
+    """Tables of figures, one column for each network, with versions and device."""
+    names = [figure.name for figure in next(iter(columns.values()))]
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")
+    }
+    where = ", ".join(f"{name} {version}" for name, version in versions.items())
+    where += f", ngd_jax {ngd.__version__}, Python {platform.python_version()}; "
+    where += f"{jax.devices()[0].device_kind}, one thread, float32; "
+    lines = [
+        where + "medians of interleaved CPU times.",
+        "",
+        "| | " + " | ".join(columns) + " | goal |",
+        "|---|" + "---|" * (len(columns) + 1),
+    ]
+    for index, name in enumerate(names):
+        row = [figures[index] for figures in columns.values()]
+        cells = " | ".join(_cell(figure) for figure in row)
+        lines.append(f"| {name} | {cells} | {_goal(row[0])} |")
+    lines += ["", "| once | | goal |", "|---|---|---|"]
+    lines += [f"| {f.name} | {_cell(f)} | {_goal(f)} |" for f in setup]
+    return "\n".join(lines) + "\n"
+
+
+def network_name(widths: Sequence[int], batch_size: int) -> str:
+    """What heads a column: the widths and the number of parameters."""
+    count = count_parameters(make_problem(widths, batch_size))
+    return f"{'-'.join(map(str, widths))} ({count:,} parameters)"
+
+
+def _cell(figure: Figure) -> str:
+    missed = figure.goal is not None and figure.value > figure.goal
+    return f"{figure.value:.3g}" + (" (missed)" if missed else "")
+
+
+def _goal(figure: Figure) -> str:
+    return "" if figure.goal is None else f"≤ {figure.goal:g}"
