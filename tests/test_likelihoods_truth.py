@@ -35,8 +35,9 @@ def precision(request):
 def dense(likelihood, outputs):
     """H of every example, [N, D, D], from the products with unit vectors."""
     size = outputs.shape[-1]
+    product_fn = jax.jit(likelihood.fisher_vp)
     columns = [
-        likelihood.fisher_vp(outputs, jnp.broadcast_to(unit, outputs.shape))
+        product_fn(outputs, jnp.broadcast_to(unit, outputs.shape))
         for unit in jnp.eye(size, dtype=outputs.dtype)
     ]
     return np.stack(columns, axis=-1)
@@ -45,8 +46,9 @@ def dense(likelihood, outputs):
 def dense_root(likelihood, outputs):
     """B of every example, from the products with unit vectors."""
     size = outputs.shape[-1]
+    product_fn = jax.jit(likelihood.sqrt_fisher_vp)
     columns = [
-        likelihood.sqrt_fisher_vp(outputs, jnp.broadcast_to(unit, outputs.shape))
+        product_fn(outputs, jnp.broadcast_to(unit, outputs.shape))
         for unit in jnp.eye(size, dtype=outputs.dtype)
     ]
     return np.stack(columns, axis=-1)
@@ -55,13 +57,18 @@ def dense_root(likelihood, outputs):
 def enumerated(likelihood, outputs, outcomes):
     """E[score scoreᵀ] and E[score], summed over all outcomes, for every example."""
     fisher, mean, total = 0, 0, 0
+
+    @jax.jit
+    def probability_and_score(targets):
+        log_prob = likelihood.log_prob(outputs, targets)
+        score = jax.grad(lambda z: likelihood.log_prob(z, targets).sum())(outputs)
+        return jnp.exp(log_prob), score
+
     for outcome in outcomes:
         targets = jnp.broadcast_to(
             jnp.asarray(outcome), (len(outputs), *np.shape(outcome))
         )
-        p = np.exp(np.asarray(likelihood.log_prob(outputs, targets), float))
-        score = jax.grad(lambda z, y=targets: likelihood.log_prob(z, y).sum())(outputs)
-        score = np.asarray(score, float)
+        p, score = (np.asarray(x, float) for x in probability_and_score(targets))
         fisher += p[:, None, None] * score[:, :, None] * score[:, None, :]
         mean += p[:, None] * score
         total += p
@@ -77,7 +84,7 @@ def test_categorical_log_prob_equals_scipy(precision, rng):
     )
     outputs = jnp.asarray(logits)
     for dtype in ("int8", "uint8", "int32", "uint32"):
-        value = Categorical().log_prob(outputs, jnp.asarray(labels, dtype))
+        value = jax.jit(Categorical().log_prob)(outputs, jnp.asarray(labels, dtype))
         np.testing.assert_allclose(value, truth, rtol=precision, atol=precision)
     for dtype in ("int32", "float32", "bool"):
         one_hot = jnp.asarray(np.eye(4)[labels], dtype)
@@ -96,7 +103,7 @@ def test_categorical_kl_equals_the_definition(precision, rng):
     a, b = rng.normal(size=(2, 50, 6)) * rng.choice([0.1, 1, 10], size=(50, 1))
     p, q = scipy.special.softmax(a, axis=-1), scipy.special.softmax(b, axis=-1)
     truth = scipy.special.rel_entr(p, q).sum(-1)
-    value = Categorical().kl(jnp.asarray(a), jnp.asarray(b))
+    value = jax.jit(Categorical().kl)(jnp.asarray(a), jnp.asarray(b))
     np.testing.assert_allclose(value, truth, rtol=5 * precision)
 
 
@@ -133,7 +140,7 @@ def test_bernoulli_kl_equals_the_definition(precision, rng):
     p, q = scipy.special.expit([a, b])
     no_p, no_q = scipy.special.expit([-a, -b])
     terms = scipy.special.rel_entr(p, q) + scipy.special.rel_entr(no_p, no_q)
-    value = Bernoulli().kl(jnp.asarray(a), jnp.asarray(b))
+    value = jax.jit(Bernoulli().kl)(jnp.asarray(a), jnp.asarray(b))
     np.testing.assert_allclose(value, terms.sum(-1), rtol=10 * precision, atol=1e-15)
 
 
@@ -144,7 +151,9 @@ def test_bernoulli_is_the_categorical_of_two_classes(precision, rng):
         return jnp.concatenate([z, jnp.zeros_like(z)], axis=-1)
 
     np.testing.assert_allclose(
-        Bernoulli().kl(a, b), Categorical().kl(two(a), two(b)), rtol=precision
+        jax.jit(Bernoulli().kl)(a, b),
+        jax.jit(Categorical().kl)(two(a), two(b)),
+        rtol=precision,
     )
     np.testing.assert_allclose(
         Bernoulli().fisher_vp(a, t)[..., 0],
@@ -186,7 +195,9 @@ def test_diagonal_gaussian_equals_scipy_and_the_definition(precision, rng):
     truth = np.sum(
         l_q - l_p + (variance_p + (mean_p - mean_q) ** 2) / (2 * variance_q) - 0.5, -1
     )
-    np.testing.assert_allclose(DiagonalGaussian().kl(p, q), truth, rtol=10 * precision)
+    np.testing.assert_allclose(
+        jax.jit(DiagonalGaussian().kl)(p, q), truth, rtol=10 * precision
+    )
     product = DiagonalGaussian().fisher_vp(p, q)
     np.testing.assert_allclose(
         product["mean"], mean_q / variance_p, rtol=10 * precision
@@ -201,7 +212,7 @@ def test_poisson_equals_scipy_and_the_definition(precision, rng):
     value = Poisson().log_prob(jnp.asarray(a), jnp.asarray(y))
     np.testing.assert_allclose(value, truth, rtol=10 * precision)
     truth = (np.exp(b) - np.exp(a) + np.exp(a) * (a - b)).sum(-1)
-    kl = Poisson().kl(jnp.asarray(a), jnp.asarray(b))
+    kl = jax.jit(Poisson().kl)(jnp.asarray(a), jnp.asarray(b))
     np.testing.assert_allclose(kl, truth, rtol=10 * precision)
 
 
@@ -374,7 +385,7 @@ def test_log_density_kl_averages_to_the_kl_on_the_samples(precision, rng):
     log_q = rng.normal(size=40) * 2
     q = scipy.special.softmax(log_q)
     truth = scipy.special.rel_entr(np.full(40, 1 / 40), q).sum()
-    terms = LogDensity().kl(jnp.zeros(40), jnp.asarray(log_q))
+    terms = jax.jit(LogDensity().kl)(jnp.zeros(40), jnp.asarray(log_q))
     assert (np.asarray(terms) >= 0).all()
     assert float(np.mean(terms)) == pytest.approx(truth, rel=10 * precision)
 
