@@ -1,0 +1,362 @@
+"""Everything that Optax promises of a transformation, or refuses in words."""
+
+import functools
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import ngd_jax as ngd
+from tests.test_transform import flat, loss_fn, make_problem, model_fn
+
+PARAMS, BATCH = make_problem()
+GRADS = jax.grad(loss_fn)(PARAMS, BATCH)
+STATIC = (
+    "model_fn",
+    "likelihood",
+    "solver",
+    "kind",
+    "warm_start",
+    "weights_fn",
+    "targets_fn",
+    "output_loss_fn",
+    "microbatch_size",
+    "max_kl_evaluations",
+    "key",
+)
+
+
+def make_tx(learning_rate=None, *, max_kl=1e-2, **options):
+    options = {"solver": ngd.CG(5)} | options
+    return ngd.natural_gradient(
+        learning_rate, model_fn, ngd.Categorical(), max_kl=max_kl, **options
+    )
+
+
+TX = make_tx()
+UPDATE = jax.jit(TX.update)
+
+
+@functools.cache
+def plain_step():
+    return UPDATE(GRADS, TX.init(PARAMS), PARAMS, batch=BATCH)
+
+
+def info_of(state):
+    return optax.tree.get(state, "NaturalGradientInfo")
+
+
+def assert_same(actual, expected, rtol=0.0, atol=0.0):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol, atol), actual, expected
+    )
+
+
+# --- Shapes and dtypes.
+
+
+def test_updates_and_state_keep_structure_shapes_and_dtypes():
+    updates, state = plain_step()
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, TX.init(PARAMS))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_narrow_parameters_keep_their_dtype_and_directions_are_wide(mixed):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    if mixed:
+        params["out"] = PARAMS["out"]
+    grads = jax.grad(loss_fn)(params, BATCH)
+    state = TX.init(params)
+    updates, new_state = UPDATE(grads, state, params, batch=BATCH)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    assert {x.dtype for x in jax.tree.leaves(new_state.direction)} == {
+        np.dtype(np.float32)
+    }
+    expected = flat(plain_step()[0])
+    cosine = flat(updates) @ expected / np.linalg.norm(flat(updates))
+    assert cosine / np.linalg.norm(expected) > 0.98
+
+
+def test_float64_is_kept_throughout(x64):
+    params, batch = make_problem(dtype=jnp.float64)
+    state = TX.init(params)
+    grads = jax.grad(lambda p: jnp.mean(model_fn(p, batch) ** 2))(params)
+    updates, new_state = jax.jit(TX.update)(grads, state, params, batch=batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    assert new_state.info.measured_kl.dtype == np.float64
+
+
+def test_jit_equals_eager():
+    updates, state = TX.update(GRADS, TX.init(PARAMS), PARAMS, batch=BATCH)
+    assert_same((updates, state), plain_step(), rtol=1e-3, atol=1e-5)
+
+
+def test_update_leaves_its_arguments_alone():
+    assert_same(plain_step(), UPDATE(GRADS, TX.init(PARAMS), PARAMS, batch=BATCH))
+
+
+# --- Extra arguments and chains.
+
+
+def test_unknown_extra_arguments_are_ignored():
+    actual = UPDATE(
+        GRADS, TX.init(PARAMS), PARAMS, batch=BATCH, value=1.0, grad=GRADS, unknown=3
+    )
+    assert_same(actual, plain_step())
+
+
+CHAINS = {
+    "chain": lambda: optax.chain(TX, optax.scale(0.5)),
+    "named chain": lambda: optax.named_chain(("ngd", TX), ("scale", optax.scale(0.5))),
+    "nested chain": lambda: optax.chain(optax.chain(TX), optax.scale(0.5)),
+    "apply if finite": lambda: optax.apply_if_finite(
+        optax.chain(TX, optax.scale(0.5)), 3
+    ),
+    "flattened state": lambda: optax.chain(
+        optax.clip_by_global_norm(1e9), TX, optax.scale(0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_info_is_found_in_every_chain(name):
+    tx = CHAINS[name]()
+    updates, state = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH)
+    expected, expected_state = plain_step()
+    halved = jax.tree.map(lambda x: 0.5 * x, expected)
+    assert_same(updates, halved, rtol=1e-3, atol=1e-6)
+    assert_same(info_of(state), expected_state.info, rtol=1e-3, atol=1e-6)
+
+
+def test_decay_and_clipping_around_it_act_on_its_updates():
+    tx = optax.chain(
+        TX,
+        optax.add_decayed_weights(-0.1, mask=lambda p: jax.tree.map(jnp.ndim, p)),
+        optax.clip_by_global_norm(0.05),
+    )
+    updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH)
+    expected = jax.tree.map(
+        lambda u, p: u - 0.1 * p if p.ndim else u, plain_step()[0], PARAMS
+    )
+    norm = np.linalg.norm(flat(expected))
+    assert norm > 0.05
+    np.testing.assert_allclose(
+        flat(updates), flat(expected) * 0.05 / norm, rtol=1e-3, atol=1e-6
+    )
+
+
+LINE_SEARCHES = {
+    "backtracking": optax.scale_by_backtracking_linesearch(10),
+    "zoom": optax.scale_by_zoom_linesearch(10),
+}
+
+
+@pytest.mark.parametrize("name", LINE_SEARCHES)
+def test_line_searches_behind_it_see_the_batch_and_reduce_the_loss(name):
+    tx = optax.chain(make_tx(1.0, max_kl=0.5), LINE_SEARCHES[name])
+
+    @jax.jit
+    def step(params, state):
+        value, grad = jax.value_and_grad(loss_fn)(params, BATCH)
+        updates, state = tx.update(
+            grad,
+            state,
+            params,
+            batch=BATCH,
+            value=value,
+            grad=grad,
+            value_fn=loss_fn,
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    carry, values = (PARAMS, tx.init(PARAMS)), []
+    for _ in range(4):
+        *carry, value = step(*carry)
+        values.append(float(value))
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < values[0]
+
+
+def test_hyperparameters_can_be_read_and_changed():
+    tx = optax.inject_hyperparams(ngd.natural_gradient, static_args=STATIC)(
+        learning_rate=lambda count: 0.1 / (1 + count),
+        model_fn=model_fn,
+        likelihood=ngd.Categorical(),
+        max_kl=1.0,
+        damping=1e-3,
+        solver=ngd.CG(5),
+    )
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    for expected in (0.1, 0.05):
+        _, state = update(GRADS, state, PARAMS, batch=BATCH)
+        np.testing.assert_allclose(state.hyperparams["learning_rate"], expected)
+        np.testing.assert_allclose(info_of(state).step_scale, expected)
+        np.testing.assert_allclose(info_of(state).damping, 1e-3)
+    state.hyperparams["damping"] = jnp.float32(0.5)
+    state.hyperparams["max_kl"] = jnp.float32(1e-6)
+    _, state = update(GRADS, state, PARAMS, batch=BATCH)
+    assert info_of(state).damping == 0.5
+    assert 0 < info_of(state).measured_kl <= 1e-6
+    assert update._cache_size() == 1
+
+
+def test_map_params_reaches_the_directions_only():
+    state = TX.init(PARAMS)
+    mapped = optax.tree.map_params(TX, lambda x: x + 1, state)
+    assert_same(mapped.direction, jax.tree.map(jnp.ones_like, PARAMS))
+    assert_same(mapped._replace(direction=state.direction), state)
+
+
+@pytest.mark.parametrize("params", [{}, None, (), {"a": {}}])
+def test_init_survives_a_tree_without_leaves(params):
+    state = TX.init(params)
+    assert state.count == 0
+    assert not jax.tree.leaves(state.direction)
+
+
+# --- JAX transformations.
+
+
+def train_step(carry, batch):
+    params, state = carry
+    grads = jax.grad(loss_fn)(params, batch)
+    updates, state = TX.update(grads, state, params, batch=batch)
+    return (optax.apply_updates(params, updates), state), info_of(state).measured_kl
+
+
+def test_scan_over_steps_equals_single_steps():
+    start = (PARAMS, TX.init(PARAMS))
+    batches = jax.tree.map(lambda x: jnp.stack([x, x[::-1], x]), BATCH)
+    scanned, kls = jax.jit(lambda c, b: jax.lax.scan(train_step, c, b))(start, batches)
+    single, step = start, jax.jit(train_step)
+    for index in range(3):
+        single, _ = step(single, jax.tree.map(lambda x, i=index: x[i], batches))
+    assert_same(scanned[0], single[0], rtol=1e-2, atol=1e-4)
+    assert scanned[1].count == 3
+    assert kls.shape == (3,)
+    assert (kls <= 1e-2).all()
+
+
+def test_cond_takes_or_leaves_a_step():
+    @jax.jit
+    def maybe(take, state):
+        return jax.lax.cond(
+            take,
+            lambda s: TX.update(GRADS, s, PARAMS, batch=BATCH),
+            lambda s: (optax.tree.zeros_like(PARAMS), s),
+            state,
+        )
+
+    state = TX.init(PARAMS)
+    assert_same(maybe(True, state), plain_step(), rtol=1e-2, atol=1e-4)
+    assert_same(maybe(False, state)[1], state)
+
+
+def test_vmap_over_an_ensemble_equals_each_member():
+    members = [PARAMS, make_problem(seed=1)[0]]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
+
+    @jax.jit
+    @jax.vmap
+    def step(params):
+        return train_step((params, TX.init(params)), BATCH)
+
+    (params, state), _ = step(stacked)
+    assert state.count.tolist() == [1, 1]
+    single = jax.jit(train_step)
+    for index, member in enumerate(members):
+        (expected, _), _ = single((member, TX.init(member)), BATCH)
+        assert_same(
+            jax.tree.map(lambda x, i=index: x[i], params),
+            expected,
+            rtol=1e-2,
+            atol=1e-4,
+        )
+
+
+def test_donated_buffers_and_no_second_compilation():
+    @functools.partial(jax.jit, donate_argnums=0)
+    @chex.assert_max_traces(n=1)
+    def step(carry, batch):
+        return train_step(carry, batch)[0]
+
+    carry = jax.tree.map(jnp.copy, (PARAMS, TX.init(PARAMS)))
+    expected = jax.jit(train_step)(carry, BATCH)[0]
+    before = carry
+    carry = step(carry, BATCH)
+    assert_same(carry, expected)
+    assert all(x.is_deleted() for x in jax.tree.leaves(before[0]))
+    for _ in range(2):
+        carry = step(carry, BATCH)
+    assert carry[1].count == 3
+    assert step._cache_size() == 1
+
+
+# --- Checkpoints.
+
+
+def _orbax(tmp_path, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", tree)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+        return checkpointer.restore(tmp_path / "state", like)
+
+
+def _flax(_, tree):
+    data = flax.serialization.to_bytes(tree)
+    return flax.serialization.from_bytes(jax.tree.map(jnp.zeros_like, tree), data)
+
+
+@pytest.mark.parametrize("save_and_restore", [_orbax, _flax])
+def test_training_goes_on_bit_for_bit_from_a_restored_state(save_and_restore, tmp_path):
+    step = jax.jit(train_step)
+    carry, _ = step((PARAMS, TX.init(PARAMS)), BATCH)
+    restored = save_and_restore(tmp_path, carry)
+    assert_same(restored, carry)
+    assert_same(step(restored, BATCH)[0], step(carry, BATCH)[0])
+
+
+# --- What cannot work says why, and what to do instead.
+
+
+def test_masked_and_partition_are_refused_with_the_way_out():
+    mask = jax.tree.map(lambda x: x.ndim > 0, PARAMS)
+    with pytest.raises(TypeError, match=r"MaskedNode.*close `model_fn` over the rest"):
+        optax.masked(TX, mask).init(PARAMS)
+    labels = jax.tree.map(lambda x: "a" if x.ndim else "b", PARAMS)
+    tx = optax.partition({"a": TX, "b": optax.sgd(0.1)}, labels)
+    with pytest.raises(TypeError, match=r"optax\.partition"):
+        tx.init(PARAMS)
+
+
+def test_params_that_became_masked_after_init_are_refused():
+    params = {"a": jnp.ones(2), "b": optax.MaskedNode()}
+    with pytest.raises(TypeError, match="MaskedNode"):
+        TX.update(params, TX.init(PARAMS), params, batch=BATCH)
+
+
+def test_multi_steps_is_refused_with_the_way_out():
+    tx = optax.MultiSteps(optax.chain(TX), 4)
+    with pytest.raises(TypeError, match=r"MultiSteps.*`microbatch_size`"):
+        tx.init(PARAMS)
+    with pytest.raises(TypeError, match="MultiSteps"):
+        jax.jit(tx.gradient_transformation().init)(PARAMS)
+
+
+def test_reverse_mode_is_refused_in_words():
+    def after(params):
+        updates, _ = TX.update(GRADS, TX.init(params), params, batch=BATCH)
+        return loss_fn(optax.apply_updates(params, updates), BATCH)
+
+    with pytest.raises(TypeError, match=r"natural_gradient's update.*stop_gradient"):
+        jax.eval_shape(jax.grad(after), PARAMS)
