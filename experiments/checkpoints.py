@@ -11,6 +11,7 @@ from typing import Self, cast
 import jax
 import orbax.checkpoint as ocp
 
+from experiments.settings import ConfigError
 from experiments.training import TrainState
 
 __all__ = ["Checkpoints"]
@@ -54,15 +55,31 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore_latest(self, template: TrainState) -> TrainState | None:
-        """Returns the newest state that was saved, or None where there is none.
+        """Returns the newest state that can be read, or None where none was saved.
+
+        Damaged checkpoints that are newer than it are deleted.
 
         Args:
           template: a state of the same structure, shapes and dtypes, such as the one
             before the first step.
+
+        Raises:
+          ConfigError: there are checkpoints, but none holds such a state.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        return cast("TrainState", restored)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for number, step in enumerate(steps):
+            arguments = ocp.args.StandardRestore(abstract)
+            try:
+                restored = self._manager.restore(step, args=arguments)
+            except (ValueError, KeyError, OSError):
+                continue
+            for damaged in steps[:number]:
+                self._manager.delete(damaged)
+            return cast("TrainState", restored)
+        if steps:
+            raise ConfigError(
+                f"None of the checkpoints in {self._manager.directory} can be read as "
+                "a state of this run: they are damaged, or of another version."
+            )
+        return None

@@ -58,7 +58,10 @@ class RunLogs:
         self._metrics = JsonLines(folder / "metrics.jsonl", last_step)
         self._timings = JsonLines(folder / "timings.jsonl", last_step)
         self._events = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=last_step + 1 if last_step else None
+            str(folder / "tensorboard"),
+            # Tells readers to forget what an earlier file says of later steps.
+            purge_step=last_step + 1 if last_step else None,
+            filename_suffix=f".{last_step:08d}",
         )
         timings = read_json_lines(folder / "timings.jsonl")
         self.seconds: float = timings[-1]["seconds"] if timings else 0.0

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
     "choose_folder",
     "find_run",
     "open_run",
+    "plain_name",
     "read_json_lines",
     "shorten",
     "write_config",
@@ -55,6 +57,14 @@ def choose_folder(
         folder = Path(runs_dir) / f"{name}-{number}" / f"seed{seed}"
         number += 1
     return str(folder)
+
+
+def plain_name(text: str) -> str:
+    """Returns `text` with what a command line would want quoted replaced by dashes.
+
+    This is the resolver `plain_name` of `configs/train.yaml`.
+    """
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
 
 
 def find_run(resume: str, runs_dir: Path) -> Path:

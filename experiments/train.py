@@ -16,7 +16,7 @@ from rich.console import Console
 
 from experiments.config import CONFIG_DIR, describe_error
 from experiments.loop import describe_result, run_training
-from experiments.run_folder import choose_folder, open_run, shorten
+from experiments.run_folder import choose_folder, open_run, plain_name, shorten
 from experiments.settings import ConfigError
 
 EXIT_INTERRUPTED = 130
@@ -45,6 +45,7 @@ def train_one(tree: DictConfig) -> None:
 def main() -> None:
     """Runs the command line; a mistake in it ends as one line, not as a traceback."""
     OmegaConf.register_new_resolver("run_folder", choose_folder, replace=True)
+    OmegaConf.register_new_resolver("plain_name", plain_name, replace=True)
     # Hydra would print and exit by itself; we want the exception.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -95,7 +95,9 @@ def test_error_that_is_not_about_the_configuration_is_left_alone():
 
 def test_reading_what_was_read_changes_nothing():
     config = read("optimizer=lbfgs", "seed=3")
-    again = read_config(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    again = read_config(
+        OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    )
     assert dataclasses.asdict(again) == dataclasses.asdict(config)
 
 

@@ -48,5 +48,5 @@ def test_none_passes_and_every_element_of_a_list_is_checked():
 
 
 def test_message_names_the_setting_by_its_dotted_path():
-    with pytest.raises(ConfigError, match="`a.rate` must be positive and finite"):
+    with pytest.raises(ConfigError, match=r"`a\.rate` must be positive and finite"):
         check_rules(Outer(rate=-1.0, inner=Inner(sizes=[])), prefix="a.")

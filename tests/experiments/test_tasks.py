@@ -67,10 +67,10 @@ def test_model_state_reaches_the_predictions_but_not_the_training_outputs():
         name="offset",
         train={"x": jnp.ones(3)},
         test={"x": jnp.ones(3)},
-        init_fn=lambda key: ({"w": jnp.ones(())}, {"offset": jnp.ones(())}),
+        init_fn=lambda _: ({"w": jnp.ones(())}, {"offset": jnp.ones(())}),
         model_fn=lambda params, batch: params["w"] * batch["x"],
         likelihood=ngd.Gaussian(event_ndims=0),
-        output_loss_fn=lambda outputs, batch: jnp.mean(outputs),
+        output_loss_fn=lambda outputs, _: jnp.mean(outputs),
         predict_fn=lambda params, state, batch: (
             params["w"] * batch["x"] + state["offset"]
         ),

@@ -1,0 +1,207 @@
+"""The program itself: its command line, and real processes that are stopped."""
+
+import json
+import random
+import re
+import shlex
+import signal
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments import train as program
+from experiments.config import read_config
+from experiments.run_folder import read_json_lines
+from tests.experiments.helpers import (
+    SMALL,
+    assert_same_bits,
+    last_state,
+    run_program,
+    start_program,
+    wait_for,
+)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a command line in this process: exit status, standard output and error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def run(*overrides):
+        monkeypatch.setattr(sys, "argv", ["train", *overrides])
+        status = 0
+        try:
+            program.main()
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        if isinstance(status, str):  # what Python itself prints when it exits
+            return 1, out, f"{err}{status}\n"
+        return status, out, err
+
+    return run
+
+
+def run_folders(path):
+    return sorted(found.parent for found in path.glob("runs/**/config.yaml"))
+
+
+def test_one_line_trains_and_the_last_tells_the_result_and_the_folder(
+    command, tmp_path
+):
+    status, out, err = command("optimizer=sgd", *SMALL)
+    assert (status, err) == (0, "")
+    [folder] = run_folders(tmp_path)
+    last_line = out.splitlines()[-1]
+    assert last_line.endswith(str(folder.relative_to(tmp_path)))
+    result = json.loads((folder / "result.json").read_text())
+    assert f"{result['test_accuracy']:.2%}" in last_line
+    assert f"{result['train_loss']:.3g}" in last_line
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "steps=-1",
+        "optimizer.max_kl=abc",
+        "optimizer=adamm",
+        "optimizer=null",
+        "optimizer.foo=1",
+        "resume=nowhere",
+        "batch_size=100000",
+        "seed=0,1",
+        "a b",
+    ],
+)
+def test_mistake_is_one_line_and_leaves_no_folder(command, tmp_path, mistake):
+    status, out, err = command(mistake)
+    assert status not in (0, None)
+    assert out == ""
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert run_folders(tmp_path) == []
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_multirun_sweeps_over_seeds_and_radii(command, tmp_path):
+    status, _, _ = command(
+        "--multirun", *SMALL, "seed=0,1", "optimizer.max_kl=0.01,0.1", "steps=2"
+    )
+    assert status == 0
+    folders = run_folders(tmp_path)
+    assert len(folders) == 4
+    configs = [
+        read_config(OmegaConf.load(folder / "config.yaml")) for folder in folders
+    ]
+    settings = {(config.seed, config.optimizer.max_kl) for config in configs}
+    assert settings == {(0, 0.01), (0, 0.1), (1, 0.01), (1, 0.1)}
+    for config, folder in zip(configs, folders, strict=True):
+        assert f"seed-{config.seed}" in folder.name
+        records = read_json_lines(folder / "metrics.jsonl")
+        assert len(records) == 2
+        assert all(
+            record["measured_kl"] <= 1.05 * config.optimizer.max_kl
+            for record in records
+        )
+    # The names need no quotes on a command line.
+    assert command(f"resume={folders[0].relative_to(tmp_path)}")[0] == 0
+
+
+def test_resume_refuses_another_optimizer(command):
+    assert command("optimizer=sgd", *SMALL)[0] == 0
+    status, _, err = command("resume=latest", "optimizer=adam")
+    assert status == 1
+    assert "cannot change `optimizer` from sgd to adam" in err
+
+
+def test_resume_latest_goes_further(command, tmp_path):
+    assert command("optimizer=sgd", *SMALL)[0] == 0
+    assert command("resume=latest", "steps=8")[0] == 0
+    [folder] = run_folders(tmp_path)
+    assert len(read_json_lines(folder / "metrics.jsonl")) == 8
+    assert OmegaConf.load(folder / "config.yaml").steps == 8
+
+
+LONG = (
+    "optimizer=adam",
+    "task.hidden_sizes=[16]",
+    "steps=1200",
+    "steps_per_dispatch=7",
+    "eval_every=50",
+    "checkpoint_every=20",
+    "log_every=100",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    status, output = run_program(*LONG, f"hydra.run.dir={folder}")
+    assert status == 0, output
+    return folder
+
+
+def assert_same_run(folder, other):
+    config = read_config(OmegaConf.load(folder / "config.yaml"))
+    assert_same_bits(last_state(config, folder), last_state(config, other))
+    metrics, other_metrics = folder / "metrics.jsonl", other / "metrics.jsonl"
+    assert metrics.read_bytes() == other_metrics.read_bytes()
+
+
+def test_killed_process_resumes_to_the_same_bits(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = start_program(*LONG, f"hydra.run.dir={folder}")
+    wait_for(folder / "checkpoints" / "40", process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "result.json").exists()
+    status, output = run_program(f"resume={folder}")
+    assert status == 0, output
+    after = int(re.search(r"continues after step (\d+)", output)[1])
+    assert after >= 40
+    assert_same_run(folder, uninterrupted)
+
+
+def test_interrupt_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
+    folder = tmp_path / "a run, stopped"  # quoted for the shell and for Hydra
+    process = start_program(*LONG, f'hydra.run.dir="{folder}"')
+    wait_for(folder / "checkpoints" / "40", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == program.EXIT_INTERRUPTED
+    assert "Traceback" not in output
+    last_line = output.splitlines()[-1]
+    step = int(re.match(r"Stopped after step (\d+) of 1200", last_line)[1])
+    assert (folder / "checkpoints" / str(step)).is_dir()
+    assert len(read_json_lines(folder / "metrics.jsonl")) == step
+    [resume] = shlex.split(last_line.partition("experiments.train ")[2])
+    status, output = run_program(resume)
+    assert status == 0, output
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["natural_gradient", "lbfgs", "sgd"])
+def test_process_killed_again_and_again_ends_at_the_same_bits(tmp_path, optimizer):
+    settings = (f"optimizer={optimizer}", "steps=300", "checkpoint_every=10")
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    status, output = run_program(*settings, f"hydra.run.dir={whole}")
+    assert status == 0, output
+    moments = random.Random(0)
+    process = start_program(*settings, f"hydra.run.dir={folder}")
+    for _ in range(8):
+        metrics = folder / "metrics.jsonl"
+        wait_for(metrics, process)
+        size = metrics.stat().st_size
+        while metrics.stat().st_size == size and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.5))
+        process.kill()
+        process.wait()
+        process = start_program(f"resume={folder}")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_same_run(folder, whole)
