@@ -1,0 +1,70 @@
+"""Linear systems for the solvers, with the truth from NumPy in float64."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A dense matrix with the interface of a Fisher, on trees like `like`."""
+
+    matrix: Any
+    like: Any
+
+    def matvec(self, vector):
+        flat, unravel = ravel_pytree(vector)
+        return unravel((self.matrix.astype(flat.dtype) @ flat).astype(flat.dtype))
+
+    def dense(self):
+        return self.matrix
+
+    def diagonal(self):
+        return jnp.diagonal(self.matrix)
+
+
+def tree_like(vector, dtype):
+    """A vector as a tree of two leaves."""
+    vector = jnp.asarray(vector, dtype)
+    half = len(vector) // 2
+    return {"a": vector[:half], "b": [vector[half:]]}
+
+
+def spectrum(rng, eigenvalues):
+    """A random symmetric matrix with these eigenvalues, float64."""
+    size = len(eigenvalues)
+    q, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    matrix = (q * np.asarray(eigenvalues)) @ q.T
+    return (matrix + matrix.T) / 2
+
+
+def matrices(rng):
+    """Kinds of systems that every solver must solve, float64, by name."""
+    size = 12
+    low_rank = rng.normal(size=(size, 4))
+    diagonal = np.diag(np.linspace(0.5, 3.0, size))
+    return {
+        "identity": np.eye(size),
+        "diagonal": diagonal,
+        "dense": spectrum(rng, np.linspace(0.1, 2.0, size)),
+        "clustered": spectrum(rng, [1.0] * 6 + [5.0] * 6),
+        "low rank": low_rank @ low_rank.T / size,
+        "zero": np.zeros((size, size)),
+        "one-dimensional": np.array([[2.5]]),
+    }
+
+
+def flat(tree):
+    leaves = [np.asarray(x, float).ravel() for x in jax.tree.leaves(tree)]
+    return np.concatenate(leaves)
+
+
+def true_residual(matrix, damping, solution, rhs):
+    """‖g - (F + λI) d‖ / ‖g‖ in float64."""
+    d, g = flat(solution), flat(rhs)
+    residual = g - (np.asarray(matrix, float) @ d + damping * d)
+    return np.linalg.norm(residual) / np.linalg.norm(g)

@@ -1,0 +1,100 @@
+"""The public face: names, documentation, and what importing it costs."""
+
+import doctest
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+import ngd_jax as ngd
+
+
+def imported_by(statement):
+    """The top-level modules in a fresh interpreter after `statement`."""
+    program = f"""
+import json, sys
+{statement}
+print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(p for p in sys.path if p), "JAX_PLATFORMS": "cpu"},
+    )
+    return set(json.loads(result.stdout))
+
+
+def test_importing_the_library_imports_no_optional_package():
+    plain = imported_by("import jax, optax")
+    added = imported_by("import ngd_jax") - plain
+    optional = {
+        "beartype",
+        "distrax",
+        "experiments",
+        "flax",
+        "hydra",
+        "lineax",
+        "matplotlib",
+        "orbax",
+        "scipy",
+        "sklearn",
+        "tensorboardX",
+    }
+    assert "ngd_jax" in added
+    assert not added & optional
+
+
+def test_public_names_exist_once_and_are_sorted():
+    constants = [name for name in ngd.__all__ if name.isupper()]
+    classes = [n for n in ngd.__all__ if n[0].isupper() and not n.isupper()]
+    functions = [name for name in ngd.__all__ if name[0].islower()]
+    assert ngd.__all__ == sorted(constants) + sorted(classes) + sorted(functions)
+    assert len(set(ngd.__all__)) == len(ngd.__all__)
+    for name in ngd.__all__:
+        assert getattr(ngd, name) is not None
+
+
+def test_every_public_name_at_the_top_is_declared():
+    modules = {name for name, value in vars(ngd).items() if inspect.ismodule(value)}
+    names = {name for name in vars(ngd) if not name.startswith("_")}
+    assert names - modules == set(ngd.__all__)
+
+
+def test_version_is_a_version():
+    assert all(part.isdigit() for part in ngd.__version__.split(".")[:2])
+
+
+# What a user reads and never builds: reports, states and protocols.
+READ_ONLY = {
+    "Fisher",
+    "NaturalGradientInfo",
+    "NaturalGradientState",
+    "Solver",
+    "SolverInfo",
+    "StepStatus",
+    "TrustRegionResult",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(ngd.__all__) - READ_ONLY))
+def test_public_callables_have_an_example_that_runs(name):
+    # That it runs is for the doctests to show; that there is one, for this test.
+    docstring = inspect.getdoc(getattr(ngd, name))
+    assert "Example:" in docstring
+    examples = doctest.DocTestParser().get_examples(docstring)
+    assert examples
+
+
+@pytest.mark.parametrize("name", ngd.__all__)
+def test_public_names_are_documented(name):
+    value = getattr(ngd, name)
+    first_line, *rest = inspect.getdoc(value).splitlines()
+    assert first_line.endswith((".", "`.", ":")) or not rest
+    if inspect.isclass(value):
+        for attribute, method in inspect.getmembers(value, inspect.isfunction):
+            if not attribute.startswith("_") and method.__module__.startswith("ngd"):
+                assert inspect.getdoc(method), f"{name}.{attribute}"
