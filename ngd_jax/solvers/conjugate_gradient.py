@@ -46,7 +46,8 @@ class _State(NamedTuple):
 
     `x_norm` bounds ‖x‖, `spread` is the largest Rayleigh quotient seen and so a lower
     bound of ‖A‖, `drift` estimates how far the recurrence's residual is from the true
-    one, which `is_suspect` asks to compute.
+    one, which `is_suspect` asks to compute, and `last_miss` is the true residual when
+    the tolerance was last missed though the recurrence had reached it.
     """
 
     x: PyTree
@@ -57,6 +58,7 @@ class _State(NamedTuple):
     x_norm: Array
     spread: Array
     drift: Array
+    last_miss: Array
     num_steps: Array
     is_suspect: Array
     status: Array
@@ -133,19 +135,21 @@ def conjugate_gradient(
         return tree.pack(tree.widen(image))[0]
 
     # In units of its largest entry: the square of b itself could over- or underflow.
+    # The first guess has units of its own, since its best multiple is what counts.
     largest = tree.max_abs(b)
     finite = jnp.isfinite(largest)
+    unit = _usable_unit(largest)
+    b = tree.divide(b, unit)
     if x0 is not None:
-        finite &= jnp.isfinite(tree.max_abs(start))
+        largest_guess = tree.max_abs(start)
+        finite &= jnp.isfinite(largest_guess)
+        start = tree.divide(start, _usable_unit(largest_guess))
         start = tree.select(finite & (largest > 0), start, zeros)
-    unit = jnp.where(largest > 0, largest, 1.0)
-    b, start = tree.divide(b, unit), tree.divide(start, unit)
     b_norm = jnp.sqrt(tree.vdot(b, b))
 
     # Below ε‖b‖ the recurrence goes on shrinking, the solution no longer improves.
     tolerance = jnp.maximum(max(rtol, eps) * b_norm, atol / unit).astype(dtype)
     replaces = max_steps > _LONGEST_WITHOUT_REPLACEMENT
-    verifies = replaces and (rtol > 0 or atol > 0)
 
     def step(state: _State) -> _State:
         z = precondition(state.r)
@@ -172,7 +176,7 @@ def conjugate_gradient(
             state.drift <= eps**0.5 * state.residual
         )
         reached = residual <= tolerance
-        is_doubtful = reached & verifies & (drift > 0.1 * tolerance)
+        is_doubtful = reached & replaces & (drift > 0.1 * tolerance)
         status = jnp.select(
             [~finite, failed, reached & ~is_doubtful],
             [SolverStatus.NON_FINITE, SolverStatus.BREAKDOWN, SolverStatus.CONVERGED],
@@ -187,8 +191,11 @@ def conjugate_gradient(
             x_norm=x_norm,
             spread=spread,
             drift=drift,
+            last_miss=state.last_miss,
             num_steps=state.num_steps + jnp.where(failed, 0, 1).astype(jnp.int32),
-            is_suspect=replaces & (has_drifted | is_doubtful) & ~failed,
+            is_suspect=replaces
+            & ~failed
+            & (has_drifted | is_doubtful | (state.num_steps + 1 >= max_steps)),
             status=status.astype(jnp.int32),
         )
 
@@ -204,9 +211,10 @@ def conjugate_gradient(
         r = tree.axpy(-factor, image, b)
         residual = jnp.sqrt(tree.vdot(r, r))
         x_norm = jnp.sqrt(tree.vdot(x, x))
-        rounding = eps * (state.spread * x_norm + residual)
-        # The recurrence was there, the truth is not; rounding alone accounts for it.
-        is_stuck = (state.residual <= tolerance) & (rounding > tolerance)
+        # Where the recurrence was there and the truth is not, go on from the truth with
+        # a new direction, as in iterative refinement, while that halves the residual.
+        missed = (state.residual <= tolerance) & (residual > tolerance)
+        is_stuck = missed & (residual > 0.5 * state.last_miss)
         status = jnp.select(
             [~finite, residual <= tolerance, is_stuck],
             [SolverStatus.NON_FINITE, SolverStatus.CONVERGED, SolverStatus.STAGNATED],
@@ -215,9 +223,11 @@ def conjugate_gradient(
         return state._replace(
             x=x,
             r=r,
+            previous_rz=jnp.where(missed, jnp.inf, state.previous_rz),
             residual=jnp.where(finite, residual, b_norm),
             x_norm=x_norm,
-            drift=rounding,
+            drift=eps * (state.spread * x_norm + residual),
+            last_miss=jnp.where(missed, residual, state.last_miss),
             is_suspect=jnp.asarray(False),
             status=status.astype(jnp.int32),
         )
@@ -237,16 +247,17 @@ def conjugate_gradient(
         [SolverStatus.NON_FINITE, SolverStatus.CONVERGED],
         _RUNNING,
     )
-    zero = jnp.zeros((), dtype)
+    zero, infinity = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
     state = _State(
         x=start,
         r=b,
         p=zeros,
-        previous_rz=jnp.asarray(jnp.inf, dtype),
+        previous_rz=infinity,
         residual=b_norm,
         x_norm=zero,
         spread=zero,
         drift=zero,
+        last_miss=infinity,
         num_steps=jnp.zeros((), jnp.int32),
         is_suspect=jnp.asarray(replaces),
         status=status.astype(jnp.int32),
@@ -282,6 +293,12 @@ def conjugate_gradient(
         "the solve in jax.lax.custom_linear_solve.",
     )
     return solution, info
+
+
+def _usable_unit(largest: Array) -> Array:
+    """`largest`, but no unit whose inverse XLA could flush to zero or infinity."""
+    info = jnp.finfo(largest.dtype)
+    return jnp.clip(largest, float(info.tiny) ** 0.8, float(info.max) ** 0.8)
 
 
 def _check_budget(max_steps: Any, rtol: float, atol: float) -> None:
