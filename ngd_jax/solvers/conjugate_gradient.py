@@ -81,7 +81,8 @@ def conjugate_gradient(
     where round-off leaves nothing to gain.
 
     Args:
-      matvec: v -> A v on trees of the structure and the dtypes of `rhs`.
+      matvec: v -> A v on trees of the structure of `rhs`, float32 or wider: rounded to
+        narrower dtypes, A would not be symmetric and the iteration diverge.
       rhs: b, a tree of floating point arrays. Vectors are held in float32 or wider.
       x0: a first guess; its best multiple ⟨x0, b⟩ / ⟨x0, (A + λI) x0⟩ is what is
         started from, so that a poor one is never worse than zero. Costs one product.
@@ -125,13 +126,13 @@ def conjugate_gradient(
     damping = jnp.asarray(damping).astype(dtype)
 
     def product(vector: PyTree) -> PyTree:
-        image = matvec(optax.tree.cast_like(unpack(vector), rhs))
+        image = matvec(unpack(vector))
         return tree.pack(tree.widen(image))[0]
 
     def precondition(residual: PyTree) -> PyTree:
         if preconditioner is None:
             return residual
-        image = preconditioner(optax.tree.cast_like(unpack(residual), rhs))
+        image = preconditioner(unpack(residual))
         return tree.pack(tree.widen(image))[0]
 
     # In units of its largest entry: the square of b itself could over- or underflow.
@@ -205,12 +206,13 @@ def conjugate_gradient(
         curvature = tree.vdot(state.x, image)
         multiple = jnp.where(curvature > 0, tree.vdot(state.x, b) / curvature, 0.0)
         factor = jnp.where(state.num_steps == 0, multiple, 1.0)
-        finite = jnp.isfinite(curvature) & jnp.isfinite(factor)
-        factor = jnp.where(finite, factor, 0.0)
+        factor = jnp.where(jnp.isfinite(factor), factor, 0.0)
         x = tree.scale(factor, state.x)
         r = tree.axpy(-factor, image, b)
         residual = jnp.sqrt(tree.vdot(r, r))
-        x_norm = jnp.sqrt(tree.vdot(x, x))
+        # By way of its bound: the square of a long x overflows.
+        x_norm = jnp.abs(factor) * state.x_norm
+        finite = jnp.isfinite(residual)
         # Where the recurrence was there and the truth is not, go on from the truth with
         # a new direction, as in iterative refinement, while that halves the residual.
         missed = (state.residual <= tolerance) & (residual > tolerance)
@@ -254,7 +256,7 @@ def conjugate_gradient(
         p=zeros,
         previous_rz=infinity,
         residual=b_norm,
-        x_norm=zero,
+        x_norm=jnp.sqrt(tree.vdot(start, start)),
         spread=zero,
         drift=zero,
         last_miss=infinity,

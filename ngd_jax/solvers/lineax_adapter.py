@@ -84,6 +84,11 @@ class Lineax:
         relative = _norm(tree.scale(1 / scale, residual))
         relative = jnp.where(norm > 0, relative / jnp.where(norm > 0, norm, 1.0), 0.0)
 
+        # Where even the product with zero is not finite, there is nothing to go by.
+        finite &= jnp.isfinite(relative)
+        solved &= finite
+        solution = tree.select(solved, solution, tree.zeros_like_wide(rhs))
+
         results = lineax.RESULTS
         status = jnp.where(
             result.result == results.successful,
