@@ -12,10 +12,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ngd_jax as ngd
-from tests.test_transform import flat, loss_fn, make_problem, model_fn
+from tests.test_transform import flat, grad_fn, loss_fn, make_problem, model_fn
 
 PARAMS, BATCH = make_problem()
-GRADS = jax.grad(loss_fn)(PARAMS, BATCH)
+GRADS = grad_fn(PARAMS, BATCH)
 STATIC = (
     "model_fn",
     "likelihood",
@@ -32,7 +32,7 @@ STATIC = (
 
 
 def make_tx(learning_rate=None, *, max_kl=1e-2, **options):
-    options = {"solver": ngd.CG(5)} | options
+    options = {"damping": 0.1} | options
     return ngd.natural_gradient(
         learning_rate, model_fn, ngd.Categorical(), max_kl=max_kl, **options
     )
@@ -72,7 +72,7 @@ def test_narrow_parameters_keep_their_dtype_and_directions_are_wide(mixed):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     if mixed:
         params["out"] = PARAMS["out"]
-    grads = jax.grad(loss_fn)(params, BATCH)
+    grads = grad_fn(params, BATCH)
     state = TX.init(params)
     updates, new_state = UPDATE(grads, state, params, batch=BATCH)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
@@ -88,7 +88,7 @@ def test_narrow_parameters_keep_their_dtype_and_directions_are_wide(mixed):
 def test_float64_is_kept_throughout(x64):
     params, batch = make_problem(dtype=jnp.float64)
     state = TX.init(params)
-    grads = jax.grad(lambda p: jnp.mean(model_fn(p, batch) ** 2))(params)
+    grads = params
     updates, new_state = jax.jit(TX.update)(grads, state, params, batch=batch)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)

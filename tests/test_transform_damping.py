@@ -1,0 +1,119 @@
+"""Damping relative to the metric, and damping that follows the loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ngd_jax as ngd
+from tests.test_transform import (
+    damped_solve,
+    dense_fisher,
+    flat,
+    grad_fn,
+    make_problem,
+    model_fn,
+    step_of,
+    wide_loss_fn,
+)
+
+
+def test_relative_damping_is_in_units_of_the_mean_eigenvalue(x64):
+    params, batch = make_problem(dtype=jnp.float64)
+    tx = ngd.natural_gradient(
+        1.0,
+        model_fn,
+        ngd.Categorical(),
+        damping=ngd.RelativeDamping(0.1),
+        solver=ngd.Cholesky(),
+    )
+    updates, state = step_of(tx, params, batch)
+    fisher = dense_fisher(params, batch)
+    damping = 0.1 * np.trace(fisher) / len(fisher)
+    np.testing.assert_allclose(state.info.damping, damping, rtol=1e-10)
+    gradient = flat(grad_fn(params, batch))
+    np.testing.assert_allclose(
+        flat(updates), -damped_solve(fisher, gradient, damping), rtol=1e-7, atol=1e-10
+    )
+
+
+LOSS_GIVEN = {
+    "value_fn": ({}, {"value_fn": wide_loss_fn}),
+    "value and value_fn": ({}, {"value_fn": wide_loss_fn, "value": True}),
+    "output_loss_fn": (
+        {
+            "output_loss_fn": lambda outputs, batch: (
+                optax.softmax_cross_entropy_with_integer_labels(
+                    outputs, batch["y"]
+                ).mean()
+            )
+        },
+        {},
+    ),
+}
+
+
+@functools.cache
+def _levenberg_marquardt(initial, name):
+    """A jitted step with a learning rate, and where it starts from."""
+    options, extra = LOSS_GIVEN[name]
+
+    def make(rate):
+        rule = ngd.LevenbergMarquardt(initial=initial)
+        return ngd.natural_gradient(
+            rate, model_fn, ngd.Categorical(), damping=rule, **options
+        )
+
+    @jax.jit
+    def step(rate, state, params, batch):
+        value, grads = jax.value_and_grad(wide_loss_fn)(params, batch)
+        given = {k: value if k == "value" else v for k, v in extra.items()}
+        return make(rate).update(grads, state, params, batch=batch, **given)
+
+    return step, make(1.0).init
+
+
+@pytest.mark.parametrize(
+    ("name", "initial", "factor"),
+    [
+        ("value_fn", 10.0, 2 / 3),
+        ("value and value_fn", 0.1, 1.0),
+        ("output_loss_fn", 10.0, 2 / 3),
+    ],
+)
+def test_levenberg_marquardt_follows_the_ratio_of_reductions(name, initial, factor):
+    params, batch = make_problem()
+    step_fn, init_fn = _levenberg_marquardt(initial, name)
+    updates, state = step_fn(1.0, init_fn(params), params, batch)
+    fisher, step = dense_fisher(params, batch), flat(updates)
+    gradient = flat(grad_fn(params, batch))
+    predicted = -gradient @ step - step @ fisher @ step / 2
+    moved = optax.apply_updates(params, updates)
+    actual = wide_loss_fn(params, batch) - wide_loss_fn(moved, batch)
+    assert (actual / predicted > 0.75) == (factor < 1)
+    assert actual / predicted > 0.25
+    assert state.info.status == ngd.StepStatus.TAKEN
+    np.testing.assert_allclose(state.damping, factor * initial, rtol=1e-6)
+    np.testing.assert_allclose(state.info.damping, initial)
+
+
+@pytest.mark.parametrize(
+    ("name", "initial"), [("value and value_fn", 0.1), ("output_loss_fn", 10.0)]
+)
+def test_levenberg_marquardt_refuses_a_step_that_raises_the_loss(name, initial):
+    params, batch = make_problem()
+    step_fn, init_fn = _levenberg_marquardt(initial, name)
+    updates, state = step_fn(1e3, init_fn(params), params, batch)
+    assert state.info.status == ngd.StepStatus.NO_REDUCTION
+    assert not flat(updates).any()
+    assert not flat(state.direction).any()
+    assert state.count == 0
+    np.testing.assert_allclose(state.damping, 1.5 * initial, rtol=1e-6)
+    assert state.info.measured_kl == 0
+    # And the next one, with more damping, starts from the same parameters.
+    _, state = step_fn(1e-2, state, params, batch)
+    assert state.info.status == ngd.StepStatus.TAKEN
+    np.testing.assert_allclose(state.info.damping, 1.5 * initial, rtol=1e-6)
