@@ -215,7 +215,10 @@ def conjugate_gradient(
         finite = jnp.isfinite(residual)
         # Where the recurrence was there and the truth is not, go on from the truth with
         # a new direction, as in iterative refinement, while that halves the residual.
-        missed = (state.residual <= tolerance) & (residual > tolerance)
+        # The same after a jump that no drift explains: A itself is rounded, as that of
+        # a bfloat16 model is, and ⟨r, z⟩ no longer fits the old direction.
+        jumped = (residual > 2 * state.residual) & (state.num_steps > 0)
+        missed = (residual > tolerance) & ((state.residual <= tolerance) | jumped)
         is_stuck = missed & (residual > 0.5 * state.last_miss)
         status = jnp.select(
             [~finite, residual <= tolerance, is_stuck],
