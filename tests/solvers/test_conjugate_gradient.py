@@ -69,13 +69,15 @@ def test_steps_and_solution_are_those_of_scipy(x64, rng):
     matrix = systems.spectrum(rng, np.logspace(-2, 0, 30))
     rhs = rng.normal(size=30)
     steps = []
-    truth, _ = scipy.sparse.linalg.cg(matrix, rhs, rtol=1e-6, callback=steps.append)
+    truth, _ = scipy.sparse.linalg.cg(
+        matrix, rhs, rtol=1e-6, callback=lambda x: steps.append(x.copy())
+    )
     x, info = solve(matrix, rhs, rtol=1e-6, dtype="f8")
     assert int(info.num_steps) == len(steps)
-    np.testing.assert_allclose(x, truth, rtol=1e-9)
+    np.testing.assert_allclose(x, truth, rtol=1e-6)
     for budget in (1, 5, 10):
         iterate, _ = solve(matrix, rhs, max_steps=budget, dtype="f8")
-        np.testing.assert_allclose(iterate, steps[budget - 1], rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(iterate, steps[budget - 1], rtol=1e-6, atol=1e-9)
 
 
 def test_number_of_distinct_eigenvalues_is_the_number_of_steps(x64, rng):
@@ -192,7 +194,7 @@ def test_residual_is_replaced_where_the_recurrence_drifts(rng):
 def test_unattainable_accuracy_is_stagnation(rng):
     # ‖A‖‖x‖ is 1e5 times ‖b‖: float32 cannot show a residual below 1e-2.
     matrix = systems.spectrum(rng, np.geomspace(1e-5, 1, 30))
-    values, vectors = np.linalg.eigh(matrix)
+    _, vectors = np.linalg.eigh(matrix)
     rhs = vectors[:, 0] + 1e-3 * vectors[:, -1]
     x, info = solve(matrix, rhs, max_steps=500, rtol=1e-6)
     assert int(info.status) in (Status.STAGNATED, Status.MAX_STEPS)
@@ -225,6 +227,25 @@ def test_iterating_far_beyond_convergence_does_no_harm(condition, rng):
     assert int(info.status) in (Status.CONVERGED, Status.MAX_STEPS, Status.STAGNATED)
     noise = 1e-5 * abs(energy(matrix, short, rhs))
     assert energy(matrix, long, rhs) <= energy(matrix, short, rhs) + noise
+
+
+@pytest.mark.parametrize("max_steps", [10, 50, 51, 200])
+@pytest.mark.parametrize("rtol", [0.0, 1e-4])
+def test_rounded_products_stall_at_their_rounding(max_steps, rtol, rng):
+    # As those of a bfloat16 model: neither linear nor symmetric beyond three digits.
+    matrix = systems.spectrum(rng, np.linspace(0.4, 2.3, 12))
+    wide, rhs = jnp.asarray(matrix, jnp.float32), jnp.asarray(rng.normal(size=12), "f4")
+
+    def matvec(v):
+        image = wide @ v.astype(jnp.bfloat16).astype(jnp.float32)
+        return image.astype(jnp.bfloat16).astype(jnp.float32)
+
+    x, info = jax.jit(
+        lambda rhs: ngd.conjugate_gradient(matvec, rhs, max_steps=max_steps, rtol=rtol)
+    )(rhs)
+    truth = np.linalg.solve(matrix, np.asarray(rhs, float))
+    np.testing.assert_allclose(x, truth, atol=0.03 * np.abs(truth).max())
+    assert float(info.relative_residual) < 0.03
 
 
 def test_quadratic_falls_with_every_step(x64, rng):
@@ -338,27 +359,29 @@ def test_good_first_guess_saves_steps(rng):
     assert true_residual(matrix, x, rhs) <= 1.1e-3
 
 
-GUESSES = {
-    "huge": lambda rhs, truth, rng: 1e15 * rng.normal(size=rhs.shape),
-    "tiny": lambda rhs, truth, rng: 1e-15 * rng.normal(size=rhs.shape),
-    "opposite": lambda rhs, truth, rng: -truth,
-    "too long": lambda rhs, truth, rng: 1e3 * truth,
-    "orthogonal": lambda rhs, truth, rng: (
-        (z := rng.normal(size=rhs.shape)) - rhs * (z @ rhs) / (rhs @ rhs)
-    ),
-    "zero": lambda rhs, truth, rng: np.zeros_like(rhs),
-}
+def guess(kind, rhs, truth, rng):
+    noise = rng.normal(size=rhs.shape)
+    return {
+        "huge": 1e15 * noise,
+        "tiny": 1e-15 * noise,
+        "opposite": -truth,
+        "too long": 1e3 * truth,
+        "orthogonal": noise - rhs * (noise @ rhs) / (rhs @ rhs),
+        "zero": np.zeros_like(rhs),
+    }[kind]
 
 
-@pytest.mark.parametrize("guess_fn", GUESSES.values(), ids=GUESSES)
+@pytest.mark.parametrize(
+    "kind", ["huge", "tiny", "opposite", "too long", "orthogonal", "zero"]
+)
 @pytest.mark.parametrize("max_steps", [1, 3])
 def test_first_guess_is_never_worse_than_zero_in_the_norm_of_the_matrix(
-    guess_fn, max_steps, rng
+    kind, max_steps, rng
 ):
     matrix = systems.spectrum(rng, np.geomspace(1e-2, 1, 16))
     truth = rng.normal(size=16)
     rhs = matrix @ truth
-    x, _ = solve(matrix, rhs, x0=guess_fn(rhs, truth, rng), max_steps=max_steps)
+    x, _ = solve(matrix, rhs, x0=guess(kind, rhs, truth, rng), max_steps=max_steps)
     zero_step = energy(matrix, np.zeros(16), rhs)
     assert energy(matrix, x, rhs) < zero_step
     assert energy(matrix, x, rhs) >= energy(matrix, truth, rhs) * (1 + 1e-5)
