@@ -11,8 +11,8 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeRemainingColumn,
 )
+from rich.table import Column as TableColumn
 from rich.text import Text
 
 import ngd_jax as ngd
@@ -48,14 +48,16 @@ COLUMNS = (
 )
 EVALUATIONS = ("train_loss", "test_accuracy")
 MIN_WIDTH = 8
-BAR_NAMES = (
-    "loss",
-    "accuracy",
-    "measured_kl",
-    "solver_steps",
-    "linesearch_steps",
-    "max_kl",
+# Short enough for a terminal of 80 columns.
+BAR_COLUMNS = (
+    Column("loss", "loss", ".1e"),
+    Column("acc", "accuracy", ".0%"),
+    Column("KL", "measured_kl", ".1e"),
+    Column("radius", "max_kl", ".1e"),
+    Column("CG", "solver_steps", "d"),
+    Column("search", "linesearch_steps", "d"),
 )
+BAR_WIDTH = 6
 
 
 class StepsPerSecond(ProgressColumn):
@@ -63,8 +65,9 @@ class StepsPerSecond(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Returns the speed of `task`."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} steps/s" if speed else "- steps/s")
+        # `finished_speed` counts the time of compiling too.
+        speed = task.speed or task.finished_speed
+        return Text(f"{speed:.1f} steps/s" if speed else "", no_wrap=True)
 
 
 class Screen:
@@ -93,17 +96,15 @@ class Screen:
         self._columns: list[Column] = []
         # Without a terminal the rows alone tell how far the run is.
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            BarColumn(BAR_WIDTH),
+            TextColumn("{task.description}", table_column=TableColumn(no_wrap=True)),
             StepsPerSecond(),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(
-            title, total=last_step, completed=first_step, status="compiling"
+            f"{title}: compiling", total=last_step, completed=first_step
         )
 
     def __enter__(self) -> Self:
@@ -141,12 +142,14 @@ class Screen:
 
     def show_progress(self, record: dict[str, Any]) -> None:
         """Moves the bar to the step of `record`, with its numbers."""
-        columns = [column for column in self._columns if column.name in BAR_NAMES]
-        status = " ".join(
-            f"{column.title.removesuffix('/nats')} {_cell(column, record)}"
-            for column in columns
+        description = " ".join(
+            f"{column.title} {_cell(column, record)}"
+            for column in BAR_COLUMNS
+            if column.name in record
         )
-        self._progress.update(self._task, completed=record["step"], status=status)
+        self._progress.update(
+            self._task, completed=record["step"], description=description
+        )
 
 
 def _width(column: Column) -> int:

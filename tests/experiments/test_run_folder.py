@@ -92,7 +92,7 @@ def test_environment_tells_versions_and_what_has_changed(tmp_path):
 
 
 def test_plain_names_need_no_quotes():
-    assert plain_name("seed-0_sizes-[8, 4]_a=b") == "seed-0_sizes-8-4-_a-b"
+    assert plain_name("seed-0_sizes-[8, 4]_a=b") == "seed-0_sizes--8-4-_a-b"
     assert plain_name("optimizer.max_kl-1e-3") == "optimizer.max_kl-1e-3"
 
 

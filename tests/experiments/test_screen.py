@@ -19,7 +19,7 @@ RECORD = {
 
 def show(records, *, terminal=False, log_every=1, last_step=4):
     output = io.StringIO()
-    console = Console(file=output, force_terminal=terminal, width=160)
+    console = Console(file=output, force_terminal=terminal, width=80)
     with Screen(
         console, title="run", first_step=0, last_step=last_step, log_every=log_every
     ) as screen:
@@ -71,6 +71,5 @@ def test_without_a_terminal_there_are_no_control_codes():
 
 def test_on_a_terminal_a_bar_has_the_numbers_of_the_last_step():
     output = show([RECORD], terminal=True)
-    for text in ("1/4", "loss 5.00e-01", "accuracy 75.0%", "KL 1.00e-02", "CG 7"):
+    for text in ("1/4", "loss 5.0e-01", "acc 75%", "KL 1.0e-02", "CG 7"):
         assert text in output
-    assert "steps/s" in output
