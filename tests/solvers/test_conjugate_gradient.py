@@ -75,7 +75,7 @@ def test_steps_and_solution_are_those_of_scipy(x64, rng):
     x, info = solve(matrix, rhs, rtol=1e-6, dtype="f8")
     assert int(info.num_steps) == len(steps)
     np.testing.assert_allclose(x, truth, rtol=1e-6)
-    for budget in (1, 5, 10):
+    for budget in (1, 10):
         iterate, _ = solve(matrix, rhs, max_steps=budget, dtype="f8")
         np.testing.assert_allclose(iterate, steps[budget - 1], rtol=1e-6, atol=1e-9)
 
@@ -120,7 +120,7 @@ def test_powers_of_two_in_the_right_hand_side_pass_through_exactly(seed, exponen
     assert int(info.num_steps) == int(other_info.num_steps)
 
 
-@pytest.mark.parametrize("size", [1000, 30_000, 1_000_000])
+@pytest.mark.parametrize("size", [30_000, 1_000_000])
 def test_well_conditioned_systems_of_network_size_converge_in_float32(size, rng):
     # lineax 0.1 calls a breakdown here from some size on, and returns NaN.
     diagonal = jnp.asarray(rng.uniform(0.1, 1.0, size=size), jnp.float32)
@@ -229,8 +229,9 @@ def test_iterating_far_beyond_convergence_does_no_harm(condition, rng):
     assert energy(matrix, long, rhs) <= energy(matrix, short, rhs) + noise
 
 
-@pytest.mark.parametrize("max_steps", [10, 50, 51, 200])
-@pytest.mark.parametrize("rtol", [0.0, 1e-4])
+@pytest.mark.parametrize(
+    ("max_steps", "rtol"), [(10, 0.0), (50, 0.0), (51, 1e-4), (200, 0.0)]
+)
 def test_rounded_products_stall_at_their_rounding(max_steps, rtol, rng):
     # As those of a bfloat16 model: neither linear nor symmetric beyond three digits.
     matrix = systems.spectrum(rng, np.linspace(0.4, 2.3, 12))
@@ -254,7 +255,7 @@ def test_quadratic_falls_with_every_step(x64, rng):
     run = jax.jit(
         lambda matrix, rhs: [
             ngd.conjugate_gradient(lambda v: matrix @ v, rhs, max_steps=steps)[0]
-            for steps in (1, 2, 4, 7, 11, 16)
+            for steps in (1, 3, 8, 16)
         ]
     )
     values = [0.0] + [

@@ -31,6 +31,17 @@ SOLVERS = {
 OURS = {name: SOLVERS[name] for name in ("CG", "Cholesky")}
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 every_own_solver = pytest.mark.parametrize("solver", OURS.values(), ids=OURS)
+# Lineax's own solvers in float64 only where time does not matter.
+PRECISIONS = [
+    pytest.param(
+        solver,
+        dtype,
+        id=f"{name}-{dtype}",
+        marks=[pytest.mark.slow] * (dtype == "float64" and name not in OURS),
+    )
+    for dtype in ("float32", "float64")
+    for name, solver in SOLVERS.items()
+]
 KINDS = list(systems.matrices(np.random.default_rng(0)))
 
 
@@ -51,8 +62,8 @@ def solve(solver, matrix, rhs, damping=0.0, dtype="float32"):
     )
 
 
-@every_solver
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("solver", "dtype"), PRECISIONS, indirect=["dtype"])
 def test_solution_equals_numpy(solver, kind, dtype, rng):
     matrix = systems.matrices(rng)[kind]
     g = rng.normal(size=len(matrix))
