@@ -3,8 +3,11 @@
     import ngd_jax as ngd
     tx = ngd.natural_gradient(1.0, model_fn, ngd.Categorical(), max_kl=1e-2)
 
-`ngd_jax.flax` holds the adapters for Flax and is imported on its own.
+`ngd_jax.flax` holds the adapters for Flax, and imports Flax when it is first used.
 """
+
+import importlib
+from typing import Any
 
 from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import (
@@ -90,3 +93,9 @@ __all__ = [
     "scale_by_natural_gradient",
     "search_kl_radius",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "flax":
+        return importlib.import_module("ngd_jax.flax")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

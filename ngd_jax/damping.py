@@ -114,10 +114,12 @@ class LevenbergMarquardt:
         Args:
           damping: the present λ.
           actual: f(θ) - f(θ + δ).
-          predicted: -gᵀδ - ½ δᵀFδ, at least 0.
+          predicted: -gᵀδ - ½ δᵀFδ.
         """
-        grow = ~(jnp.asarray(actual) >= self.low * jnp.asarray(predicted))
-        shrink = jnp.asarray(actual) > self.high * jnp.asarray(predicted)
+        actual, predicted = jnp.asarray(actual), jnp.asarray(predicted)
+        # A step so long that the model itself foretells a rise was too long.
+        grow = ~(actual >= self.low * predicted) | (predicted < 0)
+        shrink = actual > self.high * predicted
         factor = jnp.where(grow, self.increase, jnp.where(shrink, self.decrease, 1.0))
         return jnp.clip(damping * factor, self.minimum, self.maximum)
 

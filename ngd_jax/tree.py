@@ -25,6 +25,7 @@ __all__ = [
     "scale",
     "select",
     "size",
+    "usable_unit",
     "vdot",
     "widen",
     "zeros_like_wide",
@@ -182,6 +183,15 @@ def divide(x: PyTree, by: ArrayLike) -> PyTree:
         return (jnp.asarray(leaf, wide) / divisor).astype(jnp.result_type(leaf))
 
     return jax.tree.map(quotient, x)
+
+
+def usable_unit(largest: Scalar) -> Scalar:
+    """A number to divide by so that entries up to `largest` are near 1, or become so.
+
+    It is `largest` but where XLA could flush the inverse to zero or infinity.
+    """
+    info = jnp.finfo(largest.dtype)
+    return jnp.clip(largest, float(info.tiny) ** 0.8, float(info.max) ** 0.8)
 
 
 def _real_like(dtype: jnp.dtype) -> jnp.dtype:

@@ -138,6 +138,7 @@ def _normalise(
 
 def leading_size(likelihood: Likelihood, outputs: Outputs) -> int | None:
     """The length of the leading axis that all examples share; None without one."""
+    likelihood.batch_shape(outputs)  # raises where the outputs do not fit
     shapes = [
         tuple(term.batch_shape(out))
         for (term, _), out in zip(

@@ -139,12 +139,12 @@ def conjugate_gradient(
     # The first guess has units of its own, since its best multiple is what counts.
     largest = tree.max_abs(b)
     finite = jnp.isfinite(largest)
-    unit = _usable_unit(largest)
+    unit = tree.usable_unit(largest)
     b = tree.divide(b, unit)
     if x0 is not None:
         largest_guess = tree.max_abs(start)
         finite &= jnp.isfinite(largest_guess)
-        start = tree.divide(start, _usable_unit(largest_guess))
+        start = tree.divide(start, tree.usable_unit(largest_guess))
         start = tree.select(finite & (largest > 0), start, zeros)
     b_norm = jnp.sqrt(tree.vdot(b, b))
 
@@ -298,12 +298,6 @@ def conjugate_gradient(
         "the solve in jax.lax.custom_linear_solve.",
     )
     return solution, info
-
-
-def _usable_unit(largest: Array) -> Array:
-    """`largest`, but no unit whose inverse XLA could flush to zero or infinity."""
-    info = jnp.finfo(largest.dtype)
-    return jnp.clip(largest, float(info.tiny) ** 0.8, float(info.max) ** 0.8)
 
 
 def _check_budget(max_steps: Any, rtol: float, atol: float) -> None:

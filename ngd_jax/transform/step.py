@@ -184,13 +184,18 @@ class NaturalGradientStep:
         )
         damping = self._damping(state, fisher, params).astype(dtype)
 
-        # 2. The direction, and how fast KL grows along it.
+        # 2. The direction, and how fast KL grows along it: in units of its largest entry,
+        #    since squares of the direction itself could over- or underflow.
         direction, solver_info = self._solve(fisher, gradient, state, damping)
-        quadratic = fisher.quadratic(direction)
+        packed, unpack = tree.pack(direction)
+        largest = tree.max_abs(packed)
+        unit = tree.usable_unit(largest)
+        course = unpack(tree.divide(packed, unit))
+        quadratic = fisher.quadratic(course)
 
         # 3. The length, by the KL of the very parameters that it leads to.
         def emit(scale: Scalar) -> PyTree:
-            step = tree.scale(self.sign * scale, direction)
+            step = tree.scale(self.sign * scale, course)
             return optax.tree.cast_like(step, params)
 
         def moved(emitted: PyTree) -> Params:
@@ -198,36 +203,34 @@ class NaturalGradientStep:
                 emitted = jax.tree.map(jnp.negative, emitted)
             return optax.apply_updates(params, emitted)
 
-        gradient_size = tree.max_abs(tree.pack(gradient)[0])
-        unit = jnp.where(gradient_size > 0, gradient_size, 1.0)
-        scaled = tree.divide(tree.pack(direction)[0], unit)
-        is_zero = tree.vdot(scaled, scaled) == 0
         step = self._step_size(
             lambda scale: fisher.kl(moved(emit(scale))),
             quadratic,
-            is_zero,
+            unit,
+            largest == 0,
             state.count,
-            dtype,
         )
         emitted = emit(step.scale)
 
         # 4. Whether to take it.
-        status = self._status(gradient_size, is_zero, solver_info, step, value)
+        gradient_size = tree.max_abs(tree.pack(gradient)[0])
+        status = self._status(gradient_size, largest == 0, solver_info, step, value)
         next_damping = damping
         if isinstance(self.damping, LevenbergMarquardt):
             actual = self._reduction(fisher, params, moved(emitted), value, value_fn)
-            model = tree.vdot(gradient, direction) - step.scale * quadratic / 2
+            model = tree.vdot(gradient, course) - step.scale * quadratic / 2
             status, next_damping = _adapt(
                 self.damping, damping, status, actual, step.scale * model
             )
         taken = status == StepStatus.TAKEN
+        was_weighed = taken | (status == StepStatus.NO_REDUCTION)
 
         predicted_kl = self._kl_curvature * step.scale**2 * quadratic / 2
         info = NaturalGradientInfo(
             solver=solver_info,
             predicted_kl=jnp.where(taken, predicted_kl, 0.0),
             measured_kl=jnp.where(taken, step.kl, 0.0),
-            step_scale=jnp.where(taken, step.scale, 0.0),
+            step_scale=jnp.where(taken, step.scale / unit, 0.0),
             damping=damping,
             num_kl_evaluations=step.num_kl_evaluations,
             status=status,
@@ -235,7 +238,7 @@ class NaturalGradientStep:
         new_state = NaturalGradientState(
             count=jnp.where(taken, optax.safe_increment(state.count), state.count),
             direction=tree.select(taken, direction, state.direction),
-            damping=next_damping,
+            damping=jnp.where(was_weighed, next_damping, state.damping),
             # The dtypes of the state never change, or every step would compile anew.
             info=optax.tree.cast_like(info, state.info),
         )
@@ -277,17 +280,18 @@ class NaturalGradientStep:
         self,
         kl_fn: Callable[[Scalar], Scalar],
         quadratic: Scalar,
+        unit: Scalar,
         is_zero: Array,
         count: Array,
-        dtype: jnp.dtype,
     ) -> TrustRegionResult:
+        """The length of the step along the direction in units of `unit`."""
         rate = jnp.inf if self.learning_rate is None else _at(self.learning_rate, count)
-        rate = jnp.asarray(rate).astype(dtype)
+        rate = jnp.asarray(rate).astype(unit.dtype) * unit
         if self.max_kl is None:
             kl = kl_fn(rate)
             one = jnp.ones((), jnp.int32)
             return TrustRegionResult(rate, kl, one, jnp.isfinite(kl))
-        max_kl = jnp.asarray(_at(self.max_kl, count)).astype(dtype)
+        max_kl = jnp.asarray(_at(self.max_kl, count)).astype(unit.dtype)
         start = first_trial(self._kl_curvature * quadratic, max_kl, rate)
         return search_kl_radius(
             kl_fn,
@@ -361,14 +365,12 @@ def _adapt(
     actual: Scalar,
     predicted: Scalar,
 ) -> tuple[Array, Scalar]:
-    """The status after weighing the reduction, and the next damping."""
-    was_taken = status == StepStatus.TAKEN
+    """The status after weighing the reduction, and the damping of the next step."""
     accepted = rule.accepts(actual=actual, predicted=predicted)
+    refused = (status == StepStatus.TAKEN) & ~accepted
     adapted = rule.update(damping, actual=actual, predicted=predicted)
-    # A step that was refused for other reasons says nothing about the model.
-    next_damping = jnp.where(was_taken, adapted, damping).astype(damping.dtype)
-    status = jnp.where(was_taken & ~accepted, StepStatus.NO_REDUCTION, status)
-    return status.astype(jnp.int32), next_damping
+    status = jnp.where(refused, StepStatus.NO_REDUCTION, status).astype(jnp.int32)
+    return status, adapted.astype(damping.dtype)
 
 
 def _at(value: Any, count: Array) -> Any:
