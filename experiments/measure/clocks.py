@@ -80,7 +80,7 @@ def compile_seconds(
     """Median CPU seconds to trace, lower and compile each, with caches emptied.
 
     Args:
-      functions: each returns a new function and its arguments.
+      functions: each returns a new function, jitted or not, and its arguments.
       repeats: turns; one more goes first and does not count.
     """
     samples: list[list[float]] = [[] for _ in functions]

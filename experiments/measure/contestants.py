@@ -10,11 +10,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from hydra.core.global_hydra import GlobalHydra
 
 import ngd_jax as ngd
+from experiments.config import compose_config, read_config
+from experiments.optimizers import make_optimizer
+from experiments.tasks import make_task, num_examples
+from experiments.training import init_state, make_train_chunk
 from ngd_jax.flax import linen_model_fn
 
-__all__ = ["Problem", "count_parameters", "make_problem", "products", "train_step"]
+__all__ = [
+    "Problem",
+    "count_parameters",
+    "make_problem",
+    "products",
+    "program_step",
+    "train_step",
+]
 
 
 class Problem(NamedTuple):
@@ -84,6 +96,27 @@ def products(problem: Problem, count: int) -> Callable[[Any, Any, Any], Any]:
         return vector
 
     return apply
+
+
+def program_step(optimizer: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The jitted training step of `experiments.train optimizer=...`, and its arguments.
+
+    It gathers its batches, takes several steps, and reports loss, accuracy and KL; the
+    KL of optimizers that do not report their own is measured, as in the program.
+    """
+    GlobalHydra.instance().clear()  # of the benchmark's own configuration
+    config = read_config(compose_config([f"optimizer={optimizer}"]))
+    task = make_task(config.task)
+    tx = make_optimizer(config.optimizer, task)
+    train_chunk = make_train_chunk(
+        task,
+        tx,
+        batch_size=config.batch_size or num_examples(task.train),
+        steps_per_dispatch=config.steps_per_dispatch,
+        measure_kl=True,
+    )
+    state = init_state(task, tx, config.seed)
+    return train_chunk, (state, task.train, jnp.int32(config.steps_per_dispatch))
 
 
 def train_step(
