@@ -46,7 +46,14 @@ def test_python_looks_again_at_every_interval_and_at_the_end(step, k, n, m):
         assert all(between % every for every in (k, n, m))
 
 
-@pytest.fixture(scope="module", params=sorted(OPTIMIZER_CONFIGS))
+# L-BFGS takes long to compile; the quick tests of the training step have it.
+OPTIMIZERS = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "lbfgs" else name
+    for name in OPTIMIZER_CONFIGS
+]
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     config = make_config(f"optimizer={request.param}", "batch_size=64")
