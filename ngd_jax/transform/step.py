@@ -184,8 +184,8 @@ class NaturalGradientStep:
         )
         damping = self._damping(state, fisher, params).astype(dtype)
 
-        # 2. The direction, and how fast KL grows along it: in units of its largest entry,
-        #    since squares of the direction itself could over- or underflow.
+        # 2. The direction, and how fast KL grows along it: in units of its largest
+        #    entry, since squares of the direction itself could over- or underflow.
         direction, solver_info = self._solve(fisher, gradient, state, damping)
         packed, unpack = tree.pack(direction)
         largest = tree.max_abs(packed)
