@@ -86,26 +86,45 @@ def _time_products(problem: Problem, *, cg_steps: int, repeats: int) -> list[Fig
 
         return run
 
-    short, long = solve(cg_steps), solve(3 * cg_steps)
+    def multiply(count: int):
+        @jax.jit
+        def run(params, batch, vector):
+            fisher = ngd.linearize_fisher(
+                problem.model_fn, params, batch, ngd.Categorical()
+            )
+            return jax.lax.fori_loop(0, count, lambda _, v: fisher.matvec(v), vector)
+
+        return run
+
     _, right_side = gradient(*args)
-    for run, steps in ((short, cg_steps), (long, 3 * cg_steps)):
+    counts = (cg_steps, 3 * cg_steps)
+    solves = [solve(count) for count in counts]
+    for run, count in zip(solves, counts, strict=True):
         taken = int(run(*args, right_side)[1].num_steps)
-        if taken != steps:
-            raise RuntimeError(f"{taken} CG steps were taken where {steps} were timed")
-    seconds = interleaved_seconds(
+        if taken != count:
+            raise RuntimeError(f"{taken} CG steps were taken where {count} were timed")
+    timed = [alone, *(multiply(count) for count in counts), *solves]
+    one, *rest = interleaved_seconds(
         [
             lambda: gradient(*args),
-            lambda: alone(*args, problem.vector),
-            lambda: short(*args, right_side),
-            lambda: long(*args, right_side),
+            *(lambda run=run: run(*args, right_side) for run in timed),
         ],
         repeats=repeats,
     )
-    further = (seconds[3] - seconds[2]) / (2 * cg_steps)
+    lone, few_products, many_products, few_steps, many_steps = rest
+    further = 2 * cg_steps * one
     return [
-        Figure("one gradient, CPU ms", 1e3 * seconds[0]),
-        Figure("a lone product, time / gradient", seconds[1] / seconds[0], 1.6),
-        Figure("a further CG step, time / gradient", further / seconds[0], 1.3),
+        Figure("one gradient, CPU ms", 1e3 * one),
+        Figure("a lone product, time / gradient", lone / one, 1.6),
+        Figure(
+            "a further product in a loop, time / gradient",
+            (many_products - few_products) / further,
+            1.3,
+        ),
+        Figure(
+            "a further CG step (product and vectors), time / gradient",
+            (many_steps - few_steps) / further,
+        ),
     ]
 
 
