@@ -6,6 +6,7 @@ import functools
 import pickle
 from typing import Any
 
+import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -433,7 +434,6 @@ def test_derived_root_of_a_singular_metric_is_finite():
     np.testing.assert_allclose(root, np.zeros((2, 3)), atol=1e-3)
 
 
-distrax = pytest.importorskip("distrax")
 DISTRAX_CASES = {
     "categorical": (
         Categorical(),

@@ -1,12 +1,15 @@
 """Linear systems for the solvers, with the truth from NumPy in float64."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+
+import ngd_jax as ngd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +71,48 @@ def true_residual(matrix, damping, solution, rhs):
     d, g = flat(solution), flat(rhs)
     residual = g - (np.asarray(matrix, float) @ d + damping * d)
     return np.linalg.norm(residual) / np.linalg.norm(g)
+
+
+@functools.cache
+def compiled(max_steps, rtol=0.0, atol=0.0, guess=False, preconditioned=False):
+    @jax.jit
+    def solve(matrix, rhs, x0=None, preconditioner=None):
+        return ngd.conjugate_gradient(
+            lambda v: matrix @ v,
+            rhs,
+            x0=x0 if guess else None,
+            max_steps=max_steps,
+            rtol=rtol,
+            atol=atol,
+            preconditioner=(lambda v: preconditioner @ v) if preconditioned else None,
+        )
+
+    return solve
+
+
+def solve(
+    matrix, rhs, *, max_steps=100, x0=None, preconditioner=None, dtype="f4", **options
+):
+    arguments = [matrix, rhs, x0, preconditioner]
+    arguments = [None if a is None else jnp.asarray(a, dtype) for a in arguments]
+    run = compiled(
+        max_steps,
+        guess=x0 is not None,
+        preconditioned=preconditioner is not None,
+        **options,
+    )
+    x, info = run(*arguments)
+    assert np.isfinite(x).all()
+    assert np.isfinite(info.relative_residual)
+    return np.asarray(x, float), info
+
+
+def residual_in_float32(matrix, x, rhs):
+    """‖b - A x‖ / ‖b‖ in float64, of the system rounded to float32."""
+    matrix, rhs = (np.asarray(np.float32(a), float) for a in (matrix, rhs))
+    return np.linalg.norm(rhs - matrix @ x) / np.linalg.norm(rhs)
+
+
+def energy(matrix, x, rhs):
+    """½ xᵀAx - bᵀx, which CG minimises."""
+    return 0.5 * x @ matrix @ x - rhs @ x
