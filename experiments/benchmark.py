@@ -8,25 +8,31 @@ import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from experiments.measure.clocks import use_one_thread
 
 use_one_thread()  # before JAX starts its threads
 
-from experiments.config import CONFIG_DIR, describe_error  # noqa: E402
+from experiments.config import CONFIG_DIR, read_as, run_program  # noqa: E402
+from experiments.measure.settings import BenchmarkConfig  # noqa: E402
 from experiments.measure.tables import (  # noqa: E402
     measure_network,
     measure_setup,
     network_name,
     write_markdown,
 )
+from experiments.settings import ConfigError  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="benchmark")
-def benchmark(config: DictConfig) -> None:
+def benchmark(tree: DictConfig) -> None:
     """Measures everything and prints the tables."""
+    try:
+        config = read_as(OmegaConf.structured(BenchmarkConfig), tree)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")  # Hydra would print a line of its own before
     columns = {}
     for widths in track(config.networks, "networks", transient=True):
         columns[network_name(widths, config.batch_size)] = measure_network(
@@ -48,13 +54,8 @@ def benchmark(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a mistake in it ends as one line, not as a traceback."""
-    try:
-        benchmark()
-    except Exception as error:
-        if (message := describe_error(error)) is None:
-            raise
-        sys.exit(f"error: {message}")
+    """Runs the command line."""
+    run_program(benchmark)
 
 
 if __name__ == "__main__":

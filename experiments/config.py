@@ -5,8 +5,11 @@ wrong becomes a `ConfigError` of one line that names the setting.
 """
 
 import dataclasses
+import os
 import re
+import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +39,9 @@ __all__ = [
     "compose_config",
     "describe_error",
     "merge_resumed",
+    "read_as",
     "read_config",
+    "run_program",
 ]
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -105,13 +110,33 @@ def read_config(tree: DictConfig) -> TrainConfig:
                 f"`{group}.name` must be one of {', '.join(classes)}, got {name!r}."
             )
         schema[group] = OmegaConf.structured(classes[name])
+    return read_as(schema, tree)
+
+
+def read_as(schema: DictConfig, tree: DictConfig) -> Any:
+    """Turns an untyped tree into the dataclasses of `schema`, and checks their rules.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, a wrong type, or a broken rule.
+    """
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
-    assert isinstance(config, TrainConfig)
     check_rules(config)
     return config
+
+
+def run_program(program: Callable[[], None]) -> None:
+    """Runs a Hydra program; a mistake in its settings ends as one line, status 1."""
+    # Hydra would print and exit by itself; we want the exception.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        program()
+    except Exception as error:
+        if (message := describe_error(error)) is None:
+            raise
+        sys.exit(f"error: {message}")
 
 
 def merge_resumed(recorded: DictConfig, tree: DictConfig, names: list[str]) -> None:
@@ -158,10 +183,7 @@ def _value(tree: DictConfig, name: str) -> Any:
 def _explain(error: Exception) -> str:
     message = str(error)
     if match := re.match(r"Could not override '([^']*)'", message):
-        return (
-            f"`{match[1]}` is not a setting of this task and optimizer; "
-            "--cfg job prints those there are."
-        )
+        return f"`{match[1]}` is not a setting here; --cfg job prints those there are."
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} is not an override such as name=value."
     name = getattr(error, "full_key", None)

@@ -4,7 +4,6 @@ The library part is `experiments.loop.run_training`; `configs/` has all the sett
 """
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments.config import CONFIG_DIR, describe_error
+from experiments.config import CONFIG_DIR, run_program
 from experiments.loop import describe_result, run_training
 from experiments.run_folder import choose_folder, open_run, plain_name, shorten
 from experiments.settings import ConfigError
@@ -43,17 +42,10 @@ def train_one(tree: DictConfig) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a mistake in it ends as one line, not as a traceback."""
+    """Runs the command line."""
     OmegaConf.register_new_resolver("run_folder", choose_folder, replace=True)
     OmegaConf.register_new_resolver("plain_name", plain_name, replace=True)
-    # Hydra would print and exit by itself; we want the exception.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        train_one()
-    except Exception as error:
-        if (message := describe_error(error)) is None:
-            raise
-        sys.exit(f"error: {message}")
+    run_program(train_one)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmark: operation counts, which no load can change, and its tables."""
 
+import subprocess
 import sys
 
 import jax
@@ -26,6 +27,28 @@ from experiments.measure.tables import Figure, network_name, write_markdown
 @pytest.fixture(scope="module")
 def problem():
     return make_problem((64, 128, 64, 10), batch_size=256)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("nope=1", "`nope` is not a setting"),
+        ("batch_size=-3", "`batch_size` must be at least 1, got -3"),
+        ("networks=[[4]]", "`networks` must be lists of two or more positive widths"),
+        ("repeats=x", "`repeats`"),
+    ],
+)
+def test_mistakes_in_the_settings_end_as_one_line(setting, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark", setting],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_operations_of_a_matrix_product_are_counted():
