@@ -2,11 +2,8 @@
 
 import copy
 import dataclasses
-import functools
 import pickle
-from typing import Any
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,105 +11,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ngd_jax as ngd
 from ngd_jax.likelihoods import (
-    Bernoulli,
-    Categorical,
-    DiagonalGaussian,
-    FromDistribution,
     FromKL,
     Gaussian,
-    Likelihood,
-    LogAmplitude,
-    LogDensity,
-    Poisson,
-    Product,
 )
-
-BATCH = (4,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    likelihood: Likelihood
-    shapes: Any  # of the outputs, without the batch
-
-    def outputs(self, rng, dtype="float32", batch=BATCH):
-        def draw(shape):
-            values = rng.normal(size=(*batch, *shape))
-            if self.complex:
-                values = values + 1j * rng.normal(size=values.shape)
-            return jnp.asarray(values).astype(
-                _complex(dtype) if self.complex else dtype
-            )
-
-        return jax.tree.map(draw, self.shapes, is_leaf=lambda x: isinstance(x, tuple))
-
-    complex: bool = False
-
-
-def _complex(dtype):
-    return "complex128" if dtype == "float64" else "complex64"
-
-
-def exponential_kl(log_rate_p, log_rate_q):
-    d = log_rate_q - log_rate_p
-    return jnp.sum(jnp.expm1(d) - d, axis=-1)
-
-
-HEADS = Product(
-    {"label": Categorical(), "box": DiagonalGaussian(), "count": Poisson()},
-    weights={"label": 1.0, "box": 0.25, "count": 2.0},
+from tests.likelihood_cases import (
+    BATCH,
+    CASES,
+    HEADS,
+    PRODUCTS,
+    assert_close,
+    every_case,
+    every_case_with_log_prob,
+    every_separable_case,
+    jitted,
+    vdot,
 )
-CASES = {
-    "categorical": Case(Categorical(), (3,)),
-    "bernoulli": Case(Bernoulli(), (3,)),
-    "bernoulli image": Case(Bernoulli(event_ndims=2), (2, 2)),
-    "gaussian": Case(Gaussian(scale=0.7), (3,)),
-    "gaussian scalar": Case(Gaussian(event_ndims=0), ()),
-    "diagonal gaussian": Case(DiagonalGaussian(), {"mean": (2,), "log_scale": (2,)}),
-    "poisson": Case(Poisson(), (3,)),
-    "product": Case(
-        HEADS,
-        {"label": (3,), "box": {"mean": (2,), "log_scale": (2,)}, "count": (1,)},
-    ),
-    "log density": Case(LogDensity(), ()),
-    "log amplitude": Case(LogAmplitude(), ()),
-    "complex amplitude": Case(LogAmplitude(), (), complex=True),
-    "from kl": Case(FromKL(exponential_kl), (3,)),
-}
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-SEPARABLE = {name: c for name, c in CASES.items() if not c.likelihood.centered}
-every_separable_case = pytest.mark.parametrize(
-    "case", SEPARABLE.values(), ids=SEPARABLE
-)
-WITH_LOG_PROB = {name: c for name, c in CASES.items() if name != "from kl"}
-every_case_with_log_prob = pytest.mark.parametrize(
-    "case", WITH_LOG_PROB.values(), ids=WITH_LOG_PROB
-)
-PRODUCTS = ("fisher_vp", "sqrt_fisher_vp", "sqrt_fisher_tvp")
-
-
-@functools.cache
-def jitted(likelihood, method):
-    """A method, compiled once for all tests."""
-    return jax.jit(getattr(likelihood, method))
-
-
-def vdot(a, b):
-    """Σ conj(a) b over all leaves, in float64 (complex128), by NumPy."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum(np.vdot(_to_numpy(x), _to_numpy(y)) for x, y in pairs)
-
-
-def _to_numpy(x):
-    x = jnp.asarray(x)
-    return np.asarray(x, complex if jnp.iscomplexobj(x) else float)
-
-
-def assert_close(a, b, rtol=1e-5, atol=1e-6):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(_to_numpy(x), _to_numpy(y), rtol=rtol, atol=atol)
 
 
 @pytest.fixture
@@ -353,7 +268,7 @@ def test_likelihoods_are_values(case):
         likelihood.event_ndims = 3
     if not isinstance(likelihood, FromKL):
         assert pickle.loads(pickle.dumps(likelihood)) == likelihood
-        assert eval(repr(likelihood)) == likelihood
+        assert eval(repr(likelihood), dict(vars(ngd))) == likelihood
 
 
 def test_equal_likelihoods_do_not_compile_twice(rng):
@@ -398,83 +313,3 @@ def test_quadratic_form_is_never_negative(name, data):
     z, t = (np.float32(data.draw(values)).reshape(shape) for _ in range(2))
     product = np.asarray(jitted(CASES[name].likelihood, "fisher_vp")(z, t), float)
     assert np.sum(t * product) >= -1e-6 * np.sum(t * t)
-
-
-def test_users_likelihood_of_one_method_has_everything_but_log_prob_and_sample(rng):
-    class Laplace(Likelihood):  # smooth near equality: log scale of a Laplace density
-        def kl(self, outputs_p, outputs_q):
-            d = outputs_p["log_scale"] - outputs_q["log_scale"]
-            return jnp.sum(jnp.expm1(d) - d, axis=-1)
-
-    z = {"log_scale": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)}
-    t = {"log_scale": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)}
-    likelihood = Laplace()
-    assert likelihood.batch_shape(z) == (4,)
-    assert not likelihood.centered
-    assert likelihood.kl_curvature == 1.0
-    for method in PRODUCTS:
-        assert_close(jitted(likelihood, method)(z, t), t)
-    with pytest.raises(TypeError, match=r"Define `log_prob\(self, outputs, targets\)`"):
-        jitted(likelihood, "log_prob")(z, z)
-    with pytest.raises(TypeError, match=r"Define `sample\(self, key, outputs\)`"):
-        likelihood.sample(jax.random.key(0), z)
-
-
-def test_likelihood_without_kl_cannot_be_made():
-    class Empty(Likelihood):
-        pass
-
-    with pytest.raises(TypeError, match="kl"):
-        Empty()
-
-
-def test_derived_root_of_a_singular_metric_is_finite():
-    logits = jnp.array([[200.0, 0.0, -200.0], [0.0, 0.0, 0.0]])
-    root = jitted(FromKL(Categorical().kl), "sqrt_fisher_vp")(logits, jnp.ones((2, 3)))
-    np.testing.assert_allclose(root, np.zeros((2, 3)), atol=1e-3)
-
-
-DISTRAX_CASES = {
-    "categorical": (
-        Categorical(),
-        lambda z: distrax.Categorical(logits=z),
-    ),
-    "diagonal gaussian": (
-        DiagonalGaussian(),
-        lambda z: distrax.MultivariateNormalDiag(z["mean"], jnp.exp(z["log_scale"])),
-    ),
-    "bernoulli": (
-        Bernoulli(),
-        lambda z: distrax.Independent(
-            distrax.Bernoulli(logits=z), reinterpreted_batch_ndims=1
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DISTRAX_CASES)
-def test_distrax_distributions_agree_with_the_closed_forms(name, rng):
-    likelihood, make = DISTRAX_CASES[name]
-    derived = FromDistribution(make)
-    assert not derived.centered
-    z, t = CASES[name].outputs(rng), CASES[name].outputs(rng)
-    assert derived.batch_shape(z) == BATCH
-    assert_close(
-        jitted(derived, "kl")(z, t), jitted(likelihood, "kl")(z, t), 1e-4, 1e-5
-    )
-    assert_close(
-        jitted(derived, "fisher_vp")(z, t),
-        jitted(likelihood, "fisher_vp")(z, t),
-        1e-4,
-        1e-5,
-    )
-    root = jitted(derived, "sqrt_fisher_vp")(
-        z, jitted(derived, "sqrt_fisher_tvp")(z, t)
-    )
-    assert_close(root, jitted(likelihood, "fisher_vp")(z, t), 1e-3, 1e-4)
-    samples = derived.sample(jax.random.key(0), z)
-    assert_close(
-        jitted(derived, "log_prob")(z, samples),
-        jitted(likelihood, "log_prob")(z, samples),
-        1e-4,
-    )
