@@ -6,11 +6,14 @@ nothing of solvers, steps or Optax.
 
 * `average`: the mean over a batch, weighted, and block by block for a `Product`;
 * `linearization`: J and Jᵀ, from one run of the model, whole or by microbatches;
-* `operator`: `linearize_fisher` and the `Fisher` it returns;
+* `root`: the square root A of F = Aᵀ A, between the outputs and the coefficients;
+* `operator`: the `Fisher`, all products;
+* `build`: `linearize_fisher`, which makes it;
 * `functions`: the same in one call each, and the measured KL;
 * `rows`: the diagonal from per-example rows of the Jacobian.
 """
 
+from ngd_jax.fisher.build import linearize_fisher
 from ngd_jax.fisher.functions import (
     dense_fisher,
     fisher_diagonal,
@@ -18,7 +21,7 @@ from ngd_jax.fisher.functions import (
     fisher_vector_product,
     mean_kl,
 )
-from ngd_jax.fisher.operator import Fisher, Kind, linearize_fisher
+from ngd_jax.fisher.operator import Fisher, Kind
 
 __all__ = [
     "Fisher",

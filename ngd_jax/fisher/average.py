@@ -23,9 +23,11 @@ __all__ = [
     "centers",
     "exact_cotangents",
     "example_measure",
+    "inner_product",
     "join",
     "leading_size",
     "rank_one_cotangents",
+    "score_products",
     "score_terms",
     "split",
     "terms",
@@ -239,13 +241,32 @@ def rank_one_cotangents(
     likelihood: Likelihood, scores: PyTree, tangents: PyTree, measure: Measure
 ) -> PyTree:
     """μₙ sₙ ⟨sₙ, tₙ⟩: the metric of one draw for each example."""
-    parts = []
-    for score, tangent, mu in zip(
-        split(likelihood, scores), split(likelihood, tangents), measure, strict=True
-    ):
-        inner = jnp.zeros(mu.shape, mu.dtype)
-        for s, t in zip(jax.tree.leaves(score), jax.tree.leaves(tangent), strict=True):
-            event_axes = tuple(range(mu.ndim, s.ndim))
-            inner += jnp.sum(s.astype(mu.dtype) * t.astype(mu.dtype), event_axes)
-        parts.append(weigh(mu * inner, score))
+    products = score_products(likelihood, scores, tangents, measure)
+    parts = [
+        weigh(mu * product, score)
+        for mu, product, score in zip(
+            measure, products, split(likelihood, scores), strict=True
+        )
+    ]
     return join(likelihood, parts)
+
+
+def score_products(
+    likelihood: Likelihood, scores: PyTree, tangents: PyTree, measure: Measure
+) -> list[Array]:
+    """⟨sₙ, tₙ⟩ for every example, one array for each term."""
+    return [
+        inner_product(score, tangent, mu)
+        for score, tangent, mu in zip(
+            split(likelihood, scores), split(likelihood, tangents), measure, strict=True
+        )
+    ]
+
+
+def inner_product(a: PyTree, b: PyTree, like: Array) -> Array:
+    """⟨aₙ, bₙ⟩ over all that belongs to example n, of the shape and dtype of `like`."""
+    total = jnp.zeros(like.shape, like.dtype)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        event_axes = tuple(range(like.ndim, x.ndim))
+        total += jnp.sum(x.astype(like.dtype) * y.astype(like.dtype), event_axes)
+    return total

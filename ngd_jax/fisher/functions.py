@@ -6,12 +6,8 @@ import jax
 
 from ngd_jax import tree
 from ngd_jax.fisher import average
-from ngd_jax.fisher.operator import (
-    FisherOptions,
-    chunks_of,
-    forward,
-    linearize_fisher,
-)
+from ngd_jax.fisher.build import FisherOptions, chunks_of, linearize_fisher
+from ngd_jax.fisher.linearization import forward
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.types import Array, Batch, Float, ModelFn, Params, PyTree, Scalar
 

@@ -20,6 +20,8 @@ from ngd_jax.types import Array, Batch, ModelFn, Outputs, Params, PyTree
 __all__ = [
     "Chunks",
     "Linearization",
+    "adjoint",
+    "forward",
     "linearize",
     "map_microbatches",
     "sum_microbatches",
@@ -53,14 +55,21 @@ def linearize(model_fn: ModelFn, params: Params, batch: Batch) -> Linearization:
 
     wide_params = tree.widen(params)
     outputs, push = jax.linearize(wide_model_fn, wide_params)
-    transpose = jax.linear_transpose(push, wide_params)
+    return Linearization(outputs, push, adjoint(push, wide_params))
+
+
+def adjoint(
+    linear_fn: Callable[[PyTree], PyTree], like: PyTree
+) -> Callable[[PyTree], PyTree]:
+    """The adjoint of a linear function whose arguments are shaped like `like`."""
+    transpose = jax.linear_transpose(linear_fn, like)
 
     def pull(cotangents: PyTree) -> PyTree:
         # JAX transposes; for complex values the adjoint is what makes F Hermitian.
         (gradient,) = transpose(_conj(cotangents))
         return _conj(gradient)
 
-    return Linearization(outputs, push, pull)
+    return pull
 
 
 def _conj(values: PyTree) -> PyTree:
@@ -143,3 +152,12 @@ def map_microbatches(
         last = fn(rebuild(rest))
         mapped = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), mapped, last)
     return mapped
+
+
+def forward(
+    model_fn: ModelFn, params: Params, batch: Batch, chunks: Chunks | None
+) -> Outputs:
+    """model_fn(params, batch), by microbatches where there are any."""
+    if chunks is None:
+        return model_fn(params, batch)
+    return map_microbatches(lambda part: model_fn(params, part), batch, chunks)

@@ -8,7 +8,7 @@ with μₙ = wₙ / Σ w. A product costs one `jvp` and one `vjp` of the lineari
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from ngd_jax import tree
-from ngd_jax.fisher import average
+from ngd_jax.fisher import average, root
 from ngd_jax.fisher.linearization import (
     Chunks,
     Linearization,
+    adjoint,
+    forward,
     linearize,
     map_microbatches,
     sum_microbatches,
@@ -30,7 +32,6 @@ from ngd_jax.types import (
     Array,
     Batch,
     Float,
-    KeyArray,
     ModelFn,
     Outputs,
     Params,
@@ -38,30 +39,13 @@ from ngd_jax.types import (
     Scalar,
 )
 
-__all__ = [
-    "Fisher",
-    "FisherOptions",
-    "Kind",
-    "chunks_of",
-    "forward",
-    "linearize_fisher",
-]
+__all__ = ["Fisher", "Kind"]
 
 Kind = Literal["exact", "sampled", "empirical"]
 
 # Basis vectors pushed through the model at once: wide enough for matrix products,
 # narrow enough that the activations of as many copies of the batch fit in memory.
 _BASIS_CHUNK = 32
-
-
-class FisherOptions(TypedDict, total=False):
-    """The keyword arguments of `linearize_fisher`."""
-
-    kind: Kind
-    key: KeyArray | None
-    targets: PyTree | None
-    weights: PyTree | None
-    microbatch_size: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,6 +97,59 @@ class Fisher:
 
         return optax.tree.cast_like(self._sum(product, wide), vector)
 
+    def sqrt_matvec(self, vector: PyTree) -> PyTree:
+        """A v with F = Aᵀ A: the coefficients √μ Bᵀ J v, float32 or wider.
+
+        Shaped like the outputs for kind "exact", else one number for each example.
+        With real inner products ⟨a, b⟩ = Re Σ conj(a) b, |A v|² = vᵀ F v.
+
+        Raises:
+          ValueError: at trace time, where `vector` does not fit `params`.
+        """
+        wide = self._widen_vector(vector)
+        if isinstance(self.linearization, Linearization):
+            tangents = self.linearization.push(wide)
+        else:
+
+            def push(batch: Batch) -> PyTree:
+                return linearize(self.model_fn, self.params, batch).push(wide)
+
+            tangents = map_microbatches(push, self.batch, self.linearization)
+        return root.coefficients_from_tangents(
+            self.likelihood, self.outputs, tangents, self.measure, self._scores()
+        )
+
+    def sqrt_rmatvec(self, coefficients: PyTree) -> PyTree:
+        """Aᵀ u, the adjoint of `sqrt_matvec`: shaped like `params`, float32 or wider.
+
+        Args:
+          coefficients: u, shaped like what `sqrt_matvec` returns.
+        """
+        cotangents = root.cotangents_from_coefficients(
+            self.likelihood, self.outputs, coefficients, self.measure, self._scores()
+        )
+        return self.pullback(cotangents)
+
+    def sqrt_solve(self, output_cotangents: PyTree) -> PyTree:
+        """The coefficients u of least norm with Jᵀ c = Aᵀ u: a gradient, factored.
+
+        With c = ∂loss/∂outputs, this is the gradient Jᵀ c in the space where solvers on
+        the square root of F work without squaring its condition number. What of c is
+        outside of the range of the output metric is left out, so that
+        Jᵀ c = Aᵀ u + Jᵀ rest; the rest is zero for a loss that is the negative
+        log-likelihood, or any other function of the output distribution alone.
+
+        Args:
+          output_cotangents: c, shaped like the outputs.
+        """
+        return root.solve_for_coefficients(
+            self.likelihood,
+            self.outputs,
+            output_cotangents,
+            self.measure,
+            self._scores(),
+        )
+
     def quadratic(self, vector: PyTree) -> Scalar:
         """vᵀ F v, with one `jvp` and no `vjp`."""
         wide = self._widen_vector(vector)
@@ -150,6 +187,34 @@ class Fisher:
             return self.linearization.pull(output_cotangents)
         data = (self.batch, output_cotangents)
         return sum_microbatches(pull, data, self.linearization)
+
+    def in_coordinates(self, params_from: Callable[[PyTree], Params]) -> "Fisher":
+        """Sᵀ F S: the same model in coordinates φ, at parameters θ + S φ with φ = 0.
+
+        A solver that damps by λI there damps by λ S⁻ᵀ S⁻¹ here: with the coordinates,
+        the metric of the damping is a choice, and any solver serves for it.
+
+        Args:
+          params_from: S, a linear map from trees of the structure and shapes of
+            `params`, float32 or wider, to such trees.
+        """
+        origin, wide_params = tree.zeros_like_wide(self.params), tree.widen(self.params)
+        transpose = adjoint(params_from, origin)
+
+        def model_fn(coordinates: PyTree, batch: Batch) -> Outputs:
+            moved = tree.axpy(1.0, params_from(coordinates), wide_params)
+            return self.model_fn(optax.tree.cast_like(moved, self.params), batch)
+
+        linearization = self.linearization
+        if isinstance(linearization, Linearization):
+            push, pull = linearization.push, linearization.pull
+            linearization = linearization._replace(
+                push=lambda vector: push(params_from(vector)),
+                pull=lambda cotangents: transpose(pull(cotangents)),
+            )
+        return dataclasses.replace(
+            self, model_fn=model_fn, params=origin, linearization=linearization
+        )
 
     def dense(self) -> Array:
         """F as a matrix, in the order of `jax.flatten_util.ravel_pytree(params)`."""
@@ -191,6 +256,11 @@ class Fisher:
         tree.check_like(vector, self.params, name="vector", like_name="params")
         wide = tree.widen(self.params)
         return jax.tree.map(lambda v, p: jnp.asarray(v).astype(p.dtype), vector, wide)
+
+    def _scores(self) -> PyTree | None:
+        if self.kind == "exact":
+            return None
+        return average.score_terms(self.likelihood, self.outputs, self.targets)
 
     def _cotangents(self, part: "_Part", tangents: PyTree) -> PyTree:
         """μ H t for the examples of `part`."""
@@ -235,155 +305,3 @@ class _Part(NamedTuple):
     measure: average.Measure
     targets: PyTree | None
     centers: tuple[Array | None, ...] | None
-
-
-def linearize_fisher(
-    model_fn: ModelFn,
-    params: Params,
-    batch: Batch,
-    likelihood: Likelihood,
-    *,
-    kind: Kind = "exact",
-    key: KeyArray | None = None,
-    targets: PyTree | None = None,
-    weights: PyTree | None = None,
-    microbatch_size: int | None = None,
-) -> Fisher:
-    """The Fisher F = Σₙ μₙ Jₙᵀ Hₙ Jₙ at `params`; runs the model once.
-
-    The three kinds differ in H, the metric of the outputs of one example:
-
-    * "exact": the Fisher of the output distribution in closed form, the expectation
-      over all targets that the model could draw. Costs no more than the others.
-    * "sampled": s sᵀ with s = ∂ log p(y) / ∂ outputs for one y drawn from the model;
-      unbiased, with a relative error above 1 in a product at one draw.
-    * "empirical": s sᵀ at the data's own targets. This is not the Fisher: it shrinks
-      with the residuals, so that the step grows where the fit is good, and it can point
-      away from the natural direction (Kunstner et al. 2019). For comparison only.
-
-    Args:
-      model_fn: a pure function (params, batch) -> outputs.
-      params: any tree of floating point or complex arrays.
-      batch: any tree, handed to `model_fn` untouched. With `microbatch_size` its leaves
-        whose leading axis is as long as the outputs' are split along it.
-      likelihood: what the outputs mean.
-      kind: see above.
-      key: for kind "sampled", a typed JAX key.
-      targets: for kind "empirical", the targets as `likelihood.log_prob` takes them.
-      weights: broadcast against the shape of the examples; means become Σ w x / Σ w.
-        An example of weight 0 is left out. For a `Product` also a dict by block.
-      microbatch_size: examples in memory at once. The result is the same to round-off,
-        provided that the model does not mix examples; the model runs once more in each
-        product.
-
-    Returns:
-      The operator; see `Fisher`.
-
-    Raises:
-      ValueError: where outputs do not fit the likelihood, on an empty batch, an unknown
-        kind, a missing `key` or `targets`, a `microbatch_size` that cannot be used.
-      TypeError: where `params` holds integers or keys.
-
-    Example:
-      >>> import jax.numpy as jnp, ngd_jax as ngd
-      >>> model_fn = lambda params, x: x @ params["w"]
-      >>> params, x = {"w": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> fisher = ngd.linearize_fisher(model_fn, params, x, ngd.Gaussian())
-      >>> fisher.matvec({"w": jnp.array([[1.0], [0.0]])})["w"].ravel()  # XᵀX e₁ / 2
-      Array([5., 7.], dtype=float32)
-
-    References:
-      Amari, Natural gradient works efficiently in learning, 1998; Schraudolph, Fast
-      curvature matrix-vector products, 2002, section 3; Kunstner, Balles and Hennig,
-      Limitations of the empirical Fisher approximation, 2019, equation 3.
-
-    Note:
-      F is a mean over examples, not a sum, and carries no factor ½: KL ≈ ½ dᵀ F d.
-      The model needs forward-mode derivatives: a `custom_vjp` inside must become a
-      `custom_jvp`.
-    """
-    if kind not in get_args(Kind):
-        raise ValueError(f"`kind` must be one of {get_args(Kind)}, got {kind!r}.")
-    if kind == "sampled" and key is None:
-        raise ValueError('`key` is needed for kind="sampled", got None.')
-    if kind == "empirical" and targets is None:
-        raise ValueError('`targets` are needed for kind="empirical", got None.')
-    if kind != "exact" and any(t.centered for t, _ in average.terms(likelihood)):
-        raise ValueError(
-            f'`kind` must be "exact" for {likelihood!r}, got {kind!r}: its examples '
-            f"are already draws from the model."
-        )
-    tree.check_parameters(params)
-
-    shapes = jax.eval_shape(model_fn, params, batch)
-    chunks = chunks_of(likelihood, shapes, batch, microbatch_size)
-    if chunks is None:
-        linearization = linearize(model_fn, params, batch)
-        outputs = linearization.outputs
-    else:
-        linearization = chunks
-        outputs = forward(model_fn, params, batch, chunks)
-    if kind == "sampled":
-        targets = likelihood.sample(cast("KeyArray", key), outputs)
-    return Fisher(
-        model_fn=model_fn,
-        params=params,
-        batch=batch,
-        likelihood=likelihood,
-        outputs=outputs,
-        measure=average.example_measure(likelihood, outputs, weights),
-        kind=kind,
-        targets=None if kind == "exact" else targets,
-        linearization=linearization,
-    )
-
-
-def chunks_of(
-    likelihood: Likelihood,
-    outputs: Outputs,
-    batch: Batch,
-    microbatch_size: Any,
-) -> Chunks | None:
-    """How to cut `batch`; None where one microbatch holds it.
-
-    Args:
-      likelihood: says which axis of the outputs counts the examples.
-      outputs: the outputs, or their shapes and dtypes.
-      batch: what is to be cut.
-      microbatch_size: examples in a microbatch, or None.
-
-    Raises:
-      ValueError, TypeError: where `microbatch_size` cannot be used.
-    """
-    leading = average.leading_size(likelihood, outputs)
-    if microbatch_size is None:
-        return None
-    if isinstance(microbatch_size, bool) or not isinstance(microbatch_size, int):
-        raise TypeError(
-            f"`microbatch_size` must be a Python int (static under jit), got "
-            f"{type(microbatch_size).__name__}."
-        )
-    if microbatch_size < 1:
-        raise ValueError(
-            f"`microbatch_size` must be at least 1, got {microbatch_size}."
-        )
-    if leading is None:
-        raise ValueError(
-            "`microbatch_size` needs outputs that share one leading axis of examples."
-        )
-    chunks = Chunks(leading, microbatch_size)
-    if not any(chunks.cuts(leaf) for leaf in jax.tree.leaves(batch)):
-        raise ValueError(
-            f"`microbatch_size` needs a leaf of `batch` to split: none has a leading "
-            f"axis of length {leading}, the number of examples in the outputs."
-        )
-    return chunks if microbatch_size < leading else None
-
-
-def forward(
-    model_fn: ModelFn, params: Params, batch: Batch, chunks: Chunks | None
-) -> Outputs:
-    """model_fn(params, batch), by microbatches where there are any."""
-    if chunks is None:
-        return model_fn(params, batch)
-    return map_microbatches(lambda part: model_fn(params, part), batch, chunks)

@@ -188,6 +188,32 @@ class Likelihood(abc.ABC):
         """
         return self._apply_root(outputs, tangents, name="tangents")
 
+    def sqrt_fisher_solve(self, outputs: Outputs, cotangents: Outputs) -> Outputs:
+        """The coefficients u of least norm with B u = c, per example.
+
+        This is how the gradient of a loss with respect to the outputs enters a solver
+        that works on the square root of the Fisher. What of c lies outside of the range
+        of B (or within it only by round-off) is left out, so that u is finite; check
+        with c − B u where it matters.
+
+        Args:
+          outputs: The outputs z at which H is taken.
+          cotangents: c, of the structure and shapes of the outputs.
+
+        Returns:
+          u = B⁺ c in the structure and shapes of the outputs, float32 or wider.
+        """
+        shape = self.batch_shape(outputs)
+        check_like(self, cotangents, outputs, name="cotangents")
+        rows, split_fn = _ravel_examples(self, widen(cotangents), shape)
+        root = self._dense_root(widen(outputs), shape)
+        # The root of the round-off in H, which is what a null vector of H shows here.
+        rtol = (rows.shape[-1] * float(jnp.finfo(root.dtype).eps)) ** 0.5
+        inverse = jnp.linalg.pinv(root, rtol=rtol, hermitian=True)
+        return split_fn(
+            jnp.einsum("...ij,...j->...i", inverse, rows, precision="highest")
+        )
+
     def _apply_root(self, outputs: Outputs, vector: Outputs, *, name: str) -> Outputs:
         shape = self.batch_shape(outputs)
         check_like(self, vector, outputs, name=name)

@@ -19,6 +19,7 @@ from ngd_jax.likelihoods.checks import (
 )
 from ngd_jax.likelihoods.numerics import (
     difference,
+    divided,
     floored,
     masked_product,
     relative_entropy,
@@ -187,6 +188,20 @@ class Categorical(Likelihood):
         root = jnp.exp(jax.nn.log_softmax(logits) / 2)
         products = root * (t - jnp.sum(root * root * t, axis=-1, keepdims=True))
         return products.astype(tangents.dtype)
+
+    def sqrt_fisher_solve(self, outputs: Array, cotangents: Array) -> Array:
+        """The coefficients u = q − √p ⟨√p, q⟩, q = c/√p, with B u = c where Σc = 0.
+
+        The gradients of all losses that do not change when a number is added to all
+        logits sum to zero. A class of probability zero gets no coefficient.
+
+        Raises:
+          TypeError, ValueError: where the logits or the cotangents do not fit.
+        """
+        logits, c = self._wide_pair(outputs, cotangents, name="cotangents")
+        root = jnp.exp(jax.nn.log_softmax(logits) / 2)
+        quotient = divided(c, root)
+        return quotient - root * jnp.sum(root * quotient, axis=-1, keepdims=True)
 
     def sample(self, key: KeyArray, outputs: Array) -> Array:
         """Draws one label per example: int32, of the batch shape."""

@@ -18,7 +18,7 @@ from ngd_jax.likelihoods.checks import (
     check_nonnegative_int,
     check_targets,
 )
-from ngd_jax.likelihoods.numerics import wide_together
+from ngd_jax.likelihoods.numerics import divided, wide_together
 from ngd_jax.types import Array, Outputs
 
 __all__ = ["IndependentLikelihood"]
@@ -73,6 +73,20 @@ class IndependentLikelihood(Likelihood):
           TypeError, ValueError: where the outputs or the tangents do not fit.
         """
         return self._scaled(outputs, tangents, name="tangents", like=tangents)
+
+    def sqrt_fisher_solve(self, outputs: Outputs, cotangents: Outputs) -> Outputs:
+        """The coefficients u = c / r, 0 where r is 0 to working precision.
+
+        Raises:
+          TypeError, ValueError: where the outputs or the cotangents do not fit.
+        """
+        self.batch_shape(outputs)
+        check_like(self, cotangents, outputs, name="cotangents")
+
+        def quotient(root: Array, x: Array) -> Array:
+            return divided(*wide_together(x, root))
+
+        return jax.tree.map(quotient, self.fisher_root(outputs), cotangents)
 
     @property
     def _expected(self) -> str:

@@ -20,6 +20,7 @@ from ngd_jax.types import Array, ArrayLike
 
 __all__ = [
     "difference",
+    "divided",
     "exp_excess",
     "floored",
     "largest_exponent",
@@ -58,6 +59,17 @@ def difference(log_p: Array, log_q: Array) -> Array:
     Fisher information is the second derivative.
     """
     return floored(log_q) - floored(log_p)
+
+
+def divided(values: Array, root: Array) -> Array:
+    """Divides values / root elementwise, 0 where the quotient could overflow.
+
+    `root` ≥ 0 is the square root of a Fisher information; under the fourth root of the
+    smallest number there is no information left, and squares of the quotient stay
+    finite above.
+    """
+    usable = root > float(jnp.finfo(root.dtype).tiny) ** 0.25
+    return jnp.where(usable, values / jnp.where(usable, root, 1), 0)
 
 
 def masked_product(weights: Array, values: Array) -> Array:

@@ -202,6 +202,22 @@ class Product(Likelihood):
             "sqrt_fisher_tvp", outputs, tangents, name="tangents", power=0.5
         )
 
+    def sqrt_fisher_solve(self, outputs: dict[str, Any], cotangents: dict[str, Any]):
+        """The coefficients B⁺ c / √w for every block; zeros where its weight is zero.
+
+        Raises:
+          TypeError, ValueError: where outputs or cotangents do not fit.
+        """
+        self._check(outputs, name="outputs")
+        self._check(cotangents, name="cotangents")
+        coefficients = {}
+        for name, block in self.blocks.items():
+            weight = self.weights[name]
+            factor = weight**-0.5 if weight > 0 else 0.0
+            part = block.sqrt_fisher_solve(outputs[name], cotangents[name])
+            coefficients[name] = jax.tree.map(lambda u, f=factor: f * u, part)
+        return coefficients
+
     def sample(self, key: KeyArray, outputs: dict[str, Any]) -> dict[str, PyTree]:
         """Draws targets for every block, each with its own key."""
         self._check(outputs, name="outputs")

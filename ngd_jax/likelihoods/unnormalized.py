@@ -29,6 +29,7 @@ from ngd_jax.likelihoods.numerics import (
     log_mean_exp,
     wide_together,
 )
+from ngd_jax.tree import widen
 from ngd_jax.types import Array, KeyArray, Scalar
 
 __all__ = ["LogAmplitude", "LogDensity"]
@@ -161,6 +162,14 @@ class _SampledModel(Likelihood):
           TypeError, ValueError: where outputs or tangents do not fit.
         """
         return self._centred(outputs, tangents, name="tangents")
+
+    def sqrt_fisher_solve(self, outputs: Array, cotangents: Array) -> Array:
+        """The coefficients u = c − mean(c), with B u = c where Σc = 0.
+
+        Raises:
+          TypeError, ValueError: where outputs or cotangents do not fit.
+        """
+        return self._centred(outputs, widen(cotangents), name="cotangents")
 
     def sample(self, key: KeyArray, outputs: Array) -> Array:
         """Draws indices into the flattened batch, int32, of the shape of the outputs.

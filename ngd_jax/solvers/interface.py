@@ -1,15 +1,23 @@
 """What every solver takes and what every solver reports."""
 
 import enum
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
-from ngd_jax.types import Array, ArrayLike, PyTree
+from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
-__all__ = ["Solver", "SolverInfo", "SolverStatus", "check_system", "forward_only"]
+__all__ = [
+    "Solver",
+    "SolverInfo",
+    "SolverStatus",
+    "StatefulSolver",
+    "check_system",
+    "forward_only",
+]
 
 
 class SolverStatus(enum.IntEnum):
@@ -25,6 +33,7 @@ class SolverStatus(enum.IntEnum):
     BREAKDOWN = 2
     NON_FINITE = 3
     STAGNATED = 4
+    NOT_SEPARABLE = 5
 
     @property
     def message(self) -> str:
@@ -47,6 +56,11 @@ _MESSAGES = {
     ),
     SolverStatus.STAGNATED: (
         "Round-off keeps the true residual above the tolerance; more steps do not help."
+    ),
+    SolverStatus.NOT_SEPARABLE: (
+        "The model mixes its examples (as batch normalisation in training does), so "
+        "that there are no rows of single examples; solvers on products, such as CG, "
+        "have no need of them."
     ),
 }
 
@@ -89,6 +103,46 @@ class Solver(Protocol):
 
         Returns:
           d in the structure and the dtypes of `rhs`, always finite; and the report.
+        """
+        ...
+
+
+@runtime_checkable
+class StatefulSolver(Solver, Protocol):
+    """A solver that keeps something between steps, or uses more than g.
+
+    The transformation calls `init` and `solve` of a solver that has them, and keeps the
+    state in `NaturalGradientState.solver_state`; calling the solver itself starts anew
+    each time.
+    """
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state before the first solve, a tree of arrays; () for none."""
+        ...
+
+    def solve(
+        self,
+        fisher: Any,
+        rhs: PyTree,
+        *,
+        damping: ArrayLike,
+        x0: PyTree | None = None,
+        coefficients: PyTree | None = None,
+        objective: Callable[[PyTree], Scalar] | None = None,
+        state: PyTree = (),
+    ) -> tuple[PyTree, SolverInfo, PyTree]:
+        """Solves for d.
+
+        Args:
+          fisher, rhs, damping, x0: as in `Solver`.
+          coefficients: w with g = Aᵀ w but for round-off or a small rest, where that
+            is known (see `Fisher.sqrt_solve`): g in the space of outputs, in which
+            small damping does not lose it. `rhs` remains what is solved for.
+          objective: d -> the loss that a step along -d leads to, where it is known.
+          state: what the last solve or `init` returned.
+
+        Returns:
+          d, the report, and the next state, of the structure and dtypes of `state`.
         """
         ...
 
