@@ -9,7 +9,7 @@
 import importlib
 from typing import Any
 
-from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
+from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import (
     Fisher,
     dense_fisher,
@@ -32,6 +32,7 @@ from ngd_jax.likelihoods import (
     Poisson,
     Product,
 )
+from ngd_jax.quadratic_model import QuadraticModelRate
 from ngd_jax.solvers import (
     CG,
     Cholesky,
@@ -61,6 +62,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Cholesky",
+    "CovariantDamping",
     "DiagonalGaussian",
     "Fisher",
     "FromDistribution",
@@ -75,6 +77,7 @@ __all__ = [
     "NaturalGradientState",
     "Poisson",
     "Product",
+    "QuadraticModelRate",
     "RelativeDamping",
     "Solver",
     "SolverInfo",

@@ -1,4 +1,4 @@
-"""Damping λ in (F + λI) d = g: constants, schedules, relative, Levenberg-Marquardt.
+"""Damping λ in (F + λI) d = g: relative, Levenberg-Marquardt, in other coordinates.
 
 λ is in units of F as this library defines it, a mean over examples without a factor ½.
 A library that sums over N examples needs N times the number, one whose matrix is half
@@ -7,13 +7,18 @@ or twice ours half or twice.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
-from ngd_jax.types import Array, ArrayLike, Scalar
+from ngd_jax import tree
+from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
-__all__ = ["LevenbergMarquardt", "RelativeDamping"]
+__all__ = ["CovariantDamping", "LevenbergMarquardt", "RelativeDamping"]
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -66,6 +71,7 @@ class LevenbergMarquardt:
       reject: ρ below which the step is refused; minus infinity refuses none.
       minimum: λ never falls below.
       maximum: λ never rises above.
+      every: λ is adapted at every so many steps taken, and at refused ones.
 
     Example:
       >>> rule = LevenbergMarquardt(initial=1.0)
@@ -87,10 +93,15 @@ class LevenbergMarquardt:
     reject: float = 0.0
     minimum: float = 1e-8
     maximum: float = 1e8
+    every: int = 1
 
     def __post_init__(self) -> None:
         for name in ("initial", "increase", "decrease", "minimum", "maximum"):
             _check_positive(name, getattr(self, name))
+        if isinstance(self.every, bool) or not isinstance(self.every, int):
+            raise TypeError(f"`every` must be a Python int, got {self.every!r}.")
+        if self.every < 1:
+            raise ValueError(f"`every` must be at least 1, got {self.every}.")
         if not self.increase > 1:
             raise ValueError(f"`increase` must be above 1, got {self.increase}.")
         if not self.decrease < 1:
@@ -128,3 +139,80 @@ class LevenbergMarquardt:
         if self.reject == -math.inf:
             return jnp.asarray(True)
         return jnp.asarray(actual) >= self.reject * jnp.asarray(predicted)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CovariantDamping:
+    """Damping λD in place of λI, with a metric D that follows the parameters.
+
+        (F + λD) d = g,    D = S⁻ᵀ S⁻¹,    S = diag(scales), or any linear map
+
+    λI treats all parameters as if they were measured in one unit, and so depends on how
+    the network is written. With D the user says what a change of size one is: θ = S φ
+    are the parameters that the damping takes for equal. Write the network anew as
+    θ' = T θ, take S' = T S, and the step is the same function of the inputs, exactly.
+
+    Attributes:
+      damping: λ: a number, a schedule, a `RelativeDamping` or a `LevenbergMarquardt`.
+      scales: a tree of the structure of the parameters, of positive arrays that
+        broadcast to them: the size of a typical change of each. Or S itself, a linear
+        function from trees shaped like the parameters to such trees.
+
+    Example:
+      Weights of a first layer whose second input is measured in thousandths:
+
+      >>> import jax.numpy as jnp, ngd_jax as ngd
+      >>> rule = ngd.CovariantDamping(1e-3, scales={"w": jnp.array([[1.0], [1e-3]])})
+
+    References:
+      Martens, New insights and perspectives on the natural gradient method, 2020,
+      section 13 (damping and invariance).
+    """
+
+    damping: Any
+    scales: PyTree | Callable[[PyTree], PyTree]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.damping, CovariantDamping):
+            raise TypeError("`damping` of CovariantDamping must not be another one.")
+        if callable(self.scales):
+            return
+        for path, leaf in jax.tree.leaves_with_path(self.scales):
+            is_known = not isinstance(leaf, jax.core.Tracer)
+            if is_known and not (np.asarray(leaf) > 0).all():
+                raise ValueError(
+                    f"`scales` must be positive: at "
+                    f"{jax.tree_util.keystr(path) or 'the root'} got {leaf}."
+                )
+
+    def params_from(self, coordinates: PyTree) -> PyTree:
+        """S φ."""
+        if callable(self.scales):
+            return self.scales(coordinates)
+        return jax.tree.map(
+            lambda scale, leaf: jnp.asarray(scale, leaf.dtype) * leaf,
+            self.scales,
+            coordinates,
+        )
+
+    def check(self, params: PyTree) -> None:
+        """Raises at trace time unless the map fits `params`.
+
+        Raises:
+          ValueError: where the scales have another structure or do not broadcast.
+        """
+        wide = tree.zeros_like_wide(params)
+        if not callable(self.scales):
+            structure = jax.tree.structure(self.scales)
+            if structure != jax.tree.structure(params):
+                raise ValueError(
+                    f"`scales` of CovariantDamping must have the structure of the "
+                    f"parameters: got {structure}, expected "
+                    f"{jax.tree.structure(params)}."
+                )
+        tree.check_like(
+            jax.eval_shape(self.params_from, wide),
+            wide,
+            name="scales",
+            like_name="params",
+        )

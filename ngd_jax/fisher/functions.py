@@ -1,5 +1,6 @@
 """The Fisher in one call: products, matrix, diagonal, trace, and the KL it measures."""
 
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -9,7 +10,16 @@ from ngd_jax.fisher import average
 from ngd_jax.fisher.build import FisherOptions, chunks_of, linearize_fisher
 from ngd_jax.fisher.linearization import forward
 from ngd_jax.likelihoods import Likelihood
-from ngd_jax.types import Array, Batch, Float, ModelFn, Params, PyTree, Scalar
+from ngd_jax.types import (
+    Array,
+    Batch,
+    Float,
+    ModelFn,
+    Outputs,
+    Params,
+    PyTree,
+    Scalar,
+)
 
 __all__ = [
     "dense_fisher",
@@ -17,6 +27,7 @@ __all__ = [
     "fisher_trace",
     "fisher_vector_product",
     "mean_kl",
+    "model_on",
 ]
 
 
@@ -119,6 +130,22 @@ def fisher_trace(
     return linearize_fisher(model_fn, params, batch, likelihood, **options).trace()
 
 
+def model_on(
+    model_fn: ModelFn,
+    likelihood: Likelihood,
+    batch: Batch,
+    microbatch_size: int | None,
+) -> Callable[[Params], Outputs]:
+    """Params -> model_fn(params, batch), by microbatches."""
+
+    def outputs_at(params: Params) -> Outputs:
+        shapes = jax.eval_shape(model_fn, params, batch)
+        chunks = chunks_of(likelihood, shapes, batch, microbatch_size)
+        return forward(model_fn, params, batch, chunks)
+
+    return outputs_at
+
+
 def mean_kl(
     model_fn: ModelFn,
     params: Params,
@@ -146,9 +173,7 @@ def mean_kl(
       Array(0.5, dtype=float32)
     """
     tree.check_like(new_params, params, name="new_params", like_name="params")
-    shapes = jax.eval_shape(model_fn, params, batch)
-    chunks = chunks_of(likelihood, shapes, batch, microbatch_size)
-    outputs = forward(model_fn, params, batch, chunks)
-    new_outputs = forward(model_fn, new_params, batch, chunks)
+    outputs_at = model_on(model_fn, likelihood, batch, microbatch_size)
+    outputs, new_outputs = outputs_at(params), outputs_at(new_params)
     measure = average.example_measure(likelihood, outputs, weights)
     return average.average_kl(likelihood, outputs, new_outputs, measure)

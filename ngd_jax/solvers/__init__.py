@@ -8,7 +8,12 @@ steps or Optax, and never returns a non-finite solution: trouble goes into the r
 
 from ngd_jax.solvers.conjugate_gradient import CG, conjugate_gradient
 from ngd_jax.solvers.direct import Cholesky
-from ngd_jax.solvers.interface import Solver, SolverInfo, SolverStatus
+from ngd_jax.solvers.interface import (
+    Solver,
+    SolverInfo,
+    SolverStatus,
+    StatefulSolver,
+)
 from ngd_jax.solvers.lineax_adapter import Lineax
 
 __all__ = [
@@ -18,5 +23,6 @@ __all__ = [
     "Solver",
     "SolverInfo",
     "SolverStatus",
+    "StatefulSolver",
     "conjugate_gradient",
 ]

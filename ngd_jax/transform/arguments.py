@@ -1,19 +1,101 @@
 """Checks of arguments, at construction and at trace time."""
 
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
+from ngd_jax.fisher import Kind
+from ngd_jax.quadratic_model import QuadraticModelRate
 from ngd_jax.types import Params
 
-__all__ = ["check_count", "check_params", "check_scalar", "refuse_multi_steps"]
+__all__ = ["check_options", "check_params", "refuse_multi_steps"]
 
 
-def check_scalar(name: str, value: Any, *, may_be_zero: bool) -> None:
+def check_options(options: Any) -> None:
+    """Raises unless the arguments of `natural_gradient` make sense by themselves."""
+    for name in ("model_fn", "solver"):
+        if not callable(getattr(options, name)):
+            raise TypeError(
+                f"`{name}` must be callable, got {type(getattr(options, name))}."
+            )
+    if isinstance(options.likelihood, type) or not hasattr(options.likelihood, "kl"):
+        raise TypeError(
+            f"`likelihood` must be an instance such as ngd_jax.Categorical(), got "
+            f"{options.likelihood!r}."
+        )
+    _check_numbers(options)
+    _check_kind(options)
+    _check_uses(options)
+
+
+def _check_numbers(options: Any) -> None:
+    if options.learning_rate is None and options.max_kl is None:
+        raise ValueError(
+            "`learning_rate` and `max_kl` are both None: give one of them, or both."
+        )
+    if not isinstance(options.learning_rate, QuadraticModelRate):
+        _check_scalar("learning_rate", options.learning_rate, may_be_zero=True)
+    _check_scalar("max_kl", options.max_kl, may_be_zero=False)
+    if not isinstance(options.rule, RelativeDamping | LevenbergMarquardt):
+        if options.rule is None:
+            raise TypeError("`damping` must be a number or a rule, got None.")
+        _check_scalar("damping", options.rule, may_be_zero=True)
+    for name in ("momentum", "warm_start"):
+        value = getattr(options, name)
+        _check_scalar(name, value, may_be_zero=True)
+        if isinstance(value, int | float) and value > 1:
+            raise ValueError(f"`{name}` must be at most 1, got {value}.")
+    _check_count("max_kl_evaluations", options.max_kl_evaluations)
+    if options.microbatch_size is not None:
+        _check_count("microbatch_size", options.microbatch_size)
+
+
+def _check_kind(options: Any) -> None:
+    if options.kind not in get_args(Kind):
+        raise ValueError(
+            f"`kind` must be one of {get_args(Kind)}, got {options.kind!r}."
+        )
+    for kind, name in (("sampled", "key"), ("empirical", "targets_fn")):
+        is_given = getattr(options, name) is not None
+        if (options.kind == kind) and not is_given:
+            raise ValueError(f"`{name}` is needed for kind={kind!r}, got None.")
+        if (options.kind != kind) and is_given:
+            raise ValueError(
+                f"`{name}` is for kind={kind!r} only, got kind={options.kind!r}."
+            )
+
+
+def _check_uses(options: Any) -> None:
+    """Refuses what would be accepted and ignored."""
+    solver, momentum = options.solver, options.momentum
+    adapts = isinstance(options.rule, LevenbergMarquardt)
+    with_metric_batch = options.metric_batch_fn is not None
+    in_output_space = getattr(solver, "uses_coefficients", False)
+    if options.output_loss_fn is not None and not (
+        adapts
+        or getattr(solver, "uses_objective", False)
+        or (in_output_space and not with_metric_batch)
+    ):
+        raise ValueError(
+            f"`output_loss_fn` is for damping=LevenbergMarquardt(...), which weighs "
+            f"actual against foretold reduction, and for solvers in the space of "
+            f"outputs (SampleSpace, LSMR) without `metric_batch_fn`; got "
+            f"damping={options.damping!r}, solver={solver!r}."
+        )
+    has_momentum = not (isinstance(momentum, int | float) and momentum == 0)
+    if isinstance(options.learning_rate, QuadraticModelRate) and has_momentum:
+        raise ValueError(
+            f"`momentum` is chosen by learning_rate=QuadraticModelRate(...): leave it "
+            f"0, got {momentum!r}."
+        )
+
+
+def _check_scalar(name: str, value: Any, *, may_be_zero: bool) -> None:
     """Raises unless `value` is None, a schedule, or a number in range."""
     if value is None or callable(value):
         return
@@ -30,7 +112,7 @@ def check_scalar(name: str, value: Any, *, may_be_zero: bool) -> None:
         raise ValueError(f"`{name}` {rule}, got {value}.")
 
 
-def check_count(name: str, value: Any) -> None:
+def _check_count(name: str, value: Any) -> None:
     """Raises unless `value` is a positive int; trial budgets may also be traced."""
     if name == "max_kl_evaluations" and hasattr(value, "dtype"):
         return

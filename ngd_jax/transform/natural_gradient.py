@@ -7,7 +7,7 @@ import optax
 from ngd_jax.fisher import Kind
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.solvers import CG, Solver
-from ngd_jax.transform.step import Damping, NaturalGradientStep
+from ngd_jax.transform.step import Damping, NaturalGradientStep, Rate
 from ngd_jax.types import (
     Batch,
     KeyArray,
@@ -22,7 +22,7 @@ __all__ = ["natural_gradient", "scale_by_natural_gradient"]
 
 
 def natural_gradient(
-    learning_rate: ScalarOrSchedule | None,
+    learning_rate: Rate,
     model_fn: ModelFn,
     likelihood: Likelihood,
     *,
@@ -31,9 +31,10 @@ def natural_gradient(
     solver: Solver = CG(),
     kind: Kind = "exact",
     momentum: ScalarOrSchedule = 0.0,
-    warm_start: float = 0.0,
+    warm_start: ScalarOrSchedule = 0.0,
     weights_fn: Callable[[Batch], PyTree] | None = None,
     targets_fn: Callable[[Batch], PyTree] | None = None,
+    metric_batch_fn: Callable[[Batch], Batch] | None = None,
     output_loss_fn: Callable[[Outputs, Batch], Scalar] | None = None,
     microbatch_size: int | None = None,
     max_kl_evaluations: int = 10,
@@ -57,7 +58,8 @@ def natural_gradient(
     and `value_fn`, and ignores what it does not know, as Optax asks.
 
     Args:
-      learning_rate: a number, a schedule, or None.
+      learning_rate: a number, a schedule, None, or `QuadraticModelRate`: rate and
+        momentum from the exact quadratic model in two variables.
       model_fn: a pure function (params, batch) -> outputs, the same model that the loss
         is made of. What must not be differentiated (running statistics, dropout keys)
         goes through `batch`.
@@ -65,20 +67,26 @@ def natural_gradient(
       max_kl: the radius in nats per example: a number, a schedule, or None. TRPO uses
         1e-2.
       damping: λ ≥ 0 in units of F, a mean over examples: a number, a schedule, a
-        `RelativeDamping` or `LevenbergMarquardt`. F is singular for most networks, so 0
-        is for special cases.
-      solver: `CG`, `Cholesky`, `Lineax` or any `Solver`.
+        `RelativeDamping`, `LevenbergMarquardt`, or a `CovariantDamping` around one of
+        them. F is singular for most networks, so 0 is for special cases.
+      solver: `CG`, `SampleSpace`, `LSMR`, `Cholesky`, `Auto`, `Lineax` or any `Solver`.
       kind: "exact", "sampled" (needs `key`) or "empirical" (needs `targets_fn`); see
         `linearize_fisher`.
       momentum: proximal momentum μ in [0, 1): (F + λI) d = g + λ μ d_previous, started
-        from d_previous. Acts through the damping: none without.
+        from μ d_previous. Where F is singular its effect does not vanish with λ: what
+        the batch says nothing of is taken over from the last direction.
       warm_start: decay ρ of the solver's first guess, ρ d_previous; 0 starts at zero.
-        With momentum the start is d_previous whatever this says.
+        With momentum the start is μ d_previous whatever this says.
       weights_fn: batch -> weights (masks, importance weights) that broadcast against
-        the examples; see `linearize_fisher`.
-      targets_fn: batch -> targets, for kind "empirical".
-      output_loss_fn: (outputs, batch) -> loss, for `LevenbergMarquardt` where `update`
-        is not given a `value_fn`.
+        the examples; see `linearize_fisher`. Called with the batch of the metric.
+      targets_fn: batch -> targets, for kind "empirical"; likewise.
+      metric_batch_fn: batch -> the batch of the metric, a part of it or another one:
+        `lambda batch: jax.tree.map(lambda x: x[:500], batch)`. The metric needs no
+        labels. The KL of the step is measured on that batch too.
+      output_loss_fn: (outputs, batch) -> loss, whose gradient is g. Gives solvers in
+        the space of outputs (`SampleSpace`, `LSMR`) their right-hand side there, so
+        that small damping does not lose it to round-off; and `LevenbergMarquardt` the
+        loss, where `update` is not given a `value_fn`.
       microbatch_size: examples in memory at once, for the metric and for the KL. Use
         this instead of `optax.MultiSteps`, which would take the metric from the last
         micro-batch only.
@@ -137,6 +145,7 @@ def natural_gradient(
         warm_start=warm_start,
         weights_fn=weights_fn,
         targets_fn=targets_fn,
+        metric_batch_fn=metric_batch_fn,
         output_loss_fn=output_loss_fn,
         microbatch_size=microbatch_size,
         max_kl_evaluations=max_kl_evaluations,
@@ -153,9 +162,10 @@ def scale_by_natural_gradient(
     solver: Solver = CG(),
     kind: Kind = "exact",
     momentum: ScalarOrSchedule = 0.0,
-    warm_start: float = 0.0,
+    warm_start: ScalarOrSchedule = 0.0,
     weights_fn: Callable[[Batch], PyTree] | None = None,
     targets_fn: Callable[[Batch], PyTree] | None = None,
+    metric_batch_fn: Callable[[Batch], Batch] | None = None,
     output_loss_fn: Callable[[Outputs, Batch], Scalar] | None = None,
     microbatch_size: int | None = None,
     max_kl_evaluations: int = 10,
@@ -169,8 +179,8 @@ def scale_by_natural_gradient(
 
     Args:
       model_fn, likelihood, max_kl, damping, solver, kind, momentum, warm_start,
-        weights_fn, targets_fn, output_loss_fn, microbatch_size, max_kl_evaluations,
-        key: as for `natural_gradient`.
+        weights_fn, targets_fn, metric_batch_fn, output_loss_fn, microbatch_size,
+        max_kl_evaluations, key: as for `natural_gradient`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `NaturalGradientState`.
@@ -200,6 +210,7 @@ def scale_by_natural_gradient(
         warm_start=warm_start,
         weights_fn=weights_fn,
         targets_fn=targets_fn,
+        metric_batch_fn=metric_batch_fn,
         output_loss_fn=output_loss_fn,
         microbatch_size=microbatch_size,
         max_kl_evaluations=max_kl_evaluations,

@@ -91,23 +91,31 @@ class NaturalGradientInfo(NamedTuple):
 
 
 class NaturalGradientState(NamedTuple):
-    """What the next update needs. A refused step changes only `info` (and `damping`).
+    """What the next update needs.
+
+    A refused step changes only `info`; if `LevenbergMarquardt` refused it for the loss,
+    also `damping` and `solver_state`.
 
     Attributes:
       count: int32, steps taken; what schedules are evaluated at.
       direction: the last natural direction d, float32 or wider, for momentum and warm
-        starts; zero before the first step.
+        starts; zero before the first step. In the coordinates of `CovariantDamping`
+        where there is one; with `QuadraticModelRate` the last step itself.
       damping: the λ of the next step under `LevenbergMarquardt`, else that of the last.
+      solver_state: what the solver keeps, such as a preconditioner; () for most.
       info: how the last update went, a `NaturalGradientInfo`.
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     direction: PyTree
     damping: Array
+    solver_state: PyTree
     info: NaturalGradientInfo
 
 
-def initial_state(params: Params, *, damping: float) -> NaturalGradientState:
+def initial_state(
+    params: Params, *, damping: float, solver_state: PyTree
+) -> NaturalGradientState:
     """The state before the first step; `params` may be without leaves."""
     dtype = tree.accumulator_dtype(params)
 
@@ -122,6 +130,7 @@ def initial_state(params: Params, *, damping: float) -> NaturalGradientState:
         count=integer(),
         direction=tree.zeros_like_wide(params),
         damping=jnp.full((), damping, dtype),
+        solver_state=solver_state,
         info=NaturalGradientInfo(
             solver=SolverInfo(integer(), number(), integer()),
             predicted_kl=number(),

@@ -10,24 +10,27 @@ Nothing here iterates in Python, calls back to the host or raises at run time.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
-from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
+from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import Fisher, Kind, linearize_fisher
+from ngd_jax.fisher.functions import model_on
+from ngd_jax.fisher.linearization import adjoint
 from ngd_jax.likelihoods import Likelihood
-from ngd_jax.solvers import Solver, SolverInfo, SolverStatus
+from ngd_jax.quadratic_model import QuadraticModelRate
+from ngd_jax.solvers import Solver, SolverInfo, SolverStatus, StatefulSolver
 from ngd_jax.solvers.interface import forward_only
 from ngd_jax.transform.arguments import (
-    check_count,
+    check_options,
     check_params,
-    check_scalar,
     refuse_multi_steps,
 )
+from ngd_jax.transform.direction import Direction, Hints, find_direction, rescale
 from ngd_jax.transform.state import (
     NaturalGradientInfo,
     NaturalGradientState,
@@ -37,6 +40,7 @@ from ngd_jax.transform.state import (
 from ngd_jax.trust_region import TrustRegionResult, first_trial, search_kl_radius
 from ngd_jax.types import (
     Array,
+    ArrayLike,
     Batch,
     KeyArray,
     ModelFn,
@@ -47,9 +51,10 @@ from ngd_jax.types import (
     ScalarOrSchedule,
 )
 
-__all__ = ["Damping", "NaturalGradientStep"]
+__all__ = ["Damping", "NaturalGradientStep", "Rate"]
 
-Damping = ScalarOrSchedule | RelativeDamping | LevenbergMarquardt
+Damping = ScalarOrSchedule | RelativeDamping | LevenbergMarquardt | CovariantDamping
+Rate = ScalarOrSchedule | QuadraticModelRate | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,77 +63,31 @@ class NaturalGradientStep:
 
     model_fn: ModelFn
     likelihood: Likelihood
-    learning_rate: ScalarOrSchedule | None
+    learning_rate: Rate
     sign: float
     max_kl: ScalarOrSchedule | None
     damping: Damping
     solver: Solver
     kind: Kind
     momentum: ScalarOrSchedule
-    warm_start: float
+    warm_start: ScalarOrSchedule
     weights_fn: Callable[[Batch], PyTree] | None
     targets_fn: Callable[[Batch], PyTree] | None
+    metric_batch_fn: Callable[[Batch], Batch] | None
     output_loss_fn: Callable[[Outputs, Batch], Scalar] | None
     microbatch_size: int | None
     max_kl_evaluations: int
     key: KeyArray | None
 
     def __post_init__(self) -> None:
-        for name in ("model_fn", "solver"):
-            if not callable(getattr(self, name)):
-                raise TypeError(
-                    f"`{name}` must be callable, got {type(getattr(self, name))}."
-                )
-        if isinstance(self.likelihood, type) or not hasattr(self.likelihood, "kl"):
-            raise TypeError(
-                f"`likelihood` must be an instance such as ngd_jax.Categorical(), got "
-                f"{self.likelihood!r}."
-            )
-        self._check_numbers()
-        self._check_kind()
-        if self.output_loss_fn is not None and not self._is_adaptive:
-            raise ValueError(
-                "`output_loss_fn` is for damping=LevenbergMarquardt(...), which weighs "
-                f"actual against foretold reduction; got damping={self.damping!r}."
-            )
-
-    def _check_numbers(self) -> None:
-        if self.learning_rate is None and self.max_kl is None:
-            raise ValueError(
-                "`learning_rate` and `max_kl` are both None: give one of them, or both."
-            )
-        check_scalar("learning_rate", self.learning_rate, may_be_zero=True)
-        check_scalar("max_kl", self.max_kl, may_be_zero=False)
-        if not isinstance(self.damping, RelativeDamping | LevenbergMarquardt):
-            if self.damping is None:
-                raise TypeError("`damping` must be a number or a rule, got None.")
-            check_scalar("damping", self.damping, may_be_zero=True)
-        for name in ("momentum", "warm_start"):
-            value = getattr(self, name)
-            check_scalar(name, value, may_be_zero=True)
-            if isinstance(value, int | float) and value > 1:
-                raise ValueError(f"`{name}` must be at most 1, got {value}.")
-        check_count("max_kl_evaluations", self.max_kl_evaluations)
-        if self.microbatch_size is not None:
-            check_count("microbatch_size", self.microbatch_size)
-
-    def _check_kind(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(
-                f"`kind` must be one of {get_args(Kind)}, got {self.kind!r}."
-            )
-        for kind, name in (("sampled", "key"), ("empirical", "targets_fn")):
-            is_given = getattr(self, name) is not None
-            if (self.kind == kind) and not is_given:
-                raise ValueError(f"`{name}` is needed for kind={kind!r}, got None.")
-            if (self.kind != kind) and is_given:
-                raise ValueError(
-                    f"`{name}` is for kind={kind!r} only, got kind={self.kind!r}."
-                )
+        check_options(self)
 
     @property
-    def _is_adaptive(self) -> bool:
-        return isinstance(self.damping, LevenbergMarquardt)
+    def rule(self) -> Any:
+        """What sets λ, in whatever coordinates."""
+        if isinstance(self.damping, CovariantDamping):
+            return self.damping.damping
+        return self.damping
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         """The pair that Optax takes."""
@@ -138,9 +97,14 @@ class NaturalGradientStep:
         """Optax's `init`."""
         refuse_multi_steps()
         check_params(params)
-        rule = self.damping
-        initial = rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0
-        return initial_state(params, damping=initial)
+        rule, solver = self.rule, self.solver
+        return initial_state(
+            params,
+            damping=rule.initial if isinstance(rule, LevenbergMarquardt) else 0.0,
+            solver_state=(
+                solver.init(params) if isinstance(solver, StatefulSolver) else ()
+            ),
+        )
 
     def update(
         self,
@@ -167,34 +131,9 @@ class NaturalGradientStep:
             )
         check_params(params)
         tree.check_like(updates, params, name="updates", like_name="params")
-        dtype = tree.accumulator_dtype(params)
         gradient = tree.widen(updates)
 
-        # 1. The metric, at the parameters.
-        fisher = linearize_fisher(
-            self.model_fn,
-            params,
-            batch,
-            self.likelihood,
-            kind=self.kind,
-            key=None if self.key is None else jax.random.fold_in(self.key, state.count),
-            targets=None if self.targets_fn is None else self.targets_fn(batch),
-            weights=None if self.weights_fn is None else self.weights_fn(batch),
-            microbatch_size=self.microbatch_size,
-        )
-        damping = self._damping(state, fisher, params).astype(dtype)
-
-        # 2. The direction, and how fast KL grows along it: in units of its largest
-        #    entry, since squares of the direction itself could over- or underflow.
-        direction, solver_info = self._solve(fisher, gradient, state, damping)
-        packed, unpack = tree.pack(direction)
-        largest = tree.max_abs(packed)
-        unit = tree.usable_unit(largest)
-        course = unpack(tree.divide(packed, unit))
-        quadratic = fisher.quadratic(course)
-
-        # 3. The length, by the KL of the very parameters that it leads to.
-        def emit(scale: Scalar) -> PyTree:
+        def emit(scale: Scalar, course: PyTree) -> PyTree:
             step = tree.scale(self.sign * scale, course)
             return optax.tree.cast_like(step, params)
 
@@ -203,31 +142,53 @@ class NaturalGradientStep:
                 emitted = jax.tree.map(jnp.negative, emitted)
             return optax.apply_updates(params, emitted)
 
+        # 1. The metric, at the parameters; and the loss, where a rule asks for it.
+        fisher = self._linearize(params, batch, state)
+        loss_fn = self._loss_fn(fisher, batch, value_fn)
+
+        # 2. The direction, and how fast KL grows along it: in units of its largest
+        #    entry, since squares of the direction itself could over- or underflow.
+        def objective(course: PyTree) -> Scalar:
+            scale = self._first_trial(fisher.quadratic(course), 1.0, state.count)
+            return loss_fn(moved(emit(scale, course)))
+
+        found, course, damping = self._solve(fisher, gradient, state, batch, objective)
+        packed, unpack = tree.pack(course)
+        largest = tree.max_abs(packed)
+        unit = tree.usable_unit(largest)
+        course = unpack(tree.divide(packed, unit))
+        quadratic = fisher.quadratic(course)
+
+        # 3. The length, by the KL of the very parameters that it leads to.
         step = self._step_size(
-            lambda scale: fisher.kl(moved(emit(scale))),
+            lambda scale: fisher.kl(moved(emit(scale, course))),
             quadratic,
             unit,
             largest == 0,
             state.count,
         )
-        emitted = emit(step.scale)
+        emitted = emit(step.scale, course)
 
         # 4. Whether to take it.
         gradient_size = tree.max_abs(tree.pack(gradient)[0])
-        status = self._status(gradient_size, largest == 0, solver_info, step, value)
+        status = self._status(gradient_size, largest == 0, found.info, step, value)
         next_damping = damping
-        if isinstance(self.damping, LevenbergMarquardt):
-            actual = self._reduction(fisher, params, moved(emitted), value, value_fn)
+        if isinstance(self.rule, LevenbergMarquardt):
+            old = loss_fn(params) if value is None else value
+            actual = old - loss_fn(moved(emitted))
             model = tree.vdot(gradient, course) - step.scale * quadratic / 2
             status, next_damping = _adapt(
-                self.damping, damping, status, actual, step.scale * model
+                self.rule, damping, status, actual, step.scale * model, state.count
             )
         taken = status == StepStatus.TAKEN
         was_weighed = taken | (status == StepStatus.NO_REDUCTION)
 
+        direction = found.direction
+        if isinstance(self.learning_rate, QuadraticModelRate):
+            direction = tree.scale(step.scale / unit, direction)
         predicted_kl = self._kl_curvature * step.scale**2 * quadratic / 2
         info = NaturalGradientInfo(
-            solver=solver_info,
+            solver=found.info,
             predicted_kl=jnp.where(taken, predicted_kl, 0.0),
             measured_kl=jnp.where(taken, step.kl, 0.0),
             step_scale=jnp.where(taken, step.scale / unit, 0.0),
@@ -239,6 +200,9 @@ class NaturalGradientStep:
             count=jnp.where(taken, optax.safe_increment(state.count), state.count),
             direction=tree.select(taken, direction, state.direction),
             damping=jnp.where(was_weighed, next_damping, state.damping),
+            solver_state=tree.select(
+                was_weighed, found.solver_state, state.solver_state
+            ),
             # The dtypes of the state never change, or every step would compile anew.
             info=optax.tree.cast_like(info, state.info),
         )
@@ -251,30 +215,131 @@ class NaturalGradientStep:
         )
         return emitted, new_state
 
-    def _damping(
-        self, state: NaturalGradientState, fisher: Fisher, params: Params
-    ) -> Array:
-        if isinstance(self.damping, LevenbergMarquardt):
-            return state.damping
-        if isinstance(self.damping, RelativeDamping):
-            return self.damping.value(fisher, tree.size(params))
-        return jnp.asarray(_at(self.damping, state.count))
+    def _linearize(
+        self, params: Params, batch: Batch, state: NaturalGradientState
+    ) -> Fisher:
+        if self.metric_batch_fn is not None:
+            batch = self.metric_batch_fn(batch)
+        return linearize_fisher(
+            self.model_fn,
+            params,
+            batch,
+            self.likelihood,
+            kind=self.kind,
+            key=None if self.key is None else jax.random.fold_in(self.key, state.count),
+            targets=None if self.targets_fn is None else self.targets_fn(batch),
+            weights=None if self.weights_fn is None else self.weights_fn(batch),
+            microbatch_size=self.microbatch_size,
+        )
+
+    def _loss_fn(
+        self,
+        fisher: Fisher,
+        batch: Batch,
+        value_fn: Callable[..., Scalar] | None,
+    ) -> Callable[[Params], Scalar]:
+        """The loss on the batch of the gradient, as a function of the parameters."""
+        if self.output_loss_fn is not None:
+            output_loss_fn = self.output_loss_fn
+            outputs_fn = fisher.outputs_at
+            if self.metric_batch_fn is not None:
+                outputs_fn = model_on(
+                    self.model_fn, self.likelihood, batch, self.microbatch_size
+                )
+            return lambda params: output_loss_fn(outputs_fn(params), batch)
+        if value_fn is not None:
+            return lambda params: value_fn(params, batch)
+
+        def missing(_params: Params) -> Scalar:
+            raise ValueError(
+                f"{self._who_needs_the_loss()} needs the loss: give `output_loss_fn` "
+                f"to natural_gradient, or call tx.update(..., value_fn=value_fn) with "
+                f"value_fn(params, batch)."
+            )
+
+        return missing
+
+    def _who_needs_the_loss(self) -> str:
+        if isinstance(self.rule, LevenbergMarquardt):
+            return "damping=LevenbergMarquardt(...)"
+        return f"solver={self.solver!r}"
 
     def _solve(
         self,
         fisher: Fisher,
         gradient: PyTree,
         state: NaturalGradientState,
-        damping: Scalar,
-    ) -> tuple[PyTree, SolverInfo]:
-        rhs, start = gradient, None
-        if not _is_static_zero(self.momentum):
-            start = state.direction
-            momentum = _at(self.momentum, state.count)
-            rhs = tree.axpy(damping * momentum, start, rhs)
-        elif not _is_static_zero(self.warm_start):
-            start = tree.scale(_at(self.warm_start, state.count), state.direction)
-        return self.solver(fisher, rhs, damping=damping, x0=start)
+        batch: Batch,
+        objective: Callable[[PyTree], Scalar],
+    ) -> tuple[Direction, PyTree, Scalar]:
+        """What was found in the coordinates of the damping, the same d, and λ."""
+        params_from = None
+        if isinstance(self.damping, CovariantDamping):
+            self.damping.check(fisher.params)
+            params_from = self.damping.params_from
+            gradient = adjoint(params_from, gradient)(gradient)
+            fisher = fisher.in_coordinates(params_from)
+        dtype = tree.accumulator_dtype(gradient)
+        damping = self._damping(state, fisher).astype(dtype)
+
+        def objective_here(direction: PyTree) -> Scalar:
+            return objective(params_from(direction) if params_from else direction)
+
+        found = find_direction(
+            self.solver,
+            fisher,
+            gradient,
+            damping=damping,
+            previous=state.direction,
+            momentum=_at(self.momentum, state.count),
+            warm_start=_at(self.warm_start, state.count),
+            hints=Hints(self._coefficients(fisher, batch), objective_here),
+            solver_state=state.solver_state,
+        )
+        if isinstance(self.learning_rate, QuadraticModelRate):
+            found = rescale(
+                self.learning_rate,
+                fisher,
+                gradient,
+                found,
+                previous=state.direction,
+                damping=damping,
+            )
+        course = params_from(found.direction) if params_from else found.direction
+        return found, course, damping
+
+    def _coefficients(self, fisher: Fisher, batch: Batch) -> PyTree | None:
+        """The gradient in the space of outputs, for the solvers that work there."""
+        loss_fn = self.output_loss_fn
+        is_used = getattr(self.solver, "uses_coefficients", False)
+        # The gradient of one batch is no combination of the rows of another.
+        if loss_fn is None or not is_used or self.metric_batch_fn is not None:
+            return None
+        cotangents = jax.grad(lambda outputs: loss_fn(outputs, batch))(fisher.outputs)
+        # JAX's gradient of a complex output is the conjugate of the steepest ascent.
+        return fisher.sqrt_solve(jax.tree.map(jnp.conj, cotangents))
+
+    def _damping(self, state: NaturalGradientState, fisher: Fisher) -> Array:
+        if isinstance(self.rule, LevenbergMarquardt):
+            return state.damping
+        if isinstance(self.rule, RelativeDamping):
+            return self.rule.value(fisher, tree.size(fisher.params))
+        return jnp.asarray(_at(self.rule, state.count))
+
+    def _rate(self, unit: ArrayLike, count: Array) -> Array:
+        """The longest step that the learning rate allows, in units of `unit`."""
+        rate = self.learning_rate
+        if isinstance(rate, QuadraticModelRate):
+            rate = 1.0
+        rate = jnp.inf if rate is None else _at(rate, count)
+        return jnp.asarray(rate).astype(jnp.result_type(unit)) * unit
+
+    def _first_trial(self, quadratic: Scalar, unit: ArrayLike, count: Array) -> Array:
+        rate = self._rate(jnp.asarray(unit, quadratic.dtype), count)
+        if self.max_kl is None:
+            return rate
+        max_kl = jnp.asarray(_at(self.max_kl, count)).astype(quadratic.dtype)
+        return first_trial(self._kl_curvature * quadratic, max_kl, rate)
 
     def _step_size(
         self,
@@ -285,19 +350,16 @@ class NaturalGradientStep:
         count: Array,
     ) -> TrustRegionResult:
         """The length of the step along the direction in units of `unit`."""
-        rate = jnp.inf if self.learning_rate is None else _at(self.learning_rate, count)
-        rate = jnp.asarray(rate).astype(unit.dtype) * unit
+        start = self._first_trial(quadratic, unit, count)
         if self.max_kl is None:
-            kl = kl_fn(rate)
+            kl = kl_fn(start)
             one = jnp.ones((), jnp.int32)
-            return TrustRegionResult(rate, kl, one, jnp.isfinite(kl))
-        max_kl = jnp.asarray(_at(self.max_kl, count)).astype(unit.dtype)
-        start = first_trial(self._kl_curvature * quadratic, max_kl, rate)
+            return TrustRegionResult(start, kl, one, jnp.isfinite(kl))
         return search_kl_radius(
             kl_fn,
             start=jnp.where(is_zero, 0.0, start),
-            max_kl=max_kl,
-            upper=rate,
+            max_kl=jnp.asarray(_at(self.max_kl, count)).astype(unit.dtype),
+            upper=self._rate(unit, count),
             max_evaluations=self.max_kl_evaluations,
         )
 
@@ -336,27 +398,6 @@ class NaturalGradientStep:
             conditions, [jnp.int32(s) for s in statuses], jnp.int32(StepStatus.TAKEN)
         )
 
-    def _reduction(
-        self,
-        fisher: Fisher,
-        params: Params,
-        new_params: Params,
-        value: Scalar | None,
-        value_fn: Callable[..., Scalar] | None,
-    ) -> Scalar:
-        if self.output_loss_fn is not None:
-            loss_fn = self.output_loss_fn
-            old = loss_fn(fisher.outputs, fisher.batch) if value is None else value
-            return old - loss_fn(fisher.outputs_at(new_params), fisher.batch)
-        if value_fn is None:
-            raise ValueError(
-                "damping=LevenbergMarquardt(...) needs the loss: give "
-                "`output_loss_fn` to natural_gradient, or call tx.update(..., "
-                "value_fn=value_fn) with value_fn(params, batch)."
-            )
-        old = value_fn(params, fisher.batch) if value is None else value
-        return old - value_fn(new_params, fisher.batch)
-
 
 def _adapt(
     rule: LevenbergMarquardt,
@@ -364,18 +405,17 @@ def _adapt(
     status: Array,
     actual: Scalar,
     predicted: Scalar,
+    count: Array,
 ) -> tuple[Array, Scalar]:
     """The status after weighing the reduction, and the damping of the next step."""
     accepted = rule.accepts(actual=actual, predicted=predicted)
     refused = (status == StepStatus.TAKEN) & ~accepted
     adapted = rule.update(damping, actual=actual, predicted=predicted)
+    is_due = (count + 1) % rule.every == 0
+    adapted = jnp.where(is_due | ~accepted, adapted, damping)
     status = jnp.where(refused, StepStatus.NO_REDUCTION, status).astype(jnp.int32)
     return status, adapted.astype(damping.dtype)
 
 
 def _at(value: Any, count: Array) -> Any:
     return value(count) if callable(value) else value
-
-
-def _is_static_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and value == 0
