@@ -1,4 +1,4 @@
-"""Rate and momentum from the two-variable model: against dense algebra and against CG."""
+"""Rate and momentum from the two-variable model: against dense algebra and CG."""
 
 import hypothesis
 import hypothesis.strategies as st
