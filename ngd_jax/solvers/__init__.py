@@ -6,7 +6,8 @@ A solver is a frozen dataclass. It sees the Fisher as an operator, knows nothing
 steps or Optax, and never returns a non-finite solution: trouble goes into the report.
 """
 
-from ngd_jax.solvers.conjugate_gradient import CG, conjugate_gradient
+from ngd_jax.solvers.cg import CG
+from ngd_jax.solvers.conjugate_gradient import conjugate_gradient
 from ngd_jax.solvers.direct import Cholesky
 from ngd_jax.solvers.interface import (
     Solver,

@@ -34,6 +34,8 @@ class SolverStatus(enum.IntEnum):
     NON_FINITE = 3
     STAGNATED = 4
     NOT_SEPARABLE = 5
+    SETTLED = 6
+    BACKTRACKED = 7
 
     @property
     def message(self) -> str:
@@ -61,6 +63,13 @@ _MESSAGES = {
         "The model mixes its examples (as batch normalisation in training does), so "
         "that there are no rows of single examples; solvers on products, such as CG, "
         "have no need of them."
+    ),
+    SolverStatus.SETTLED: (
+        "The quadratic model has stopped improving; further steps gain less than "
+        "`progress_tol` asks for."
+    ),
+    SolverStatus.BACKTRACKED: (
+        "An earlier iterate than the last has the lower loss, and is the solution."
     ),
 }
 
