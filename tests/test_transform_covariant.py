@@ -206,7 +206,7 @@ def test_scales_that_do_not_fit_are_refused():
         jax.tree.map(lambda p: jnp.ones((7, *p.shape)), params),
         "`scales` must have the shapes of `params`",
     )
-    refused(lambda tree: jax.tree.leaves(tree), "`scales` must have the tree structure")
+    refused(jax.tree.leaves, "`scales` must have the tree structure")
     with pytest.raises(ValueError, match=r"`scales` must be positive: at \['w'\]"):
         ngd.CovariantDamping(0.1, {"w": jnp.array([1.0, 0.0])})
     with pytest.raises(TypeError, match="must not be another one"):

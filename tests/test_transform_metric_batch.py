@@ -23,7 +23,7 @@ def first_examples(batch):
 
 
 OTHER = make_problem(dtype=jnp.float32, seed=7)[1]
-METRIC_BATCHES = {"a part": first_examples, "another": lambda batch: OTHER}
+METRIC_BATCHES = {"a part": first_examples, "another": lambda _: OTHER}
 
 
 @pytest.mark.parametrize("name", METRIC_BATCHES)
@@ -134,12 +134,12 @@ def test_a_gradient_in_output_space_has_no_meaning_on_another_batch():
         def __call__(self, fisher, rhs, *, damping, x0=None):
             raise NotImplementedError
 
-    with pytest.raises(ValueError, match="`output_loss_fn` is for.*metric_batch_fn"):
+    with pytest.raises(ValueError, match=r"`output_loss_fn` is for.*metric_batch_fn"):
         ngd.natural_gradient(
             1.0,
             model_fn,
             ngd.Categorical(),
             solver=Solver(),
-            output_loss_fn=lambda outputs, batch: 0.0,
+            output_loss_fn=lambda *_: 0.0,
             metric_batch_fn=first_examples,
         )

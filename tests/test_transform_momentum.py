@@ -76,7 +76,7 @@ def test_directions_converge_as_block_kaczmarz_where_plain_ones_stall(solver, rn
 
 
 def test_training_is_faster_by_what_the_last_directions_know(rng, x64):
-    """A plain step sees one block of rows in eight; with momentum, nearly all of them."""
+    """A plain step sees one block of rows in eight, with momentum nearly all."""
     x, y = _consistent_problem(rng)
     decades = {}
     for momentum in (0.0, 0.95):
