@@ -15,10 +15,12 @@ from ngd_jax.solvers.interface import (
     SolverStatus,
     StatefulSolver,
 )
+from ngd_jax.solvers.least_squares import LSMR, lsmr
 from ngd_jax.solvers.lineax_adapter import Lineax
 
 __all__ = [
     "CG",
+    "LSMR",
     "Cholesky",
     "Lineax",
     "Solver",
@@ -26,4 +28,5 @@ __all__ = [
     "SolverStatus",
     "StatefulSolver",
     "conjugate_gradient",
+    "lsmr",
 ]
