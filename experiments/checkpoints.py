@@ -1,5 +1,8 @@
 """Checkpoints of a run: the whole training state, through Orbax.
 
+Every process holds the whole state, so a checkpoint does not depend on their number.
+They save and restore together; the first one writes.
+
 A checkpoint appears under its final name only when it is complete, so that a process
 killed while it writes leaves the previous one as the latest.
 """
@@ -45,8 +48,10 @@ class Checkpoints:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        # Of several processes one may be gone: waiting for it would hide the error.
+        if exc_type is None or jax.process_count() == 1:
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def save(self, state: TrainState) -> None:
         """Saves `state` under its step, unless that step is there already."""

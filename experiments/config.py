@@ -23,6 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from experiments.distributed import DistributedConfig
 from experiments.optimizers import OPTIMIZER_CONFIGS
 from experiments.settings import (
     AT_LEAST_ONE,
@@ -50,8 +51,8 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 # of these touches a number that the run computes.
 RESUMABLE_OVERRIDES = ("steps", "checkpoint_every", "log_every")
 
-# Where to look for the run; not part of what was run.
-LOCATION_SETTINGS = ("resume", "runs_dir")
+# Where to look for the run and where to run it; not part of what was run.
+LOCATION_SETTINGS = re.compile(r"resume|runs_dir|distributed(\..*)?|hydra\..*")
 
 
 @dataclasses.dataclass
@@ -72,6 +73,7 @@ class TrainConfig:
       measure_kl: measure the KL of steps also where the optimizer does not need it.
       runs_dir: the folder of all run folders.
       resume: a run folder to continue, or "latest"; null for a new run.
+      distributed: in which processes it runs.
     """
 
     task: Any
@@ -87,6 +89,7 @@ class TrainConfig:
     measure_kl: bool
     runs_dir: str
     resume: str | None
+    distributed: DistributedConfig
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
@@ -151,7 +154,7 @@ def merge_resumed(recorded: DictConfig, tree: DictConfig, names: list[str]) -> N
       ConfigError: an override that would make it another run.
     """
     for name in names:
-        if name in LOCATION_SETTINGS or name.startswith("hydra."):
+        if LOCATION_SETTINGS.fullmatch(name):
             continue
         new, old = _value(tree, name), _value(recorded, name)
         if name in RESUMABLE_OVERRIDES:

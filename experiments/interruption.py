@@ -4,7 +4,9 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-__all__ = ["StopRequest"]
+__all__ = ["EXIT_INTERRUPTED", "StopRequest"]
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class StopRequest:

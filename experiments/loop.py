@@ -7,29 +7,22 @@ any moment loses only steps that a resumed run takes again.
 """
 
 import dataclasses
-import re
-import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from experiments.checkpoints import Checkpoints
 from experiments.config import TrainConfig
+from experiments.distributed import any_process, make_mesh, replicated
 from experiments.interruption import StopRequest
-from experiments.logs import RunLogs, plain_number
+from experiments.logs import plain_number
 from experiments.optimizers import make_optimizer
-from experiments.plots import plot_curves
-from experiments.run_folder import (
-    read_json_lines,
-    write_config,
-    write_environment,
-    write_json,
-)
-from experiments.screen import Screen
+from experiments.report import Report, SilentReport
+from experiments.run_folder import describe_resumption
 from experiments.settings import ConfigError
 from experiments.tasks import make_task, num_examples
 from experiments.training import (
@@ -82,7 +75,7 @@ def run_training(config: TrainConfig, folder: Path, console: Console) -> Result:
     Raises:
       ConfigError: the configuration does not fit the task or the run in the folder.
     """
-    run = _Run(config, folder)
+    run = _Run(config)
     with StopRequest() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
         state = checkpoints.restore_latest(run.first_state) or run.first_state
         step = int(state.step)
@@ -91,34 +84,17 @@ def run_training(config: TrainConfig, folder: Path, console: Console) -> Result:
                 f"`steps` must be at least the {step} steps that the run in {folder} "
                 f"has taken, got {config.steps}."
             )
-        differences = write_environment(folder)
-        write_config(config, folder)
-        title = f"{config.task.name}, {config.optimizer.name}, seed {config.seed}"
-        with (
-            RunLogs(folder, step) as logs,
-            Screen(
-                console,
-                title=title,
-                first_step=step,
-                last_step=config.steps,
-                log_every=config.log_every,
-            ) as screen,
-        ):
-            whence = f"continues after step {step}" if step else "starts"
-            screen.say(f"{title}: {whence}, in {folder}")
-            for difference in differences:
-                screen.say(f"Not the environment of before: {difference}.")
-            result = run.train(state, stop, checkpoints, logs, screen)
-    if result.finished:
-        summary = {
-            "steps": result.steps,
-            **result.metrics,
-            "seconds": round(result.seconds, 3),
-            "compile_seconds": round(result.compile_seconds, 3),
-        }
-        write_json(folder / "result.json", summary)
-    records = read_json_lines(folder / "metrics.jsonl")
-    plot_curves(records, folder / "curves.png", title)
+        is_first = jax.process_index() == 0
+        report = Report(config, folder, console, step) if is_first else SilentReport()
+        with report:
+            result = run.train(state, stop, checkpoints, report)
+    summary = {
+        "steps": result.steps,
+        **result.metrics,
+        "seconds": round(result.seconds, 3),
+        "compile_seconds": round(result.compile_seconds, 3),
+    }
+    report.finish(summary if result.finished else None)
     return result
 
 
@@ -127,7 +103,7 @@ def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
     if not result.finished:
         return (
             f"Stopped after step {result.steps} of {config.steps}; to go on: "
-            f"python -m experiments.train {_quote_override(f'resume={folder}')}"
+            f"{describe_resumption(folder, config.distributed.num_processes)}"
         )
     values = ", ".join(
         f"{name.replace('_', ' ').replace('train', 'training')} {_format(name, value)}"
@@ -144,9 +120,8 @@ def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
 class _Run:
     """The parts of one run, put together from its configuration."""
 
-    def __init__(self, config: TrainConfig, folder: Path):
+    def __init__(self, config: TrainConfig):
         self._config = config
-        self._folder = folder
         task = make_task(config.task)
         size = num_examples(task.train)
         batch_size = config.batch_size or size
@@ -156,38 +131,42 @@ class _Run:
                 f"{config.task.name}, got {batch_size}."
             )
         tx = make_optimizer(config.optimizer, task)
-        self._data = jax.device_put({"train": task.train, "test": task.test})
+        mesh = make_mesh()
+        data = {"train": task.train, "test": task.test}
+        self._data = jax.device_put(data, replicated(mesh))
         self._train_chunk = make_train_chunk(
             task,
             tx,
             batch_size=batch_size,
             steps_per_dispatch=config.steps_per_dispatch,
             measure_kl=config.measure_kl,
+            mesh=mesh,
         )
-        self._evaluate = make_evaluate_fn(task, batch_size=config.eval_batch_size)
-        self.first_state = init_state(task, tx, config.seed)
+        self._evaluate = make_evaluate_fn(
+            task, batch_size=config.eval_batch_size, mesh=mesh
+        )
+        self.first_state = init_state(task, tx, config.seed, mesh=mesh)
 
     def train(
         self,
         state: TrainState,
         stop: StopRequest,
         checkpoints: Checkpoints,
-        logs: RunLogs,
-        screen: Screen,
+        report: SilentReport,
     ) -> Result:
         """Takes the steps that are left, until `stop` is requested."""
         config, data = self._config, self._data["train"]
         step = saved_step = int(state.step)
-        seconds, metrics = logs.seconds, {}
+        seconds, metrics = report.seconds, {}
         train_chunk, compile_seconds = self._train_chunk, 0.0
         if step < config.steps:
             started = time.perf_counter()
-            train_chunk = train_chunk.lower(state, data, jnp.int32(0)).compile()
+            train_chunk = train_chunk.lower(state, data, np.int32(0)).compile()
             compile_seconds = time.perf_counter() - started
-        while step < config.steps and not stop.requested:
+        while step < config.steps and not any_process(stop.requested):
             num_steps = next_stop(step, config) - step
             started = time.perf_counter()
-            state, records = train_chunk(state, data, jnp.int32(num_steps))
+            state, records = train_chunk(state, data, np.int32(num_steps))
             records = jax.device_get(records)
             seconds += time.perf_counter() - started
             rows = self._rows(records, step, num_steps)
@@ -195,16 +174,12 @@ class _Run:
             if step % config.eval_every == 0 or step == config.steps:
                 metrics = self._evaluate_all(state)
                 rows[-1].update(metrics)
-            for row in rows:
-                logs.write_step(row)
-                screen.show_step(row)
-            screen.show_progress(rows[-1])
-            logs.write_time(step, seconds)
+            report.show(rows, seconds)
             if step % config.checkpoint_every == 0:
-                _save(state, checkpoints, logs)
+                _save(state, checkpoints, report)
                 saved_step = step
         if saved_step != step:
-            _save(state, checkpoints, logs)
+            _save(state, checkpoints, report)
         finished = step == config.steps
         if finished and not metrics:
             metrics = self._evaluate_all(state)
@@ -239,9 +214,9 @@ class _Run:
         }
 
 
-def _save(state: TrainState, checkpoints: Checkpoints, logs: RunLogs) -> None:
+def _save(state: TrainState, checkpoints: Checkpoints, report: SilentReport) -> None:
     # In this order: a checkpoint promises that the logs reach up to it.
-    logs.sync()
+    report.sync()
     checkpoints.save(state)
 
 
@@ -249,10 +224,3 @@ def _format(name: str, value: float | None) -> str:
     if value is None:
         return "not finite"
     return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.3g}"
-
-
-def _quote_override(override: str) -> str:
-    """Quotes an override for the shell and for Hydra where it must be."""
-    name, _, value = override.partition("=")
-    is_plain = re.fullmatch(r"[\w./+-]+", value, re.ASCII)
-    return override if is_plain else shlex.quote(f'{name}="{value}"')

@@ -9,13 +9,16 @@ curves.png        the curves; tensorboard/ has them too
 checkpoints/      the training state, through Orbax
 """
 
+import contextlib
 import datetime as dt
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,15 @@ from experiments.settings import ConfigError
 
 __all__ = [
     "choose_folder",
+    "config_text",
+    "describe_resumption",
     "find_run",
+    "hydra_override",
+    "latest_step",
     "open_run",
     "plain_name",
     "read_json_lines",
+    "removed_if_empty",
     "shorten",
     "write_config",
     "write_environment",
@@ -42,12 +50,20 @@ PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 
 def choose_folder(
-    resume: str | None, runs_dir: str, task: str, optimizer: str, seed: int
+    resume: str | None,
+    runs_dir: str,
+    task: str,
+    optimizer: str,
+    seed: int,
+    process_id: int | None = None,
 ) -> str:
     """Returns the folder of the run to resume, or a fresh one named after the run.
 
-    This is the resolver `run_folder` of `configs/train.yaml`.
+    Of several processes, the first one chooses for all; this makes none for the others.
+    It is the resolver `run_folder` of `configs/train.yaml`.
     """
+    if process_id:
+        return runs_dir
     if resume is not None:
         return str(find_run(resume, Path(runs_dir)))
     now = dt.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
@@ -112,7 +128,31 @@ def open_run(
     assert isinstance(recorded, DictConfig)
     names = [override.lstrip("+~").partition("=")[0] for override in overrides]
     merge_resumed(recorded, tree, names)
+    recorded.distributed = tree.distributed
     return read_config(recorded)
+
+
+def latest_step(folder: Path) -> int | None:
+    """Returns the step of the newest whole checkpoint in a run folder, if any."""
+    names = (path.name for path in (folder / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def describe_resumption(folder: Path, num_processes: int = 1) -> str:
+    """Returns the command that continues the run in `folder`."""
+    resume = hydra_override("resume", str(folder))
+    words = ["python", "-m", "experiments.train", resume]
+    if num_processes > 1:
+        words.append(f"distributed.num_processes={num_processes}")
+    return shlex.join(words)
+
+
+def hydra_override(name: str, value: str) -> str:
+    """Returns `name=value`, with quotes for Hydra where the value is not plain."""
+    if re.fullmatch(r"[\w./+-]+", value, re.ASCII):
+        return f"{name}={value}"
+    escaped = value.replace('"', r"\"")
+    return f'{name}="{escaped}"'
 
 
 def shorten(path: Path) -> Path:
@@ -121,11 +161,31 @@ def shorten(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def write_config(config: TrainConfig, folder: Path) -> None:
-    """Writes the resolved configuration."""
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Removes `folder` at the end if nothing was written there.
+
+    Hydra makes the folder before anyone has looked at the configuration.
+    """
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+def config_text(config: TrainConfig) -> str:
+    """Returns the resolved configuration, the same for all processes of a run."""
     tree = OmegaConf.structured(config)
     tree.resume = None
-    _write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(tree))
+    tree.distributed.process_id = tree.distributed.coordinator_address = None
+    return OmegaConf.to_yaml(tree)
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Writes the resolved configuration."""
+    _write_atomically(folder / CONFIG_FILE, config_text(config))
 
 
 def write_environment(folder: Path) -> list[str]:

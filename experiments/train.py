@@ -1,24 +1,33 @@
 """Trains one network: `python -m experiments.train task=... optimizer=... name=value`.
 
 The library part is `experiments.loop.run_training`; `configs/` has all the settings.
+With `distributed.num_processes` above one, this either starts the others or is one.
 """
 
-import contextlib
 import sys
 from pathlib import Path
 
 import hydra
+import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments.config import CONFIG_DIR, run_program
+from experiments.config import CONFIG_DIR, read_config, run_program
+from experiments.distributed import broadcast_text, check_same, connect
+from experiments.interruption import EXIT_INTERRUPTED
+from experiments.launcher import launch
 from experiments.loop import describe_result, run_training
-from experiments.run_folder import choose_folder, open_run, plain_name, shorten
+from experiments.run_folder import (
+    choose_folder,
+    config_text,
+    open_run,
+    plain_name,
+    removed_if_empty,
+    shorten,
+)
 from experiments.settings import ConfigError
-
-EXIT_INTERRUPTED = 130
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -26,19 +35,33 @@ def train_one(tree: DictConfig) -> None:
     """Trains the network that the composed configuration `tree` describes."""
     hydra_config = HydraConfig.get()
     folder = shorten(Path(hydra_config.runtime.output_dir))
+    overrides = list(hydra_config.overrides.task)
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     try:
-        config = open_run(tree, folder, list(hydra_config.overrides.task), is_sweep)
-        result = run_training(config, folder, Console())
+        with removed_if_empty(folder):
+            processes = read_config(tree).distributed
+            processes.check(is_sweep)
+            if processes.is_launcher:
+                open_run(tree, folder, overrides, is_sweep)
+                status = launch(processes.num_processes, overrides, folder)
+            else:
+                with connect(processes), removed_if_empty(folder):
+                    status = _train(tree, folder, overrides, is_sweep)
     except ConfigError as error:
-        # Hydra made the folder before anyone had looked at the configuration.
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-            folder.parent.rmdir()
         sys.exit(f"error: {error}")
-    print(describe_result(result, config, folder))
-    if not result.finished:
-        sys.exit(EXIT_INTERRUPTED)
+    if status:
+        sys.exit(status)
+
+
+def _train(tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool) -> int:
+    # Of several processes, the first one has chosen the folder.
+    folder = shorten(Path(broadcast_text(str(folder.absolute()))))
+    config = open_run(tree, folder, overrides, is_sweep)
+    check_same(config_text(config), "settings")
+    result = run_training(config, folder, Console())
+    if jax.process_index() == 0:
+        print(describe_result(result, config, folder))
+    return 0 if result.finished else EXIT_INTERRUPTED
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
     batch(step) -> loss, gradient -> tx.update -> params        for num_steps steps
 
+On a mesh of devices, each takes its part of the examples of every batch; parameters and
+everything else are on all of them. XLA's partitioner adds the sums between devices.
+
 The number of steps of a dispatch is an argument, not a shape: any cut of a run into
 dispatches runs the same compiled program. That is what lets a run stop anywhere and
 continue to the same numbers, bit for bit.
@@ -14,9 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 import ngd_jax as ngd
 from experiments.batches import epoch_and_position, epoch_permutation, take_batch
+from experiments.distributed import replicated, split_examples
 from experiments.optimizers import read_step_info
 from experiments.tasks import Task, num_examples
 
@@ -45,9 +50,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    task: Task, tx: optax.GradientTransformationExtraArgs, seed: int
+    task: Task,
+    tx: optax.GradientTransformationExtraArgs,
+    seed: int,
+    *,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """Returns the state before the first step; all randomness comes from `seed`."""
+    """Returns the state before the first step; all randomness comes from `seed`.
+
+    It is on every device of `mesh`, or on the default one.
+    """
     init_key, data_key = jax.random.split(jax.random.key(seed))
 
     def init(init_key: jax.Array, data_key: jax.Array) -> TrainState:
@@ -62,7 +74,8 @@ def init_state(
 
     # Under jit every leaf gets a buffer of its own, as donation demands; weak types
     # go, since a checkpoint would not bring them back.
-    return jax.tree.map(_strip_weak_type, jax.jit(init)(init_key, data_key))
+    init = jax.jit(init, out_shardings=replicated(mesh))
+    return jax.tree.map(_strip_weak_type, init(init_key, data_key))
 
 
 def make_train_chunk(
@@ -72,6 +85,7 @@ def make_train_chunk(
     batch_size: int,
     steps_per_dispatch: int,
     measure_kl: bool,
+    mesh: Mesh | None = None,
 ) -> jax.stages.Wrapped:
     """Builds the jitted function that takes up to `steps_per_dispatch` steps.
 
@@ -82,6 +96,8 @@ def make_train_chunk(
       steps_per_dispatch: capacity of one dispatch.
       measure_kl: whether to measure the KL of each step of the optimizers that do not
         report it themselves (two more forward passes).
+      mesh: the devices among which the examples of a batch are split, evenly or not;
+        None for the one that holds the arguments.
 
     Returns:
       `train_chunk(state, data, num_steps) -> (state, records)`. It donates `state`,
@@ -90,7 +106,7 @@ def make_train_chunk(
     """
     train_step = functools.partial(_train_step, task, tx, measure_kl)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def train_chunk(
         state: TrainState, data: PyTree, num_steps: jax.Array
     ) -> tuple[TrainState, Records]:
@@ -110,6 +126,7 @@ def make_train_chunk(
                 lambda: permutation,
             )
             batch = take_batch(data, permutation, position, batch_size)
+            batch = split_examples(batch, mesh)
             state, record = train_step(state, batch)
             return (state, permutation), record
 
@@ -129,15 +146,17 @@ def make_train_chunk(
 
 
 def make_evaluate_fn(
-    task: Task, *, batch_size: int
+    task: Task, *, batch_size: int, mesh: Mesh | None = None
 ) -> Callable[[TrainState, PyTree], dict[str, float]]:
     """Builds `evaluate(state, data) -> {"loss": ..., metrics...}`, means over `data`.
 
-    At most `batch_size` examples go through the model at once.
+    At most `batch_size` examples go through the model at once, split among the devices
+    of `mesh`.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def evaluate_batch(params: PyTree, model_state: PyTree, batch: PyTree) -> Records:
+        batch = split_examples(batch, mesh)
         outputs = task.predict(params, model_state, batch)
         loss = task.output_loss_fn(outputs, batch)
         return {"loss": loss, **task.metrics_fn(outputs, batch)}
