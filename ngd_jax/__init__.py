@@ -32,15 +32,18 @@ from ngd_jax.likelihoods import (
     Poisson,
     Product,
 )
+from ngd_jax.preconditioners import Jacobi, Nystrom, Preconditioner
 from ngd_jax.quadratic_model import QuadraticModelRate
 from ngd_jax.solvers import (
     CG,
+    LSMR,
     Cholesky,
     Lineax,
     Solver,
     SolverInfo,
     SolverStatus,
     conjugate_gradient,
+    lsmr,
 )
 from ngd_jax.transform import (
     NaturalGradientInfo,
@@ -59,6 +62,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "LSMR",
     "Bernoulli",
     "Categorical",
     "Cholesky",
@@ -68,6 +72,7 @@ __all__ = [
     "FromDistribution",
     "FromKL",
     "Gaussian",
+    "Jacobi",
     "LevenbergMarquardt",
     "Likelihood",
     "Lineax",
@@ -75,7 +80,9 @@ __all__ = [
     "LogDensity",
     "NaturalGradientInfo",
     "NaturalGradientState",
+    "Nystrom",
     "Poisson",
+    "Preconditioner",
     "Product",
     "QuadraticModelRate",
     "RelativeDamping",
@@ -90,6 +97,7 @@ __all__ = [
     "fisher_trace",
     "fisher_vector_product",
     "linearize_fisher",
+    "lsmr",
     "mean_kl",
     "natural_gradient",
     "quadratic_step_scale",

@@ -10,6 +10,7 @@ jaxtyping.install_import_hook(
     [
         "ngd_jax.damping",
         "ngd_jax.fisher",
+        "ngd_jax.preconditioners",
         "ngd_jax.solvers",
         "ngd_jax.tree",
         "ngd_jax.trust_region",

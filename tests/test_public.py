@@ -77,6 +77,7 @@ READ_ONLY = {
     "Fisher",
     "NaturalGradientInfo",
     "NaturalGradientState",
+    "Preconditioner",
     "Solver",
     "SolverInfo",
     "StepStatus",

@@ -1,0 +1,110 @@
+"""What every preconditioner is, and when it is built anew."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax import tree
+from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
+
+__all__ = [
+    "Preconditioner",
+    "check_count",
+    "check_key",
+    "random_like",
+    "rebuild",
+    "refresh",
+    "wide_dtype",
+]
+
+_State = TypeVar("_State", bound=Any)
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """A way to build v -> M⁻¹ v, with a state that outlives a step."""
+
+    def init(self, params: Params) -> PyTree:
+        """The state before anything is built, with which M is a multiple of I."""
+        ...
+
+    def update(self, fisher: Any, state: PyTree) -> PyTree:
+        """The state for this step: built anew if that is due, else one step older.
+
+        A build that is not finite changes nothing, and is tried again in the next step.
+        """
+        ...
+
+    def matvec(self, state: PyTree, damping: ArrayLike) -> MatVec:
+        """The map v -> M⁻¹ v, symmetric positive definite, float32 or wider."""
+        ...
+
+    def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
+        """The same, built for this Fisher and not kept."""
+        ...
+
+
+def refresh(
+    state: _State, refresh_every: int, build: Callable[[_State], _State]
+) -> _State:
+    """Builds anew if it is time, else counts the step."""
+    if refresh_every == 1:
+        return rebuild(state, build)
+    return jax.lax.cond(
+        state.age >= refresh_every,
+        lambda state: rebuild(state, build),
+        lambda state: state._replace(age=state.age + 1),
+        state,
+    )
+
+
+def rebuild(state: _State, build: Callable[[_State], _State]) -> _State:
+    """`build(state)` where that is finite, else the old, still due."""
+    built = build(state)
+    is_finite = tree.all_finite(built)
+    built = built._replace(age=jnp.ones_like(state.age))
+    # Counted either way: the next attempt has other random numbers.
+    return tree.select(is_finite, built, state)._replace(
+        num_builds=state.num_builds + 1
+    )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a positive int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a Python int, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def check_key(key: Any, what: str) -> None:
+    """Raises TypeError unless `key` is a typed key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{what} needs `key`, a typed key such as jax.random.key(0), got "
+            f"{type(key).__name__}."
+        )
+
+
+def random_like(sample: Callable[..., Array], key: KeyArray, like: PyTree) -> PyTree:
+    """Independent samples shaped like a tree, in both parts of what is complex."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, max(1, len(leaves)))
+
+    def draw(key: KeyArray, leaf: Any) -> Array:
+        real = jnp.finfo(leaf.dtype).dtype
+        if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            return sample(key, leaf.shape, real)
+        parts = sample(key, (2, *leaf.shape), real)
+        return jax.lax.complex(parts[0], parts[1])
+
+    drawn = [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def wide_dtype(leaf: ArrayLike) -> jnp.dtype:
+    """The dtype of `tree.widen`."""
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
