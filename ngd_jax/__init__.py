@@ -9,6 +9,7 @@
 import importlib
 from typing import Any
 
+from ngd_jax import presets as presets
 from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import (
     Fisher,

@@ -1,0 +1,119 @@
+"""Settings under names from the literature, as keyword arguments of `natural_gradient`.
+
+    tx = ngd.natural_gradient(
+        model_fn=model_fn, likelihood=ngd.Categorical(), **ngd.presets.trpo()
+    )
+
+Each is a plain dict, made anew by every call: print it, change an entry, pass it on.
+What a preset takes from its source and what it does otherwise is said in its docstring.
+λ is in units of F as defined here, a mean over examples; so it is in the sources.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ngd_jax.damping import LevenbergMarquardt
+from ngd_jax.preconditioners import Jacobi
+from ngd_jax.quadratic_model import QuadraticModelRate
+from ngd_jax.solvers import CG
+from ngd_jax.types import Batch
+
+__all__ = ["hessian_free", "kfac_schedule", "pascanu_bengio", "trpo"]
+
+
+def trpo() -> dict[str, Any]:
+    """Trust region policy optimization: KL radius 0.01, 10 CG steps, λ = 1e-3.
+
+    The gradient is that of the surrogate, and `update` needs it as `value_fn` too: a
+    step is refused where it gains less than a tenth of what the quadratic model
+    foretold. The original shortens a step by halves, at most 10 times, until surrogate
+    and KL agree; here the length comes from the measured KL, and the surrogate accepts
+    or refuses.
+
+    References:
+      Schulman et al., Trust region policy optimization, 2015, appendix C, and its
+      authors' code.
+    """
+    return {
+        "learning_rate": None,
+        "max_kl": 1e-2,
+        "damping": LevenbergMarquardt(
+            # λ stays where it is; only the acceptance is of use.
+            initial=1e-3,
+            minimum=1e-3,
+            maximum=1e-3,
+            reject=0.1,
+        ),
+        "solver": CG(max_steps=10, rtol=0.0),
+        "max_kl_evaluations": 10,
+    }
+
+
+def hessian_free() -> dict[str, Any]:
+    """Hessian-free optimization: λ₀ = 45 by Levenberg-Marquardt, up to 250 CG steps.
+
+    λ·3/2 where ρ < 1/4, λ·2/3 where ρ > 3/4; CG from 0.95 times the last solution,
+    until the model gains less than 5e-4 of its value in a step, with the diagonal to
+    the power 3/4 as preconditioner, and a way back over its iterates while the loss
+    falls. `update` needs `value_fn`, unless `output_loss_fn` is given.
+
+    The diagonal is that of the exact Fisher; the original takes the squared gradients
+    of single examples. In place of its line search, a step that raises the loss is
+    refused.
+
+    References:
+      Martens, Deep learning via Hessian-free optimization, 2010, section 4.
+    """
+    return {
+        "learning_rate": 1.0,
+        "damping": LevenbergMarquardt(initial=45.0),
+        "warm_start": 0.95,
+        "solver": CG(
+            max_steps=250,
+            rtol=0.0,
+            preconditioner=Jacobi(power=0.75),
+            progress_tol=5e-4,
+            backtracking=True,
+        ),
+    }
+
+
+def kfac_schedule() -> dict[str, Any]:
+    """K-FAC's rates and damping around the exact Fisher: λ₀ = 150, ω = (19/20)⁵.
+
+    Learning rate and momentum from the exact quadratic model; λ adapted every 5 steps.
+    `update` needs `value_fn`, unless `output_loss_fn` is given. The metric is exact
+    where K-FAC's is factored by layers, so that neither running statistics nor factored
+    damping are needed; the solver is the default.
+
+    References:
+      Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
+      curvature, 2015, sections 6.4, 6.5 and 7.
+    """
+    decay = (19 / 20) ** 5
+    return {
+        "learning_rate": QuadraticModelRate(),
+        "damping": LevenbergMarquardt(
+            initial=150.0, increase=1 / decay, decrease=decay, every=5
+        ),
+    }
+
+
+def pascanu_bengio(metric_batch_fn: Callable[[Batch], Batch]) -> dict[str, Any]:
+    """Natural gradient with the metric of another batch: λ₀ = 6 by Levenberg-Marquardt.
+
+    `update` needs `value_fn`, unless `output_loss_fn` is given.
+
+    Args:
+      metric_batch_fn: batch -> the batch of the metric, other examples than those of
+        the gradient; unlabelled ones do.
+
+    References:
+      Pascanu and Bengio, Revisiting natural gradient for deep networks, 2014, section
+      6, and its authors' code.
+    """
+    return {
+        "learning_rate": 1.0,
+        "damping": LevenbergMarquardt(initial=6.0),
+        "metric_batch_fn": metric_batch_fn,
+    }
