@@ -135,7 +135,11 @@ def connect(config: DistributedConfig) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001
         if LOST_PROCESS.search(str(error)):
             reason = " ".join(str(error).split())[:200]
-            _leave(EXIT_LOST_PROCESS, f"error: another process is gone: {reason}")
+            _leave(
+                EXIT_LOST_PROCESS,
+                "error: another process is gone; all of them, started again with "
+                f"resume=latest, go on from the last checkpoint. ({reason})",
+            )
         _leave(1, traceback.format_exc())
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT, "")
