@@ -120,14 +120,15 @@ def connect(config: DistributedConfig) -> Iterator[None]:
         # Else JAX takes SIGTERM for itself.
         jax.config.update("jax_enable_preemption_service", False)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            config.coordinator_address,
-            config.num_processes,
-            config.process_id,
-            initialization_timeout=config.start_timeout,
-            heartbeat_timeout_seconds=config.heartbeat_timeout,
-            shutdown_timeout_seconds=config.heartbeat_timeout,
-        )
+        with _deadline(config):
+            jax.distributed.initialize(
+                config.coordinator_address,
+                config.num_processes,
+                config.process_id,
+                initialization_timeout=2 * config.start_timeout,
+                heartbeat_timeout_seconds=config.heartbeat_timeout,
+                shutdown_timeout_seconds=config.heartbeat_timeout,
+            )
         yield
         jax.distributed.shutdown()
     except ConfigError as error:
@@ -200,6 +201,22 @@ def split_examples(batch: PyTree, mesh: Mesh | None) -> PyTree:
     return jax.lax.with_sharding_constraint(
         batch, NamedSharding(mesh, PartitionSpec("data"))
     )
+
+
+@contextlib.contextmanager
+def _deadline(config: DistributedConfig) -> Iterator[None]:
+    """Ends this process with a message where JAX would, later, abort with a trace."""
+    message = (
+        f"error: the {config.num_processes} processes did not meet at "
+        f"{config.coordinator_address} within {config.start_timeout} s."
+    )
+    timer = threading.Timer(config.start_timeout, _leave, (EXIT_LOST_PROCESS, message))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _keep_output_to_ourselves() -> None:

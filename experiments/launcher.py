@@ -80,7 +80,7 @@ def launch(num_processes: int, overrides: list[str], folder: Path) -> int:
             _repeat_errors(workers[0])
             return max(worker.process.returncode for worker in workers)
         if stop.requested and failed.status == -signal.SIGTERM:
-            print(f"Stopped between checkpoints, in {folder}")
+            print(_describe_stop(num_processes, folder))
             return EXIT_INTERRUPTED
         _repeat_errors(failed)
         if failed.status != EXIT_CONFIG_ERROR:
@@ -151,6 +151,13 @@ def _kill(workers: list[Worker]) -> None:
         worker.process.wait()
         assert worker.process.stdin is not None
         worker.process.stdin.close()
+
+
+def _describe_stop(num_processes: int, folder: Path) -> str:
+    """Tells of a stop that came before the processes could see to it, or after."""
+    if latest_step(folder) is None:
+        return "Stopped before the first checkpoint."
+    return f"Stopped; to go on: {describe_resumption(folder, num_processes)}"
 
 
 def _describe_failure(failed: Worker, num_processes: int, folder: Path) -> str:
