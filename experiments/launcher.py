@@ -52,6 +52,18 @@ class Worker(NamedTuple):
         return self.process.poll()
 
 
+class Failure(NamedTuple):
+    """Why a run ended before its time.
+
+    Attributes:
+      worker: the process that was the first to fail.
+      status: its exit status; None where it only fell silent.
+    """
+
+    worker: Worker
+    status: int | None
+
+
 def launch(num_processes: int, overrides: list[str], folder: Path) -> int:
     """Runs `experiments.train` in `num_processes` processes here, to their end.
 
@@ -73,18 +85,18 @@ def launch(num_processes: int, overrides: list[str], folder: Path) -> int:
         try:
             for number in range(num_processes):
                 workers.append(_start(number, address, common))  # noqa: PERF401
-            failed = _wait(workers, stop)
+            failure = _wait(workers, stop)
         finally:
             _kill(workers)
-        if failed is None:
+        if failure is None:
             _repeat_errors(workers[0])
             return max(worker.process.returncode for worker in workers)
-        if stop.requested and failed.status == -signal.SIGTERM:
+        if stop.requested and failure.status == -signal.SIGTERM:
             print(_describe_stop(num_processes, folder))
             return EXIT_INTERRUPTED
-        _repeat_errors(failed)
-        if failed.status != EXIT_CONFIG_ERROR:
-            print(_describe_failure(failed, num_processes, folder), file=sys.stderr)
+        _repeat_errors(failure.worker)
+        if failure.status != EXIT_CONFIG_ERROR:
+            print(_describe_failure(failure, num_processes, folder), file=sys.stderr)
         return 1
 
 
@@ -113,7 +125,7 @@ def _start(number: int, address: str, common: list[str]) -> Worker:
     return Worker(number, process, errors)
 
 
-def _wait(workers: list[Worker], stop: StopRequest) -> Worker | None:
+def _wait(workers: list[Worker], stop: StopRequest) -> Failure | None:
     """Waits until all workers have ended well, or one has not: returns that one."""
     is_told = False
     while True:
@@ -131,18 +143,19 @@ def _wait(workers: list[Worker], stop: StopRequest) -> Worker | None:
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and None in [worker.status for worker in workers]:
         time.sleep(POLL_SECONDS)
-    ended = [worker for worker in workers if worker.status not in (None, 0)]
-    return min(ended, key=_suspicion)
+    failures = [Failure(worker, worker.status) for worker in workers]
+    return min((one for one in failures if one.status != 0), key=_rank)
 
 
-def _suspicion(worker: Worker) -> int:
-    """Ranks workers that have ended: lower for a cause, higher for a consequence."""
-    status = worker.status
-    if status == -signal.SIGABRT:  # JAX aborts a process that has lost another
+def _rank(failure: Failure) -> int:
+    """Ranks failures: lower for a cause, higher for what may follow from another's."""
+    if failure.status is None:
         return 2
-    if status in (EXIT_LOST_PROCESS, EXIT_INTERRUPTED):
+    if failure.status == -signal.SIGABRT:  # JAX aborts where it has lost a process
         return 3
-    return 0 if status is not None and status < 0 else 1
+    if failure.status in (EXIT_LOST_PROCESS, EXIT_INTERRUPTED):
+        return 4
+    return 0 if failure.status < 0 else 1
 
 
 def _kill(workers: list[Worker]) -> None:
@@ -160,15 +173,17 @@ def _describe_stop(num_processes: int, folder: Path) -> str:
     return f"Stopped; to go on: {describe_resumption(folder, num_processes)}"
 
 
-def _describe_failure(failed: Worker, num_processes: int, folder: Path) -> str:
-    status = failed.process.returncode
-    if status < 0:
+def _describe_failure(failure: Failure, num_processes: int, folder: Path) -> str:
+    status = failure.status
+    if status is None:
+        how = "no longer answered"
+    elif status < 0:
         how = f"was killed by {signal.Signals(-status).name}"
     elif status == EXIT_LOST_PROCESS:
         how = "lost the connection to the others"
     else:
         how = f"ended with status {status}"
-    message = f"error: process {failed.number} of {num_processes} {how}"
+    message = f"error: process {failure.worker.number} of {num_processes} {how}"
     step = latest_step(folder)
     if step is None:
         return f"{message}, before the first checkpoint"
