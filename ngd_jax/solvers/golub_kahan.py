@@ -10,7 +10,8 @@ section 2.7, with their names). What differs from the paper, and why:
 * of the right-hand side b = [w; r/√λ] only Aᵀ b and b/‖b‖² enter. Written with those,
   nothing is divided by λ, and r with λ = 0 is the limit ‖b‖ → ∞ of the same iteration;
 * everything is in units of the right-hand side. An α or β that round-off cannot tell
-  from zero is zero, which ends the iteration before noise is divided by noise;
+  from zero is zero, and the iteration ends where ζ̄ is no more than Aᵀ(w - A x) rounds
+  (the second stopping rule of the paper): noise divided by a small λ would follow;
 * the residual is computed at the end, not only estimated. Where it misses a tolerance
   that the estimate meets, the iteration begins again from it, while that helps.
 
@@ -33,7 +34,9 @@ __all__ = ["LeastSquares", "Limits", "solve"]
 
 _RUNNING = -1
 # Times ε (‖g‖ + ‖A‖‖w‖): what two ways to compute one gradient may differ by.
-_ROUND_OFF = 16.0
+_TWO_WAYS = 16.0
+# Times ε ‖A‖: what a product with a vector of length one rounds.
+_ROUND_OFF = 8.0
 
 
 class LeastSquares(NamedTuple):
@@ -68,7 +71,7 @@ class _Problem(NamedTuple):
 
     `dropped` is what is left out of r as round-off, but not out of the report: `g_norm`
     is ‖Aᵀ w + r + dropped‖. The estimate ends at `target`, which may be below what
-    round-off lets a computed residual reach; that is held against `tolerance`.
+    round-off lets the computed residual reach; that is held against `tolerance`.
     """
 
     matvec: MatVec
@@ -88,16 +91,18 @@ class _Problem(NamedTuple):
 class _State(NamedTuple):
     """The loop's carry.
 
-    `u` is a pair (in the rows of A, in those of √λ I), `coupling` the α of the next u,
-    `basis` every v so far or (), `spread` the largest ρ seen, a lower bound of ‖A‖,
-    `residual` the true ‖g - (AᵀA + λI) x‖ when the iteration last began.
+    `x`, `h` and `h_bar` are pairs (x, A x), and h is still without its v. `u` is a pair
+    (in the rows of A, in those of √λ I), `coupling` the α of the next u, `basis` every
+    v so far or (), `spread` the largest ρ seen, a lower bound of ‖A‖, `noise` what the
+    gradient at x rounds, `residual` the true ‖g - (AᵀA + λI) x‖ when the iteration last
+    began.
     """
 
-    x: PyTree
+    x: tuple[PyTree, PyTree]
     u: tuple[PyTree, PyTree]
     v: PyTree
-    h: PyTree
-    h_bar: PyTree
+    h: tuple[PyTree, PyTree]
+    h_bar: tuple[PyTree, PyTree]
     basis: PyTree
     coupling: Array
     alpha_bar: Array
@@ -107,6 +112,7 @@ class _State(NamedTuple):
     c_bar: Array
     s_bar: Array
     spread: Array
+    noise: Array
     residual: Array
     num_steps: Array
     status: Array
@@ -132,7 +138,8 @@ def solve(
     is_solved = g_norm == 0
     finite = jnp.isfinite(largest) & jnp.isfinite(g_norm + problem.damping)
     if x0 is None:
-        state = _begin(problem, zeros, problem.w, problem.r, gradient, None)
+        start = (zeros, optax.tree.zeros_like(problem.w))
+        state = _begin(problem, start, problem.w, problem.r, gradient, None)
     else:
         # The guess has units of its own, since its best multiple is what counts.
         guess = tree.pack(tree.widen(x0))[0]
@@ -154,8 +161,8 @@ def solve(
     )
 
     unit = tree.usable_unit(largest)
-    is_sound = finite & jnp.isfinite(tree.max_abs(state.x) * unit)
-    solution = tree.select(is_sound, tree.scale(unit, state.x), zeros)
+    is_sound = finite & jnp.isfinite(tree.max_abs(state.x[0]) * unit)
+    solution = tree.select(is_sound, tree.scale(unit, state.x[0]), zeros)
     relative = jnp.where(is_sound, state.residual * _inverse(g_norm), 1.0)
     status = jnp.where(is_sound, state.status, SolverStatus.NON_FINITE)
     return unpack(solution), SolverInfo(
@@ -211,7 +218,7 @@ def _prepare(
         dropped=dropped,
         damping=jnp.asarray(damping).astype(dtype),
         g_norm=g_norm,
-        target=max(limits.rtol, eps**2) * g_norm,
+        target=limits.rtol * g_norm,
         tolerance=max(limits.rtol, eps) * g_norm,
         eps=eps,
         precision=precision,
@@ -230,12 +237,12 @@ def _is_round_off(
     """
     g_norm = _norm(g)
     size = g_norm + _norm(push(g)) * _norm(w) * _inverse(g_norm)
-    return _norm(rest) <= _ROUND_OFF * precision * size
+    return _norm(rest) <= _TWO_WAYS * precision * size
 
 
 def _begin(
     problem: _Problem,
-    x: PyTree,
+    x: tuple[PyTree, PyTree],
     w: PyTree,
     r: PyTree,
     gradient: PyTree,
@@ -258,8 +265,8 @@ def _begin(
         x=x,
         u=(tree.scale(weight, w), tree.scale(_root(damping) * inverse, r)),
         v=v,
-        h=v,
-        h_bar=optax.tree.zeros_like(v),
+        h=optax.tree.zeros_like(x),
+        h_bar=optax.tree.zeros_like(x),
         basis=_remember(_no_basis(problem.limits, v), v, 0),
         coupling=size,
         alpha_bar=size * _root(weight),
@@ -269,6 +276,7 @@ def _begin(
         c_bar=one,
         s_bar=zero,
         spread=zero if last is None else last.spread,
+        noise=zero,
         residual=_norm(tree.axpy(1.0, problem.dropped, gradient)),
         num_steps=jnp.zeros((), jnp.int32) if last is None else last.num_steps,
         status=jnp.asarray(_RUNNING, jnp.int32),
@@ -289,7 +297,7 @@ def _restart(problem: _Problem, x: PyTree, last: _State | None) -> _State:
     w = tree.axpy(-1.0, image, problem.w)
     r = tree.axpy(-problem.damping, x, problem.r)
     gradient = tree.axpy(1.0, problem.rmatvec(w), r)
-    return _begin(problem, x, w, r, gradient, last)
+    return _begin(problem, (x, image), w, r, gradient, last)
 
 
 def _attempt(problem: _Problem, state: _State) -> _State:
@@ -297,14 +305,14 @@ def _attempt(problem: _Problem, state: _State) -> _State:
     max_steps = problem.limits.max_steps
 
     def is_going_on(state: _State) -> Array:
-        is_wanted = jnp.abs(state.zeta_bar) > problem.target
+        is_wanted = jnp.abs(state.zeta_bar) > jnp.maximum(problem.target, state.noise)
         return (state.status == _RUNNING) & is_wanted & (state.num_steps < max_steps)
 
     last = jax.lax.while_loop(is_going_on, functools.partial(_step, problem), state)
-    new = _restart(problem, last.x, last)
+    new = _restart(problem, last.x[0], last)
     finite = jnp.isfinite(new.residual)
     # No more than what computing it rounds, or no better for having tried.
-    size = _norm(problem.w) + new.spread * _norm(new.x)
+    size = _norm(problem.w) + new.spread * _norm(new.x[0])
     is_stuck = new.residual <= 4 * problem.precision * new.spread * size
     is_stuck |= new.residual > 0.5 * state.residual
     status = jnp.select(
@@ -334,11 +342,12 @@ def _step(problem: _Problem, state: _State) -> _State:
     root = _root(problem.damping)
 
     def relevant(size: Array) -> Array:
-        return jnp.where(size <= problem.eps * state.spread, 0, size)
+        return jnp.where(size <= _ROUND_OFF * problem.eps * state.spread, 0, size)
 
     # 1. The bidiagonalisation.
+    image = problem.matvec(state.v)
     u = (
-        tree.axpy(-state.coupling, state.u[0], problem.matvec(state.v)),
+        tree.axpy(-state.coupling, state.u[0], image),
         tree.axpy(-state.coupling, state.u[1], tree.scale(root, state.v)),
     )
     beta = relevant(_norm(u))
@@ -358,10 +367,14 @@ def _step(problem: _Problem, state: _State) -> _State:
     spread = jnp.maximum(state.spread, rho)
     finite = jnp.isfinite(rho) & jnp.isfinite(rho_bar)
     failed = ~(jnp.minimum(rho, rho_bar) > problem.eps * spread)
+    h = tree.axpy(1.0, state.h, (state.v, image))
     factor = theta_bar * rho / (state.rho * state.rho_bar)
-    h_bar = tree.axpy(-jnp.where(failed, 0, factor), state.h_bar, state.h)
+    h_bar = tree.axpy(-jnp.where(failed, 0, factor), state.h_bar, h)
     length = c_bar * state.zeta_bar * _inverse(rho) * _inverse(rho_bar)
     x = tree.axpy(jnp.where(failed, 0, length), h_bar, state.x)
+    outside = _norm(tree.axpy(-1.0, x[1], problem.w))
+    rest = _norm(tree.axpy(-problem.damping, x[0], problem.r))
+    noise = problem.eps * (spread * outside + rest)
     num_steps = state.num_steps + jnp.where(failed, 0, 1).astype(jnp.int32)
     status = jnp.select(
         [~finite, failed],
@@ -372,7 +385,7 @@ def _step(problem: _Problem, state: _State) -> _State:
         x=x,
         u=u,
         v=v,
-        h=tree.axpy(-theta * _inverse(rho), state.h, v),
+        h=tree.scale(-theta * _inverse(rho), h),
         h_bar=h_bar,
         basis=_remember(state.basis, v, num_steps),
         coupling=alpha,
@@ -383,6 +396,7 @@ def _step(problem: _Problem, state: _State) -> _State:
         c_bar=c_bar,
         s_bar=s_bar,
         spread=jnp.where(failed, state.spread, spread),
+        noise=noise,
         residual=state.residual,
         num_steps=num_steps,
         status=status.astype(jnp.int32),

@@ -1,0 +1,470 @@
+"""LSMR on matrices: against SciPy step by step, and against the SVD in float64."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ngd_jax as ngd
+from tests.conftest import unchecked
+
+pytestmark = pytest.mark.usefixtures("strict_ranks")
+Status = ngd.SolverStatus
+EPS = float(np.finfo(np.float32).eps)
+SIZE = 30
+
+
+def matrix_of(rng, rows, columns, singular_values):
+    """A random matrix with these singular values, float64."""
+    count = len(singular_values)
+    u, _ = np.linalg.qr(rng.normal(size=(rows, count)))
+    v, _ = np.linalg.qr(rng.normal(size=(columns, count)))
+    return (u * np.asarray(singular_values)) @ v.T
+
+
+def truth(matrix, rhs, damping=0.0, rcond=1e-10):
+    """V σ/(σ² + λ) Uᵀ b, with σ below rcond·max σ taken for zero."""
+    u, values, vt = np.linalg.svd(np.asarray(matrix, float), full_matrices=False)
+    is_used = values > rcond * values.max()
+    square = np.where(is_used, values**2 + float(damping), 1)
+    filtered = np.where(is_used, values, 0) / square
+    return vt.T @ (filtered * (u.T @ np.asarray(rhs, float)))
+
+
+def true_residual(matrix, rhs, damping, x):
+    matrix, rhs, x = (np.asarray(a, float) for a in (matrix, rhs, x))
+    residual = matrix.T @ (rhs - matrix @ x) - float(damping) * x
+    return np.linalg.norm(residual) / np.linalg.norm(matrix.T @ rhs)
+
+
+def relative_error(x, expected):
+    return np.linalg.norm(x - expected) / np.linalg.norm(expected)
+
+
+@functools.cache
+def compiled(**options):
+    @jax.jit
+    def solve(matrix, rhs, damping):
+        return ngd.lsmr(
+            lambda v: matrix @ v,
+            lambda u: matrix.T @ u,
+            rhs,
+            damping=damping,
+            **options,
+        )
+
+    return solve
+
+
+def solve(matrix, rhs, damping=0.0, dtype="float32", **options):
+    options = {"max_steps": 40} | options
+    rows, columns = np.shape(matrix)
+    # One compilation for all small shapes: rows and columns of zeros change nothing.
+    more = [max(0, SIZE - rows), max(0, SIZE - columns)]
+    matrix, rhs = np.pad(matrix, [(0, n) for n in more]), np.pad(rhs, (0, more[0]))
+    arguments = (jnp.asarray(a, dtype) for a in (matrix, rhs, damping))
+    x, info = compiled(**options)(*arguments)
+    assert np.isfinite(x).all()
+    assert not x[columns:].any()
+    assert np.isfinite(info.relative_residual)
+    return np.asarray(x[:columns], float), info
+
+
+# --- Solutions.
+
+
+@pytest.mark.parametrize("reorthogonalize", [False, True])
+def test_iterates_are_those_of_scipy(reorthogonalize, x64, rng):
+    matrix, rhs = rng.normal(size=(25, 20)), rng.normal(size=25)
+    for budget, damping in itertools.product((2, 8), (0.0, 0.01)):
+        expected, _, _, _, gradient_norm, *_ = scipy.sparse.linalg.lsmr(
+            matrix,
+            rhs,
+            damp=np.sqrt(damping),
+            atol=0,
+            btol=0,
+            conlim=0,
+            maxiter=budget,
+        )
+        x, info = solve(
+            matrix,
+            rhs,
+            damping,
+            "float64",
+            max_steps=budget,
+            reorthogonalize=reorthogonalize,
+        )
+        assert int(info.num_steps) == budget
+        assert int(info.status) == Status.MAX_STEPS
+        np.testing.assert_allclose(x, expected, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(
+            float(info.relative_residual) * np.linalg.norm(matrix.T @ rhs),
+            gradient_norm,
+            rtol=1e-9,
+        )
+
+
+MATRICES = {
+    "tall": ((30, 12), np.geomspace(1, 0.1, 12)),
+    "wide": ((12, 30), np.geomspace(1, 0.1, 12)),
+    "rank 4": ((30, 12), np.geomspace(2, 0.5, 4)),
+    "orthogonal": ((12, 12), np.ones(12)),
+    "one row": ((1, 5), [3.0]),
+    "one column": ((5, 1), [3.0]),
+    "clustered": ((30, 12), [1.0] * 6 + [3.0] * 6),
+}
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-12, 1e-4, 1.0])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_solution_is_that_of_the_svd(kind, damping, dtype, rng):
+    (rows, columns), values = MATRICES[kind]
+    matrix = matrix_of(rng, rows, columns, values)
+    rhs = rng.normal(size=rows)
+    x, info = solve(matrix, rhs, damping, dtype)
+    # κ² ε for a right-hand side out of range (Higham 2002, theorem 20.1). Rounded, the
+    # matrix of rank 4 has singular values of size ε more, for which λ is no match.
+    eps = np.finfo(dtype).eps
+    bound = 50 * (max(values) / min(values)) ** 2 * eps
+    assert relative_error(x, truth(matrix, rhs, damping)) <= bound
+    assert int(info.status) in (Status.CONVERGED, Status.STAGNATED)
+    assert int(info.num_steps) <= len(values) + 1
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 24),
+    condition=st.floats(0, 2),
+    rank=st.integers(1, 24),
+    damping_exponent=st.floats(-4, 0),
+)
+def test_any_small_matrix_is_solved(seed, rows, condition, rank, damping_exponent):
+    rng = np.random.default_rng(seed)
+    values = np.logspace(-condition, 0, min(rank, rows, 16))
+    matrix = np.float32(matrix_of(rng, rows, 16, values))
+    rhs = np.float32(rng.normal(size=rows))
+    damping = np.float32(10.0**damping_exponent)
+    x, info = solve(matrix, rhs, damping)
+    expected = truth(matrix, rhs, damping, rcond=1e-5)
+    # Higham 2002, theorem 20.1, for [A; √λ I], of norm 1 and condition number κ.
+    condition = 1 / np.sqrt(damping)
+    outside = np.linalg.norm(rhs - matrix @ expected)
+    bound = condition * np.linalg.norm(expected) + condition**2 * outside
+    assert np.linalg.norm(x - expected) <= 10 * EPS * bound
+    assert int(info.status) in (Status.CONVERGED, Status.STAGNATED)
+
+
+def test_complex_systems_are_solved_in_real_inner_products(dtype, rng):
+    # A maps real parameters to complex coefficients: Aᵀ u = Re Aᴴ u.
+    kind = np.result_type(dtype, np.complex64)
+    matrix = rng.normal(size=(20, 6)) + 1j * rng.normal(size=(20, 6))
+    rhs = rng.normal(size=20) + 1j * rng.normal(size=20)
+    a = jnp.asarray(matrix, kind)
+    run = functools.partial(ngd.lsmr, max_steps=20)
+    x, info = jax.jit(
+        lambda b: run(
+            lambda v: a @ v, lambda u: jnp.real(jnp.conj(a.T) @ u), b, damping=0.1
+        )
+    )(jnp.asarray(rhs, kind))
+    stacked, padded = (np.concatenate([z.real, z.imag]) for z in (matrix, rhs))
+    assert x.dtype == dtype
+    tolerance = 1e3 * np.finfo(dtype).eps
+    np.testing.assert_allclose(x, truth(stacked, padded, 0.1), rtol=tolerance)
+    # And complex parameters.
+    x, info = jax.jit(lambda b: run(lambda v: a @ v, lambda u: jnp.conj(a.T) @ u, b))(
+        jnp.asarray(rhs, kind)
+    )
+    expected = np.linalg.lstsq(matrix, rhs)[0]
+    np.testing.assert_allclose(x, expected, rtol=tolerance)
+    assert int(info.num_steps) <= 13
+
+
+def test_trees_of_small_and_large_leaves_are_one_system(rng):
+    # Above 2**16 entries a leaf is kept as it is.
+    diagonal = {
+        "large": jnp.asarray(rng.uniform(1, 2, size=(300, 250)), jnp.float32),
+        "small": [jnp.asarray(rng.uniform(1, 2, size=7), jnp.float32), jnp.float32(2)],
+    }
+    rhs = jax.tree.map(lambda d: jnp.asarray(rng.normal(size=d.shape), "f4"), diagonal)
+
+    def multiply(v):
+        return jax.tree.map(jnp.multiply, diagonal, v)
+
+    x, info = jax.jit(
+        lambda rhs: ngd.lsmr(multiply, multiply, rhs, max_steps=30, rtol=1e-5)
+    )(rhs)
+    assert int(info.status) == Status.CONVERGED
+    assert jax.tree.structure(x) == jax.tree.structure(rhs)
+    for leaf, b, d in zip(*map(jax.tree.leaves, (x, rhs, diagonal)), strict=True):
+        np.testing.assert_allclose(leaf, b / d, atol=1e-3)
+
+
+# --- The case: where the square root of F goes on, and F does not.
+
+
+@pytest.mark.parametrize("spectrum", ["few", "geometric"])
+@pytest.mark.parametrize("relative_damping", [0.0, 1e-12, 1e-10])
+def test_a_condition_number_of_1e10_is_solved_in_float32(spectrum, relative_damping):
+    rng = np.random.default_rng(1)
+    values = np.geomspace(1, 1e-5, 60)
+    if spectrum == "few":
+        values = np.concatenate([np.ones(50), np.geomspace(0.3, 1e-5, 10)])
+    matrix = np.float32(matrix_of(rng, 150, 60, values))
+    rhs = np.float32(matrix.astype(float) @ rng.normal(size=60))
+    damping = np.float32(relative_damping)
+    expected = truth(matrix, rhs, damping)
+    # 1e5 ε = 1.2e-2 for the condition number of A (the right-hand side is in range) ...
+    x, info = solve(matrix, rhs, damping, max_steps=80)
+    assert relative_error(x, expected) <= 1e5 * EPS
+    assert int(info.num_steps) <= 60
+    assert int(info.status) in (Status.CONVERGED, Status.STAGNATED)
+    np.testing.assert_allclose(
+        float(info.relative_residual),
+        true_residual(matrix, rhs, damping, x),
+        rtol=0.2,
+        atol=EPS,
+    )
+    # ... and 1e10 ε > 1 for that of F: with g = Aᵀ b no digit is left, at any budget.
+    a, g = jnp.asarray(matrix), jnp.asarray(matrix.T @ rhs)
+    for budget in (60, 600):
+        x, _ = jax.jit(
+            lambda g, budget=budget: ngd.conjugate_gradient(
+                lambda v: a.T @ (a @ v), g, damping=damping, max_steps=budget
+            )
+        )(g)
+        assert relative_error(np.asarray(x, float), expected) >= 0.1
+
+
+def test_reorthogonalising_saves_most_of_the_steps(rng):
+    matrix = matrix_of(rng, 100, 40, np.geomspace(1, 1e-4, 40))
+    rhs = matrix @ rng.normal(size=40)
+    expected = truth(np.float32(matrix), np.float32(rhs))
+    x, info = solve(matrix, rhs, max_steps=60)
+    assert int(info.num_steps) <= 40
+    assert relative_error(x, expected) <= 1e4 * EPS
+    x, info = solve(matrix, rhs, max_steps=120, reorthogonalize=False)
+    assert relative_error(x, expected) >= 0.1
+
+
+def test_without_reorthogonalising_it_gets_there_too(rng):
+    matrix = np.float32(matrix_of(rng, 60, 30, [1.0] * 22 + [0.1] * 4 + [1e-4] * 4))
+    rhs = np.float32(matrix.astype(float) @ rng.normal(size=30))
+    x, _ = solve(matrix, rhs, max_steps=400, reorthogonalize=False)
+    assert relative_error(x, truth(matrix, rhs)) <= 1e4 * EPS
+
+
+# --- Scales.
+
+
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-80, 80))
+def test_powers_of_two_in_the_right_hand_side_pass_through_exactly(seed, exponent):
+    rng = np.random.default_rng(seed)
+    matrix = matrix_of(rng, 24, 16, np.geomspace(1, 1e-2, 16))
+    rhs = np.float32(rng.uniform(1, 2, size=24))
+    one, info = solve(matrix, rhs, 1e-4, max_steps=8)
+    other, other_info = solve(matrix, np.ldexp(rhs, exponent), 1e-4, max_steps=8)
+    np.testing.assert_array_equal(other, np.ldexp(one, exponent))
+    assert float(info.relative_residual) == float(other_info.relative_residual)
+
+
+@pytest.mark.parametrize("rhs_scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_every_scale_converges_in_float32(scale, rhs_scale, rng):
+    matrix = np.float32(scale * matrix_of(rng, 24, 16, np.geomspace(1, 0.03, 16)))
+    rhs = np.float32(rhs_scale * rng.normal(size=24))
+    damping = np.float32(1e-4 * scale**2)
+    x, info = solve(matrix, rhs, damping, rtol=1e-5)
+    assert int(info.status) == Status.CONVERGED
+    assert relative_error(x, truth(matrix, rhs, damping)) <= 1e-2
+
+
+# --- The report.
+
+
+@pytest.mark.parametrize("reorthogonalize", [False, True])
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e7])
+def test_the_reported_residual_is_the_true_one(
+    condition, damping, reorthogonalize, rng
+):
+    matrix = np.float32(matrix_of(rng, 100, 50, np.geomspace(1, 1 / condition, 50)))
+    damping = np.float32(damping)
+    for noise in (0.0, 1.0):
+        rhs = matrix @ rng.normal(size=50) + noise * rng.normal(size=100)
+        rhs = np.float32(rhs)
+        # What evaluating the residual at x rounds, relative to ‖Aᵀ b‖.
+        for options in ({"max_steps": 20}, {"max_steps": 150, "rtol": 1e-4}):
+            x, info = solve(
+                matrix, rhs, damping, reorthogonalize=reorthogonalize, **options
+            )
+            size = np.linalg.norm(matrix.T.astype(float) @ rhs)
+            floor = 10 * EPS * (np.linalg.norm(rhs) + np.linalg.norm(x)) / size
+            residual = true_residual(matrix, rhs, damping, x)
+            assert abs(float(info.relative_residual) - residual) <= floor
+            if int(info.status) == Status.CONVERGED:
+                assert residual <= 1e-4 + floor
+            else:
+                assert int(info.status) in (Status.MAX_STEPS, Status.STAGNATED)
+
+
+def test_the_residual_never_grows_with_the_budget(rng):
+    matrix = matrix_of(rng, 30, 30, np.geomspace(1, 1e-2, 30))
+    rhs = rng.normal(size=30)
+    residuals = [
+        float(solve(matrix, rhs, max_steps=budget)[1].relative_residual)
+        for budget in (1, 8, 40)
+    ]
+    assert residuals == sorted(residuals, reverse=True)
+
+
+def test_more_budget_than_needed_changes_nothing(rng):
+    matrix, rhs = matrix_of(rng, 24, 16, np.geomspace(1, 0.1, 16)), rng.normal(size=24)
+    x, info = solve(matrix, rhs)
+    more, more_info = solve(matrix, rhs, max_steps=120)
+    np.testing.assert_array_equal(x, more)
+    assert int(info.num_steps) == int(more_info.num_steps) <= 17
+
+
+def test_zero_right_hand_side_is_exactly_zero(rng):
+    x, info = solve(rng.normal(size=(6, 4)), np.zeros(6))
+    assert not x.any()
+    assert [float(field) for field in info] == [0, 0, Status.CONVERGED]
+
+
+def test_right_hand_side_across_the_range_is_zero_or_nearly(rng):
+    x, info = solve(np.eye(6, 4), np.eye(6)[5])
+    assert not x.any()
+    assert int(info.status) == Status.CONVERGED
+
+
+def test_zero_matrix_has_the_solution_zero():
+    x, info = solve(np.zeros((6, 4)), np.ones(6), 1.0)
+    assert not x.any()
+    assert int(info.status) == Status.CONVERGED
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_reported_and_not_returned(bad, rng):
+    matrix, rhs = rng.normal(size=(6, 4)), rng.normal(size=6)
+    spoilt = rhs.copy()
+    spoilt[2] = bad
+    x, info = solve(matrix, spoilt)
+    assert not x.any()
+    assert int(info.status) == Status.NON_FINITE
+    assert float(info.relative_residual) == 1
+    for where in [(0, 0), (5, 3)]:
+        spoilt = matrix.copy()
+        spoilt[where] = bad
+        _, info = solve(spoilt, rhs)
+        assert int(info.status) == Status.NON_FINITE
+    _, info = solve(matrix, rhs, bad)
+    assert int(info.status) == Status.NON_FINITE
+
+
+def test_a_product_that_fails_midway_leaves_the_last_iterate(rng):
+    matrix = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    rhs = jnp.asarray(rng.normal(size=6), jnp.float32)
+    start = matrix.T @ rhs / jnp.linalg.norm(matrix.T @ rhs)
+
+    def matvec(v):
+        # The second v is orthogonal to the first; the iterate after one step is not.
+        return jnp.where(jnp.abs(v @ start) < 1e-3, jnp.nan, matrix @ v)
+
+    run = jax.jit(lambda: ngd.lsmr(matvec, lambda u: matrix.T @ u, rhs, max_steps=5))
+    x, info = run()
+    expected, _ = solve(matrix, rhs, max_steps=1)
+    np.testing.assert_allclose(x, expected, rtol=1e-5)
+    assert int(info.status) == Status.NON_FINITE
+    np.testing.assert_allclose(
+        info.relative_residual, true_residual(matrix, rhs, 0.0, x), rtol=1e-4
+    )
+
+
+def test_a_solution_too_large_for_its_dtype_is_reported():
+    x, info = solve(1e-18 * np.eye(4), np.full(4, 1e30))
+    assert not x.any()
+    assert int(info.status) == Status.NON_FINITE
+
+
+# --- Under the transformations of JAX.
+
+
+def test_jit_vmap_and_scan_agree_with_one_by_one(rng):
+    matrix = jnp.asarray(matrix_of(rng, 24, 16, np.geomspace(1, 0.1, 16)), jnp.float32)
+    rhs = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
+    dampings = jnp.asarray([0.0, 1e-3, 1.0], jnp.float32)
+
+    def one(rhs, damping):
+        return ngd.lsmr(
+            lambda v: matrix @ v,
+            lambda u: matrix.T @ u,
+            rhs,
+            damping=damping,
+            max_steps=30,
+            rtol=1e-5,
+        )
+
+    batched, infos = jax.jit(jax.vmap(one))(rhs, dampings)
+    _, (scanned, _) = jax.lax.scan(
+        lambda carry, each: (carry, one(*each)), None, (rhs, dampings)
+    )
+    for i in range(3):
+        x, info = jax.jit(one)(rhs[i], dampings[i])
+        np.testing.assert_allclose(batched[i], x, atol=1e-4)
+        np.testing.assert_allclose(scanned[i], x, atol=1e-4)
+        assert int(infos.status[i]) == int(info.status) == Status.CONVERGED
+        assert relative_error(np.asarray(x), truth(matrix, rhs[i], dampings[i])) <= 1e-3
+
+
+def test_forward_mode_is_the_derivative_and_reverse_mode_says_why_not(x64, rng):
+    matrix, rhs = jnp.asarray(rng.normal(size=(8, 4))), jnp.asarray(rng.normal(size=8))
+
+    def solution(damping):
+        return ngd.lsmr(
+            lambda v: matrix @ v,
+            lambda u: matrix.T @ u,
+            rhs,
+            damping=damping,
+            max_steps=4,
+        )[0]
+
+    tangent = jax.jit(lambda at: jax.jvp(solution, (at,), (1.0,))[1])(0.3)
+    inverse = np.linalg.inv(np.asarray(matrix.T @ matrix) + 0.3 * np.eye(4))
+    expected = -inverse @ inverse @ np.asarray(matrix.T @ rhs)
+    np.testing.assert_allclose(tangent, expected, rtol=1e-8)
+    with pytest.raises(TypeError, match="Reverse-mode differentiation through lsmr"):
+        jax.grad(lambda damping: solution(damping).sum())(0.3)
+
+
+# --- Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"max_steps": 0}, ValueError, "`max_steps` must be at least 1, got 0"),
+        ({"max_steps": 2.0}, TypeError, "Python int"),
+        ({"max_steps": 2, "rtol": -1.0}, ValueError, "`rtol` must not be negative"),
+        ({"max_steps": 2, "damping": -1.0}, ValueError, "`damping` must not be neg"),
+        ({"max_steps": 2, "damping": np.ones(2)}, ValueError, "must be a scalar"),
+    ],
+)
+def test_mistakes_are_named(options, error, match):
+    a = jnp.eye(3)
+    with pytest.raises(error, match=match):
+        unchecked(ngd.lsmr)(lambda v: a @ v, lambda u: a @ u, jnp.ones(3), **options)
+
+
+def test_products_that_do_not_fit_are_named():
+    with pytest.raises(
+        ValueError, match=r"`matvec\(v\)` must have the shapes of `rhs`"
+    ):
+        ngd.lsmr(lambda v: v[:2], lambda u: u, jnp.ones(3), max_steps=2)
+    with pytest.raises(TypeError, match="`rhs` must hold floating point"):
+        ngd.lsmr(lambda v: v, lambda u: u, jnp.arange(3), max_steps=2)
