@@ -10,7 +10,9 @@ nothing of solvers, steps or Optax.
 * `operator`: the `Fisher`, all products;
 * `build`: `linearize_fisher`, which makes it;
 * `functions`: the same in one call each, and the measured KL;
-* `rows`: the diagonal from per-example rows of the Jacobian.
+* `rows`: rows of A, one example at a time, and the diagonal from them;
+* `gram`: A Aᵀ, block by block of examples;
+* `coefficients`: coefficients of A as real vectors.
 """
 
 from ngd_jax.fisher.build import linearize_fisher

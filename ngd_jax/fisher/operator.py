@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from ngd_jax import tree
 from ngd_jax.fisher import average, root
+from ngd_jax.fisher.gram import Gram, gram_matrix
 from ngd_jax.fisher.linearization import (
     Chunks,
     Linearization,
@@ -26,7 +27,7 @@ from ngd_jax.fisher.linearization import (
     map_microbatches,
     sum_microbatches,
 )
-from ngd_jax.fisher.rows import diagonal_from_rows
+from ngd_jax.fisher.rows import NoRowsError, diagonal_from_rows
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.types import (
     Array,
@@ -243,10 +244,27 @@ class Fisher:
                 batch_size=_BASIS_CHUNK,
             )
 
-        rows = diagonal_from_rows(self)
-        if rows is None:
+        try:
+            diagonal, is_separable = diagonal_from_rows(self)
+        except NoRowsError:
             return from_basis()
-        return jax.lax.cond(rows.separable, rows.diagonal, from_basis)
+        return jax.lax.cond(is_separable, lambda: diagonal, from_basis)
+
+    def gram(self, block_size: int | None = None) -> Gram:
+        """A Aᵀ, `[M, M]`, of the samples, with F = Aᵀ A.
+
+        M is the number of real coefficients: N·K where each of N examples has K real
+        outputs, twice that for complex ones, N for the sampled and the empirical kind.
+        In the order of `ravel_real`, which is that of `ravel_pytree` for real outputs.
+
+        Args:
+          block_size: examples whose rows are in memory at once, twice over; None takes
+            as many as fit into half a GiB.
+
+        Raises:
+          ValueError: at trace time, where the model cannot be run on single examples.
+        """
+        return gram_matrix(self, block_size)
 
     def trace(self) -> Scalar:
         """The trace of F; costs what `diagonal` costs."""

@@ -17,12 +17,14 @@ from ngd_jax.solvers.interface import (
 )
 from ngd_jax.solvers.least_squares import LSMR, lsmr
 from ngd_jax.solvers.lineax_adapter import Lineax
+from ngd_jax.solvers.sample_space import SampleSpace
 
 __all__ = [
     "CG",
     "LSMR",
     "Cholesky",
     "Lineax",
+    "SampleSpace",
     "Solver",
     "SolverInfo",
     "SolverStatus",

@@ -8,12 +8,12 @@ The one place where trees become vectors.
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from ngd_jax import tree
-from ngd_jax.solvers.interface import SolverInfo, SolverStatus, check_system
+from ngd_jax.solvers.interface import SolverInfo, check_system
+from ngd_jax.solvers.positive_definite import factorise, report, solve_refined
 from ngd_jax.types import ArrayLike, PyTree
 
 __all__ = ["Cholesky"]
@@ -25,10 +25,10 @@ class Cholesky:
 
     Builds F by one product for each parameter, then refines the solution once with its
     true residual. Where the factorisation fails, which says that λ is below the
-    round-off of F, it is repeated with ε·P·max diag(F) added: the smallest damping that
-    working precision can tell from none. `relative_residual` is of the system asked
-    for, so it shows what that cost; above the square root of the machine precision
-    the status is STAGNATED.
+    round-off of F, it is repeated with ε·P times the diagonal added: the smallest
+    damping that working precision can tell from none. `relative_residual` is of the
+    system asked for, so it shows what that cost; above the square root of the machine
+    precision the status is STAGNATED.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -66,51 +66,8 @@ class Cholesky:
         matrix += (jnp.asarray(damping, dtype) / size) * identity
         b = jnp.where(finite, g / largest, 0.0)
 
-        def factorise(jitter: ArrayLike) -> jax.Array:
-            return jnp.linalg.cholesky(matrix + jitter * identity)
-
-        factor = factorise(0.0)
-        jitter = g.size * jnp.finfo(dtype).eps
-        factor = jax.lax.cond(
-            jnp.all(jnp.isfinite(factor)), lambda: factor, lambda: factorise(jitter)
-        )
-
-        def solve(vector: jax.Array) -> jax.Array:
-            return jax.scipy.linalg.cho_solve((factor, True), vector)
-
-        x = solve(b)
-        refined = x + solve(b - matrix @ x)
-
-        def residual_of(x: jax.Array) -> jax.Array:
-            return jnp.linalg.norm(b - matrix @ x)
-
-        # Refinement helps unless the jitter is large against λ; then it may diverge.
-        x = jnp.where(residual_of(refined) < residual_of(x), refined, x)
+        x, residual = solve_refined(factorise(matrix), b)
         norm = jnp.linalg.norm(b)
-        relative = residual_of(x) / jnp.where(norm > 0, norm, 1.0)
+        relative = jnp.linalg.norm(residual) / jnp.where(norm > 0, norm, 1.0)
         solution = unravel((x / size * largest).astype(g.dtype))
-
-        solved = finite & tree.all_finite(solution)
-        status = jnp.where(
-            finite,
-            jnp.where(
-                solved,
-                jnp.where(
-                    relative <= jnp.sqrt(jnp.finfo(dtype).eps),
-                    SolverStatus.CONVERGED,
-                    SolverStatus.STAGNATED,
-                ),
-                SolverStatus.BREAKDOWN,
-            ),
-            SolverStatus.NON_FINITE,
-        )
-        solution = jax.tree.map(
-            lambda d, r: jnp.where(solved, d, 0).astype(jnp.result_type(r)),
-            solution,
-            rhs,
-        )
-        return solution, SolverInfo(
-            num_steps=jnp.zeros((), jnp.int32),
-            relative_residual=jnp.where(solved, relative, 1.0).astype(dtype),
-            status=status.astype(jnp.int32),
-        )
+        return report(solution, rhs, relative, finite)

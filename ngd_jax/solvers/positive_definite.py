@@ -1,0 +1,113 @@
+"""Dense symmetric positive systems, and the report of a direct solve.
+
+    D⁻¹ A D⁻¹ = L Lᵀ with D² = diag(A),    x = D⁻¹ L⁻ᵀ L⁻¹ D⁻¹ b
+
+In units of its own diagonal a matrix has no scale, and neither have its rows: a jitter
+that is small there is small for each of them. Shared by the solvers in the space of
+parameters and in the space of samples.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax import tree
+from ngd_jax.solvers.interface import SolverInfo, SolverStatus
+from ngd_jax.types import Array, PyTree, Scalar
+
+__all__ = ["Factor", "factorise", "report", "solve", "solve_refined"]
+
+
+class Factor(NamedTuple):
+    """A factorisation of a positive semi-definite matrix.
+
+    Attributes:
+      matrix: the matrix itself, `[M, M]`.
+      scale: the inverse of D, `[M]`.
+      lower: L, of the matrix plus `diag(jitter)`.
+      jitter: what had to be added to the diagonal, `[M]`; zeros where nothing.
+    """
+
+    matrix: Array
+    scale: Array
+    lower: Array
+    jitter: Array
+
+
+def factorise(matrix: Array) -> Factor:
+    """Factorises a Hermitian positive semi-definite matrix of finite entries.
+
+    Where Cholesky fails, the matrix is singular to working precision. It is repeated
+    with M·ε times the diagonal added, the least that precision can tell from nothing,
+    and where sums over many parameters have more round-off than that, with √ε times.
+    """
+    diagonal = jnp.real(jnp.diagonal(matrix))
+    scale = jnp.where(diagonal > 0, jnp.where(diagonal > 0, diagonal, 1) ** -0.5, 1)
+    scaled = matrix * scale[:, None] * scale[None, :]
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    lower = jnp.linalg.cholesky(scaled)
+    jitter = jnp.zeros((), diagonal.dtype)
+    for more in (len(matrix) * eps, eps**0.5):
+        lower, jitter = jax.lax.cond(
+            jnp.all(jnp.isfinite(lower)),
+            lambda lower, jitter, _: (lower, jitter),
+            lambda _lower, _jitter, more: (
+                jnp.linalg.cholesky(scaled + more * identity),
+                more,
+            ),
+            *(lower, jitter, jnp.asarray(more, diagonal.dtype)),
+        )
+    return Factor(matrix, scale, lower, jitter * scale**-2)
+
+
+def solve(factor: Factor, b: Array) -> Array:
+    """Solves (A + diag(jitter)) x = b."""
+    scaled = factor.scale * b
+    return factor.scale * jax.scipy.linalg.cho_solve((factor.lower, True), scaled)
+
+
+def solve_refined(factor: Factor, b: Array) -> tuple[Array, Array]:
+    """Solves A x = b, refined once with the true residual; x and b - A x."""
+    x = solve(factor, b)
+    residual = b - factor.matrix @ x
+    refined = x + solve(factor, residual)
+    new_residual = b - factor.matrix @ refined
+    # Refinement helps unless the jitter is large against A; then it may diverge.
+    is_better = jnp.linalg.norm(new_residual) < jnp.linalg.norm(residual)
+    return (
+        jnp.where(is_better, refined, x),
+        jnp.where(is_better, new_residual, residual),
+    )
+
+
+def report(
+    solution: PyTree, rhs: PyTree, relative_residual: Scalar, is_finite: Array
+) -> tuple[PyTree, SolverInfo]:
+    """The solution in the dtypes of `rhs`, zero where it is not finite; the report.
+
+    Args:
+      solution: as it came out.
+      rhs: g.
+      relative_residual: of the system asked for.
+      is_finite: whether what went in was.
+    """
+    dtype = tree.accumulator_dtype(rhs)
+    is_solved = is_finite & tree.all_finite(solution) & jnp.isfinite(relative_residual)
+    is_small = relative_residual <= jnp.finfo(dtype).eps ** 0.5
+    status = jnp.select(
+        [~is_finite, ~is_solved, is_small],
+        [SolverStatus.NON_FINITE, SolverStatus.BREAKDOWN, SolverStatus.CONVERGED],
+        SolverStatus.STAGNATED,
+    )
+    solution = jax.tree.map(
+        lambda d, r: jnp.where(is_solved, d, 0).astype(jnp.result_type(r)),
+        solution,
+        rhs,
+    )
+    return solution, SolverInfo(
+        num_steps=jnp.zeros((), jnp.int32),
+        relative_residual=jnp.where(is_solved, relative_residual, 1.0).astype(dtype),
+        status=status.astype(jnp.int32),
+    )
