@@ -13,7 +13,7 @@ of g that the samples do not span.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,8 @@ class SampleSpace:
     """
 
     block_size: int | None = None
+
+    uses_coefficients: ClassVar[bool] = True
 
     def init(self, params: PyTree) -> PyTree:
         """The state: none."""
