@@ -38,6 +38,7 @@ from ngd_jax.quadratic_model import QuadraticModelRate
 from ngd_jax.solvers import (
     CG,
     LSMR,
+    Auto,
     Cholesky,
     Lineax,
     SampleSpace,
@@ -65,6 +66,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "LSMR",
+    "Auto",
     "Bernoulli",
     "Categorical",
     "Cholesky",

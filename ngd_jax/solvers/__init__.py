@@ -6,6 +6,7 @@ A solver is a frozen dataclass. It sees the Fisher as an operator, knows nothing
 steps or Optax, and never returns a non-finite solution: trouble goes into the report.
 """
 
+from ngd_jax.solvers.auto import Auto, Choice
 from ngd_jax.solvers.cg import CG
 from ngd_jax.solvers.conjugate_gradient import conjugate_gradient
 from ngd_jax.solvers.direct import Cholesky
@@ -22,6 +23,8 @@ from ngd_jax.solvers.sample_space import SampleSpace
 __all__ = [
     "CG",
     "LSMR",
+    "Auto",
+    "Choice",
     "Cholesky",
     "Lineax",
     "SampleSpace",

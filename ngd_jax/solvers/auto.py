@@ -1,0 +1,263 @@
+"""The cheapest solver that fits, chosen by shapes while a step is being traced.
+
+    CG:           steps · 4/3
+    SampleSpace:  c M² / N + M³ / (18 N P) + solve
+    Cholesky:     4/3 P + P² / (18 N)
+
+in gradients, for N examples, M coefficients and P parameters. A gradient is taken to be
+6NP operations, as that of a network whose weights are used once for an example; with
+shared weights a gradient costs more and the direct solvers seem dearer than they are.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax.fisher import average
+from ngd_jax.fisher.coefficients import real_size
+from ngd_jax.fisher.gram import MEMORY, gram_matrix
+from ngd_jax.fisher.operator import Kind
+from ngd_jax.fisher.rows import NoRowsError
+from ngd_jax.likelihoods import Likelihood
+from ngd_jax.solvers.cg import CG
+from ngd_jax.solvers.direct import Cholesky
+from ngd_jax.solvers.interface import (
+    Solver,
+    SolverInfo,
+    SolverStatus,
+    check_system,
+)
+from ngd_jax.solvers.sample_space import SampleSpace, solve_in_sample_space
+from ngd_jax.types import ArrayLike, Batch, ModelFn, Outputs, Params, PyTree, Scalar
+
+__all__ = ["Auto", "Choice"]
+
+
+class Choice(NamedTuple):
+    """What `Auto` takes, and why.
+
+    Attributes:
+      solver: the solver.
+      reason: one sentence with the numbers.
+    """
+
+    solver: Solver
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """`CG`, `SampleSpace` or `Cholesky`, by their cost for the shapes at hand.
+
+    A direct solver is exact, CG as good as its budget; so a direct one is taken where
+    its cost is at most `exactness` times that of the budget, the cheaper of the two.
+    Where the choice is SampleSpace and the model turns out to mix its examples, the
+    step is solved by CG: at trace time where that can be seen, else at run time.
+
+    Costs are in gradients; see the head of this module for the formulas.
+
+    Attributes:
+      cg: what to take where there are many samples and many parameters. Its state is
+        the state of this solver.
+      sample_space: what to take for few samples.
+      cholesky: what to take for few parameters.
+      exactness: how many times the cost of CG an exact solution is worth.
+      product_cost: gradients for a product with F.
+      gram_cost: gradients for the Gram matrix, in units of M² / N. 1/3 is the count of
+        operations without that of symmetry.
+      factor_cost: gradients for a factorisation, in units of its operations.
+      solve_cost: gradients for what SampleSpace does beside both.
+      memory: bytes that the matrix of a direct solver may take.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ngd_jax as ngd
+      >>> def model_fn(w, x):
+      ...     return jnp.tanh(x @ w[0]) @ w[1]
+      >>> w = jnp.ones((3, 1000)), jnp.ones((1000, 1))
+      >>> x = jnp.ones((32, 3))
+      >>> choice = Auto().choose_for(model_fn, w, x, ngd.Gaussian())
+      >>> choice.solver
+      SampleSpace(block_size=None)
+      >>> print(choice.reason)
+      SampleSpace of 4000 parameters and 32 samples, in gradients: 27 for the budget of
+      CG, 14 for SampleSpace, 33111 for Cholesky; a direct solver may cost 4 times CG
+      and 1 GiB.
+      >>> Auto().choose_for(model_fn, w, jnp.ones((4096, 3)), ngd.Gaussian()).solver
+      CG(...)
+    """
+
+    cg: CG = CG()  # noqa: RUF009  # frozen
+    sample_space: SampleSpace = SampleSpace()  # noqa: RUF009  # frozen
+    cholesky: Cholesky = Cholesky()  # noqa: RUF009  # frozen
+    exactness: float = 4.0
+    product_cost: float = 4 / 3
+    gram_cost: float = 0.3
+    factor_cost: float = 1.0
+    solve_cost: float = 4.0
+    memory: float = 2**30
+
+    uses_coefficients: ClassVar[bool] = True
+
+    @property
+    def uses_objective(self) -> bool:
+        """Whether the loss is of use: where CG looks at it."""
+        return bool(getattr(self.cg, "uses_objective", False))
+
+    def choose(self, fisher: Any) -> Choice:
+        """What is taken for this Fisher."""
+        return self._choose(
+            _sizes(
+                fisher.likelihood,
+                fisher.kind,
+                fisher.params,
+                fisher.batch,
+                fisher.outputs,
+            )
+        )
+
+    def choose_for(
+        self,
+        model_fn: ModelFn,
+        params: Params,
+        batch: Batch,
+        likelihood: Likelihood,
+        *,
+        kind: Kind = "exact",
+    ) -> Choice:
+        """What is taken for this model and batch, arrays or shapes; computes nothing.
+
+        Args:
+          model_fn, params, batch, likelihood, kind: as for `linearize_fisher`.
+        """
+        outputs = jax.eval_shape(model_fn, params, batch)
+        return self._choose(_sizes(likelihood, kind, params, batch, outputs))
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state of `cg`: the choice is not known before a batch is seen."""
+        return self.cg.init(params)
+
+    def __call__(
+        self,
+        fisher: Any,
+        rhs: PyTree,
+        *,
+        damping: ArrayLike,
+        x0: PyTree | None = None,
+    ) -> tuple[PyTree, SolverInfo]:
+        """Solves (F + λI) d = g; see `Solver`."""
+        return self.solve(fisher, rhs, damping=damping, x0=x0)[:2]
+
+    def solve(
+        self,
+        fisher: Any,
+        rhs: PyTree,
+        *,
+        damping: ArrayLike,
+        x0: PyTree | None = None,
+        coefficients: PyTree | None = None,
+        objective: Callable[[PyTree], Scalar] | None = None,
+        state: PyTree = (),
+    ) -> tuple[PyTree, SolverInfo, PyTree]:
+        """Solves (F + λI) d = g; see `StatefulSolver`."""
+        check_system(rhs, damping, x0)
+        solver = self.choose(fisher).solver
+
+        def by_cg() -> tuple[PyTree, SolverInfo, PyTree]:
+            return self.cg.solve(
+                fisher, rhs, damping=damping, x0=x0, objective=objective, state=state
+            )
+
+        if isinstance(solver, Cholesky):
+            return *solver(fisher, rhs, damping=damping), state
+        if isinstance(solver, CG):
+            return by_cg()
+        try:
+            gram = gram_matrix(fisher, self.sample_space.block_size)
+        except NoRowsError:
+            return by_cg()
+        direct = (
+            *solve_in_sample_space(
+                fisher, gram, rhs, damping=damping, coefficients=coefficients
+            ),
+            state,
+        )
+        is_mixed = direct[1].status == SolverStatus.NOT_SEPARABLE
+        return jax.lax.cond(is_mixed, by_cg, lambda: direct)
+
+    def _choose(self, sizes: "_Sizes") -> Choice:
+        """The rule; see the class."""
+        cg = self.cg.max_steps * self.product_cost
+        # 6NP operations are a gradient, n³/3 a factorisation.
+        factor = self.factor_cost / (18 * sizes.examples * max(1, sizes.params))
+        cholesky = self.product_cost * sizes.params + factor * sizes.params**3
+        samples = self.solve_cost + factor * sizes.samples**3
+        samples += self.gram_cost * sizes.samples**2 / sizes.examples
+
+        costs: dict[Solver, float] = {}
+        if sizes.params**2 * sizes.itemsize <= self.memory:
+            costs[self.cholesky] = cholesky
+        if sizes.has_rows and sizes.samples**2 * sizes.itemsize <= self.memory:
+            costs[self.sample_space] = samples
+        direct = min(costs, key=costs.__getitem__, default=None)
+        is_direct = direct is not None and costs[direct] <= self.exactness * cg
+        has_rows = "" if sizes.has_rows else ", of which single examples have no rows"
+        reason = (
+            f"of {sizes.params} parameters and {sizes.samples} samples{has_rows}, in "
+            f"gradients: {cg:.0f} for the budget of CG, {samples:.0f} for SampleSpace, "
+            f"{cholesky:.0f} for Cholesky; a direct solver may cost "
+            f"{self.exactness:g} times CG and {self.memory / 2**30:.3g} GiB."
+        )
+        solver = direct if is_direct and direct is not None else self.cg
+        return Choice(solver, f"{type(solver).__name__} {reason}")
+
+
+class _Sizes(NamedTuple):
+    """What the costs depend on.
+
+    Attributes:
+      examples: N.
+      samples: M, the number of real coefficients.
+      params: P, the number of real parameters.
+      itemsize: bytes of a number.
+      has_rows: whether the batch can be cut to single examples, and the rows of one
+        fit into memory.
+    """
+
+    examples: int
+    samples: int
+    params: int
+    itemsize: int
+    has_rows: bool
+
+
+def _sizes(
+    likelihood: Likelihood, kind: str, params: Params, batch: Batch, outputs: Outputs
+) -> _Sizes:
+    examples: dict[int, int] = {}
+    rows: dict[int, int] = {}
+    for (term, _), out in zip(
+        average.terms(likelihood), average.split(likelihood, outputs), strict=True
+    ):
+        shape = tuple(term.batch_shape(out))
+        leading, count = (*shape, 0)[0], math.prod(shape)
+        # Terms of as many examples are heads of one model on the same batch.
+        examples[leading] = max(examples.get(leading, 0), count)
+        size = real_size(out) if kind == "exact" else count
+        rows[leading] = rows.get(leading, 0) + size
+    num_params = real_size(params)
+    leaves = jax.tree.leaves((params, outputs))
+    itemsize = max(4, *(jnp.finfo(leaf.dtype).dtype.itemsize for leaf in leaves))
+    shapes = [jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)]
+    is_cut = all(size == 1 or (size,) in shapes for size in examples)
+    largest = max(rows[size] // max(1, size) for size in rows)
+    return _Sizes(
+        examples=sum(examples.values()),
+        samples=sum(rows.values()),
+        params=num_params,
+        itemsize=itemsize,
+        has_rows=is_cut and 2 * largest * num_params * itemsize <= MEMORY,
+    )
