@@ -50,6 +50,11 @@ class CG:
     def __post_init__(self) -> None:
         check_budget(self.max_steps, self.rtol, 0.0, self.progress_tol)
 
+    @property
+    def uses_objective(self) -> bool:
+        """Whether `solve` needs the loss."""
+        return self.backtracking
+
     def init(self, params: Params) -> PyTree:
         """The state before the first solve: the preconditioner's; () without one."""
         if isinstance(self.preconditioner, Preconditioner):
