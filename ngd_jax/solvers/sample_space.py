@@ -276,12 +276,12 @@ def _split(
     )
     shift = jnp.maximum(damping, shift)
 
-    def is_left(carry: tuple[Array, PyTree, Array, Array]) -> Array:
+    def is_left(carry: tuple[Array, Array, PyTree, Array]) -> Array:
         count, w, rest, _ = carry
         # Twice is enough: the second pass finds what the first one rounded.
         return (count < 2) & ~is_nothing(rest, w)
 
-    def move(carry: tuple[Array, PyTree, Array, Array]) -> tuple[Any, ...]:
+    def move(carry: tuple[Array, Array, PyTree, Array]) -> tuple[Any, ...]:
         count, w, rest, _ = carry
         image = push(rest)
         part = solve(shifted, image)
