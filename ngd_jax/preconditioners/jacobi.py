@@ -64,7 +64,7 @@ class Jacobi:
       ...     jnp.array([[3.0, 0.0]]),
       ...     ngd.Gaussian(1, 0),
       ... )
-      >>> precondition = Jacobi()(fisher, 1.0)  # F + λI = diag(10, 1)
+      >>> precondition = Jacobi(power=1.0)(fisher, 1.0)  # F + λI = diag(10, 1)
       >>> precondition(jnp.ones(2)).round(2)
       Array([ 1., 10.], dtype=float32)
 
@@ -75,7 +75,7 @@ class Jacobi:
       ones).
     """
 
-    power: float = 1.0
+    power: float = 0.75
     num_probes: int | None = None
     key: KeyArray | None = None
     refresh_every: int = 1

@@ -165,7 +165,7 @@ class Nystrom:
         core = _gram(test, image)
         values, vectors = jnp.linalg.eigh((core + core.T) / 2)
         floor = jnp.maximum(shift, jnp.finfo(values.dtype).tiny)
-        root = vectors * jnp.maximum(values, floor) ** -0.5
+        root = vectors * jnp.maximum(values, floor)[None] ** -0.5
         root_of_image = _combine(root, image)
 
         # 7-8. B = U Σ Vᵀ, through an orthonormal basis of B; and Λ = Σ² - shift.
@@ -217,7 +217,8 @@ def _orthonormalize(vectors: PyTree) -> PyTree:
         values, rotation = jnp.linalg.eigh(_gram(vectors, vectors))
         largest = jnp.where(values[-1] > 0, values[-1], 1.0)
         floor = len(values) * jnp.finfo(values.dtype).eps * largest
-        return _combine(rotation * jnp.maximum(values, floor) ** -0.5, vectors)
+        scale = jnp.maximum(values, floor)[None] ** -0.5
+        return _combine(rotation * scale, vectors)
 
     # Each time takes √ε off the condition number; the third is for nearly singular F.
     return jax.lax.fori_loop(0, 3, once, vectors)
