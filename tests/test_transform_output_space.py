@@ -1,0 +1,194 @@
+"""Gradients in the space of outputs: small damping, rests, wave functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import ngd_jax as ngd
+from tests import reference
+from tests.test_transform import damped_solve, flat, make_problem, model_fn
+
+SOLVERS = {
+    "sample_space": ngd.SampleSpace(),
+    "lsmr": ngd.LSMR(max_steps=80, rtol=1e-13),
+}
+
+
+def _regression(num_examples=8, seed=0):
+    """Fewer residuals than parameters, and a loss that is their squared error."""
+    rng = np.random.default_rng(seed)
+    params = reference.network_params(rng, 1, num_hidden=8, dtype=jnp.float64)
+    batch = {
+        "x": jnp.asarray(rng.normal(size=(num_examples, 2))),
+        "y": jnp.asarray(rng.normal(size=(num_examples, 1))),
+    }
+    return params, batch
+
+
+def _squared_error(outputs, batch):
+    return jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, axis=-1)) / 2
+
+
+def _loss_fn(params, batch):
+    return _squared_error(model_fn(params, batch), batch)
+
+
+def _step(solver, params, batch, grads, *, rate=1.0, **options):
+    tx = ngd.natural_gradient(
+        rate,
+        model_fn,
+        ngd.Gaussian(),
+        solver=solver,
+        output_loss_fn=_squared_error,
+        **options,
+    )
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
+    return update(grads, tx.init(params), params)
+
+
+def _minimum_norm_fit(params, batch):
+    """The shortest d with J d = outputs - y, from the singular values of J."""
+    outputs, rows = reference.jacobian(model_fn, params, batch)
+    rows = rows.reshape(-1, rows.shape[-1])
+    return np.linalg.lstsq(rows, np.ravel(outputs - batch["y"]), rcond=None)[0]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_small_damping_does_not_lose_the_direction(name, x64):
+    """λ → 0 is the shortest step that fits the batch; by way of F, 3e-3 is all."""
+    params, batch = _regression()
+    grads = jax.jit(jax.grad(_loss_fn))(params, batch)
+    truth = _minimum_norm_fit(params, batch)
+    updates, state = _step(SOLVERS[name], params, batch, grads, damping=1e-14)
+    assert state.info.status == ngd.StepStatus.TAKEN
+    error = np.linalg.norm(flat(updates) + truth) / np.linalg.norm(truth)
+    assert error < 1e-9
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_gradient_handed_in_is_what_is_solved_for(name, x64):
+    """Weight decay inside of the loss, or a clipped gradient: no part of it is lost."""
+    params, batch = _regression()
+    decay = lambda p, b: (  # noqa: E731
+        _loss_fn(p, b) + 0.01 * sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
+    )
+    decayed = jax.jit(jax.grad(decay))(params, batch)
+    clipped = jax.tree.map(
+        lambda g: 0.3 * g, jax.jit(jax.grad(_loss_fn))(params, batch)
+    )
+    fisher = np.asarray(ngd.dense_fisher(model_fn, params, batch, ngd.Gaussian()))
+    for grads in (decayed, clipped):
+        updates, _ = _step(SOLVERS[name], params, batch, grads, damping=1e-3)
+        expected = damped_solve(fisher, flat(grads), 1e-3)
+        np.testing.assert_allclose(
+            flat(updates), -expected, atol=1e-8 * np.abs(expected).max()
+        )
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("metric", ["identity", "scales"])
+def test_momentum_and_metric_keep_their_meaning(name, metric, x64):
+    params, batch = _regression()
+    scales = jax.tree.map(lambda p: 1 + jnp.abs(p), params)
+    damping, diagonal = 1e-6, np.ones(len(flat(params)))
+    rule = damping
+    if metric == "scales":
+        rule, diagonal = ngd.CovariantDamping(damping, scales), flat(scales) ** -2.0
+    tx = ngd.natural_gradient(
+        0.1,
+        model_fn,
+        ngd.Gaussian(),
+        damping=rule,
+        solver=SOLVERS[name],
+        momentum=0.8,
+        output_loss_fn=_squared_error,
+    )
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
+    grad_fn = jax.jit(jax.grad(_loss_fn))
+    state, previous = tx.init(params), np.zeros(len(diagonal))
+    for _ in range(2):
+        grads = grad_fn(params, batch)
+        fisher = np.asarray(ngd.dense_fisher(model_fn, params, batch, ngd.Gaussian()))
+        # As a least-squares problem, or this reference would lose it.
+        root = np.linalg.cholesky(fisher + damping * np.diag(diagonal)).T
+        rhs = flat(grads) + damping * 0.8 * diagonal * previous
+        expected = np.linalg.solve(root, np.linalg.solve(root.T, rhs))
+        updates, state = update(grads, state, params)
+        np.testing.assert_allclose(
+            flat(updates), -0.1 * expected, atol=1e-7 * np.abs(expected).max()
+        )
+        params, previous = optax.apply_updates(params, updates), expected
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_wave_functions_with_complex_amplitudes(name, x64):
+    """Stochastic reconfiguration: the energy gradient as a function of log ψ."""
+    rng = np.random.default_rng(2)
+    params = reference.network_params(rng, 2, num_hidden=8, dtype=jnp.float64)
+    batch = {
+        "x": jnp.asarray(rng.normal(size=(9, 2))),
+        "energy": jnp.asarray(rng.normal(size=9) + 1j * rng.normal(size=9)),
+    }
+
+    def log_psi(params, batch):
+        outputs = reference.network(params, batch["x"])
+        return jax.lax.complex(outputs[:, 0], outputs[:, 1])
+
+    def energy_fn(outputs, batch):
+        centred = batch["energy"] - batch["energy"].mean()
+        return 2 * jnp.mean(jnp.real(jnp.conj(centred) * outputs))
+
+    grads = jax.grad(lambda p: energy_fn(log_psi(p, batch), batch))(params)
+    fisher = ngd.dense_fisher(log_psi, params, batch, ngd.LogAmplitude())
+    expected = damped_solve(np.asarray(fisher), ravel_pytree(grads)[0], 1e-5)
+    tx = ngd.natural_gradient(
+        0.5,
+        log_psi,
+        ngd.LogAmplitude(),
+        damping=1e-5,
+        solver=SOLVERS[name],
+        output_loss_fn=energy_fn,
+    )
+    # The coefficients are the gradient, and no rest hides that they are not.
+    linear = ngd.linearize_fisher(log_psi, params, batch, ngd.LogAmplitude())
+    cotangents = jnp.conj(jax.grad(lambda z: energy_fn(z, batch))(linear.outputs))
+    pulled = linear.sqrt_rmatvec(linear.sqrt_solve(cotangents))
+    np.testing.assert_allclose(flat(pulled), flat(grads), atol=1e-13)
+    updates, state = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))(
+        grads, tx.init(params), params
+    )
+    assert state.info.status == ngd.StepStatus.TAKEN
+    np.testing.assert_allclose(
+        flat(updates), -0.5 * expected, atol=1e-8 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_classification_in_single_precision(name):
+    params, batch = make_problem()
+
+    def cross_entropy(outputs, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            outputs, batch["y"]
+        ).mean()
+
+    grads = jax.grad(lambda p: cross_entropy(model_fn(p, batch), batch))(params)
+    tx = ngd.natural_gradient(
+        1.0,
+        model_fn,
+        ngd.Categorical(),
+        damping=1e-2,
+        solver=SOLVERS[name],
+        output_loss_fn=cross_entropy,
+    )
+    updates, _ = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))(
+        grads, tx.init(params), params
+    )
+    fisher = np.asarray(ngd.dense_fisher(model_fn, params, batch, ngd.Categorical()))
+    expected = damped_solve(fisher.astype(float), flat(grads), 1e-2)
+    np.testing.assert_allclose(
+        flat(updates), -expected, atol=1e-4 * np.abs(expected).max()
+    )
