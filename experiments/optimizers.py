@@ -6,6 +6,7 @@ particular tasks.
 """
 
 import dataclasses
+import functools
 from typing import Annotated, Any
 
 import jax
@@ -18,12 +19,12 @@ from experiments.settings import (
     NON_NEGATIVE,
     POSITIVE,
     ConfigError,
+    one_of,
 )
 from experiments.tasks import Task
 
 __all__ = [
     "OPTIMIZER_CONFIGS",
-    "CGConfig",
     "make_optimizer",
     "read_step_info",
 ]
@@ -37,6 +38,25 @@ class CGConfig:
 
     Attributes:
       max_steps: steps at most, each one Fisher-vector product.
+      rtol: stop once the residual is this fraction of the gradient.
+      preconditioner: "none", "jacobi" (the diagonal) or "nystrom" (a sketch of F).
+      refresh_every: steps for which the preconditioner is kept.
+      rank: vectors of the sketch.
+    """
+
+    max_steps: Annotated[int, AT_LEAST_ONE]
+    rtol: Annotated[float, NON_NEGATIVE]
+    preconditioner: Annotated[str, one_of("none", "jacobi", "nystrom")]
+    refresh_every: Annotated[int, AT_LEAST_ONE]
+    rank: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class LSMRConfig:
+    """Settings of the least-squares solver inside the natural gradient.
+
+    Attributes:
+      max_steps: steps at most, each at the price of one Fisher-vector product.
       rtol: stop once the residual is this fraction of the gradient.
     """
 
@@ -53,17 +73,31 @@ class NaturalGradientConfig:
       learning_rate: length of the step in natural gradients; null to go to the radius
         at every step.
       max_kl: trust-region radius in nats per example; null for none.
-      damping: added to the Fisher matrix, in its units.
+      damping: λ, added to the Fisher matrix, in its units: see `damping_rule`.
+      damping_rule: "constant"; "relative", λ in units of the mean eigenvalue; or
+        "levenberg_marquardt", λ as it is at first.
       momentum: weight of the previous direction, in [0, 1).
-      cg: the inner solver.
+      warm_start: the solver starts from this multiple of the last direction.
+      metric_examples: the metric is that of the first so many examples of a batch;
+        null for all.
+      microbatch_size: examples in memory at once; null for all.
+      solver: "cg", "lsmr", "sample_space", "cholesky" or "auto".
+      cg: settings of cg, which auto falls back on.
+      lsmr: settings of lsmr.
     """
 
     name: str
     learning_rate: Annotated[float | None, POSITIVE]
     max_kl: Annotated[float | None, POSITIVE]
     damping: Annotated[float, NON_NEGATIVE]
+    damping_rule: Annotated[str, one_of("constant", "relative", "levenberg_marquardt")]
     momentum: Annotated[float, FRACTION]
+    warm_start: Annotated[float, FRACTION]
+    metric_examples: Annotated[int | None, AT_LEAST_ONE]
+    microbatch_size: Annotated[int | None, AT_LEAST_ONE]
+    solver: Annotated[str, one_of("cg", "lsmr", "sample_space", "cholesky", "auto")]
     cg: CGConfig
+    lsmr: LSMRConfig
 
 
 @dataclasses.dataclass
@@ -140,15 +174,74 @@ def _make_natural_gradient(
             "`optimizer.learning_rate` and `optimizer.max_kl` cannot both be null: one "
             "of them sets the length of the step."
         )
+    damping = _make_damping(config)
+    solver = _make_solver(config)
+    metric_batch_fn = None
+    if config.metric_examples is not None:
+        metric_batch_fn = functools.partial(_first_examples, config.metric_examples)
+    # The loss as a function of the outputs, for those who have a use for it.
+    in_output_space = getattr(solver, "uses_coefficients", False)
+    is_used = isinstance(damping, ngd.LevenbergMarquardt) or (
+        in_output_space and metric_batch_fn is None
+    )
     return ngd.natural_gradient(
         config.learning_rate,
         task.model_fn,
         task.likelihood,
         max_kl=config.max_kl,
-        damping=config.damping,
+        damping=damping,
         momentum=config.momentum,
-        solver=ngd.CG(max_steps=config.cg.max_steps, rtol=config.cg.rtol),
+        warm_start=config.warm_start,
+        solver=solver,
+        metric_batch_fn=metric_batch_fn,
+        output_loss_fn=task.output_loss_fn if is_used else None,
+        microbatch_size=config.microbatch_size,
     )
+
+
+def _first_examples(count: int, batch: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[:count], batch)
+
+
+def _make_damping(
+    config: NaturalGradientConfig,
+) -> float | ngd.RelativeDamping | ngd.LevenbergMarquardt:
+    if config.damping_rule == "constant":
+        return config.damping
+    if config.damping == 0:
+        raise ConfigError(
+            f"`optimizer.damping` must be positive with "
+            f"damping_rule={config.damping_rule}, got {config.damping}."
+        )
+    if config.damping_rule == "relative":
+        return ngd.RelativeDamping(config.damping)
+    return ngd.LevenbergMarquardt(initial=config.damping)
+
+
+def _make_solver(config: NaturalGradientConfig) -> ngd.Solver:
+    match config.solver:
+        case "cg":
+            return _make_cg(config.cg)
+        case "lsmr":
+            return ngd.LSMR(max_steps=config.lsmr.max_steps, rtol=config.lsmr.rtol)
+        case "sample_space":
+            return ngd.SampleSpace()
+        case "cholesky":
+            return ngd.Cholesky()
+        case _:
+            return ngd.Auto(cg=_make_cg(config.cg))
+
+
+def _make_cg(config: CGConfig) -> ngd.CG:
+    preconditioner = None
+    if config.preconditioner == "jacobi":
+        preconditioner = ngd.Jacobi(refresh_every=config.refresh_every)
+    elif config.preconditioner == "nystrom":
+        # All that the sketch asks of chance is to be no special direction.
+        preconditioner = ngd.Nystrom(
+            rank=config.rank, key=jax.random.key(0), refresh_every=config.refresh_every
+        )
+    return ngd.CG(config.max_steps, config.rtol, preconditioner)
 
 
 def read_step_info(opt_state: PyTree) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ __all__ = [
     "ConfigError",
     "Rule",
     "check_rules",
+    "one_of",
 ]
 
 
@@ -42,6 +43,13 @@ POSITIVE = Rule("positive and finite", lambda value: 0.0 < value < math.inf)
 NON_NEGATIVE = Rule("zero or more, and finite", lambda value: 0.0 <= value < math.inf)
 FRACTION = Rule("in [0, 1)", lambda value: 0.0 <= value < 1.0)
 AT_LEAST_ONE = Rule("at least 1", lambda value: value >= 1)
+
+
+def one_of(*names: str) -> Rule:
+    """The rule of a setting that names one of a few things."""
+    return Rule(f"one of {', '.join(names)}", lambda value: value in names)
+
+
 SEED = Rule("between 0 and 2^31 - 1", lambda value: 0 <= value < 2**31)
 
 

@@ -102,7 +102,7 @@ def _split(
     count = chunks.leading // chunks.size
     whole = count * chunks.size
 
-    def chunk(leaf: Array) -> Array:
+    def chunk(leaf: Any) -> Array:
         shape = (count, chunks.size, *jnp.shape(leaf)[1:])
         return jnp.reshape(leaf[:whole], shape)
 

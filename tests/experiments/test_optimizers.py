@@ -1,6 +1,8 @@
+import jax
+import jax.numpy as jnp
 import pytest
 
-from experiments.optimizers import make_optimizer
+from experiments.optimizers import make_optimizer, read_step_info
 from experiments.settings import ConfigError
 from experiments.tasks import make_task
 from tests.experiments.helpers import make_config
@@ -16,3 +18,51 @@ def test_a_configuration_that_no_optimizer_has_is_an_error():
     config = make_config()
     with pytest.raises(TypeError, match="No optimizer is built from"):
         make_optimizer(config.task, make_task(config.task))
+
+
+WORDS = {
+    "lsmr": ["solver=lsmr"],
+    "sample_space": ["solver=sample_space", "momentum=0.9"],
+    "cholesky": ["solver=cholesky", "damping_rule=relative"],
+    "auto": ["solver=auto", "warm_start=0.9"],
+    "jacobi": ["cg.preconditioner=jacobi", "damping_rule=levenberg_marquardt"],
+    "nystrom": ["cg.preconditioner=nystrom", "metric_examples=8", "microbatch_size=4"],
+    "levenberg_marquardt in output space": [
+        "solver=sample_space",
+        "damping_rule=levenberg_marquardt",
+        "metric_examples=8",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_word_changes_the_solver(name):
+    overrides = [f"optimizer.{word}" for word in WORDS[name]]
+    config = make_config("task.hidden_sizes=[2]", *overrides)
+    task = make_task(config.task)
+    tx = make_optimizer(config.optimizer, task)
+    params, _ = task.init_fn(jax.random.key(0))
+    batch = jax.tree.map(lambda leaf: leaf[:16], task.train)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(task.loss_fn)(params, batch)
+        updates, state = tx.update(
+            grads, state, params, batch=batch, value=value, value_fn=task.loss_fn
+        )
+        return jax.tree.map(jnp.add, params, updates), state, value
+
+    state, values = tx.init(params), []
+    for _ in range(3):
+        params, state, value = step(params, state)
+        values.append(float(value))
+        assert read_step_info(state)["status"] == 0
+    assert values[-1] < values[0]
+
+
+def test_a_rule_that_needs_damping_says_so():
+    config = make_config("optimizer.damping=0", "optimizer.damping_rule=relative")
+    with pytest.raises(
+        ConfigError, match=r"`optimizer\.damping` must be positive with"
+    ):
+        make_optimizer(config.optimizer, make_task(config.task))
