@@ -102,7 +102,7 @@ def _split(
     count = chunks.leading // chunks.size
     whole = count * chunks.size
 
-    def chunk(leaf: Any) -> Array:
+    def chunk(leaf: Any) -> Any:
         shape = (count, chunks.size, *jnp.shape(leaf)[1:])
         return jnp.reshape(leaf[:whole], shape)
 
