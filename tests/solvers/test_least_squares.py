@@ -208,6 +208,14 @@ def test_trees_of_small_and_large_leaves_are_one_system(rng):
 # --- The case: where the square root of F goes on, and F does not.
 
 
+@jax.jit
+def squared(matrix, g, damping):
+    """CG on Aᵀ A."""
+    return ngd.conjugate_gradient(
+        lambda v: matrix.T @ (matrix @ v), g, damping=damping, max_steps=600
+    )
+
+
 @pytest.mark.parametrize("spectrum", ["few", "geometric"])
 @pytest.mark.parametrize("relative_damping", [0.0, 1e-12, 1e-10])
 def test_a_condition_number_of_1e10_is_solved_in_float32(spectrum, relative_damping):
@@ -231,29 +239,23 @@ def test_a_condition_number_of_1e10_is_solved_in_float32(spectrum, relative_damp
         atol=EPS,
     )
     # ... and 1e10 ε > 1 for that of F: with g = Aᵀ b no digit is left, at any budget.
-    a, g = jnp.asarray(matrix), jnp.asarray(matrix.T @ rhs)
-    for budget in (60, 600):
-        x, _ = jax.jit(
-            lambda g, budget=budget: ngd.conjugate_gradient(
-                lambda v: a.T @ (a @ v), g, damping=damping, max_steps=budget
-            )
-        )(g)
-        assert relative_error(np.asarray(x, float), expected) >= 0.1
+    x, _ = squared(jnp.asarray(matrix), jnp.asarray(matrix.T @ rhs), damping)
+    assert relative_error(np.asarray(x, float), expected) >= 0.1
 
 
 def test_reorthogonalising_saves_most_of_the_steps(rng):
-    matrix = matrix_of(rng, 100, 40, np.geomspace(1, 1e-4, 40))
-    rhs = matrix @ rng.normal(size=40)
-    expected = truth(np.float32(matrix), np.float32(rhs))
-    x, info = solve(matrix, rhs, max_steps=60)
-    assert int(info.num_steps) <= 40
+    matrix = np.float32(matrix_of(rng, 30, 30, np.geomspace(1, 1e-4, 30)))
+    rhs = np.float32(matrix.astype(float) @ rng.normal(size=30))
+    expected = truth(matrix, rhs)
+    x, info = solve(matrix, rhs)
+    assert int(info.num_steps) <= 30
     assert relative_error(x, expected) <= 1e4 * EPS
-    x, info = solve(matrix, rhs, max_steps=120, reorthogonalize=False)
+    x, _ = solve(matrix, rhs, reorthogonalize=False)
     assert relative_error(x, expected) >= 0.1
 
 
 def test_without_reorthogonalising_it_gets_there_too(rng):
-    matrix = np.float32(matrix_of(rng, 60, 30, [1.0] * 22 + [0.1] * 4 + [1e-4] * 4))
+    matrix = np.float32(matrix_of(rng, 30, 30, [1.0] * 22 + [0.1] * 4 + [1e-4] * 4))
     rhs = np.float32(matrix.astype(float) @ rng.normal(size=30))
     x, _ = solve(matrix, rhs, max_steps=400, reorthogonalize=False)
     assert relative_error(x, truth(matrix, rhs)) <= 1e4 * EPS
@@ -293,13 +295,13 @@ def test_every_scale_converges_in_float32(scale, rhs_scale, rng):
 def test_the_reported_residual_is_the_true_one(
     condition, damping, reorthogonalize, rng
 ):
-    matrix = np.float32(matrix_of(rng, 100, 50, np.geomspace(1, 1 / condition, 50)))
+    matrix = np.float32(matrix_of(rng, 30, 20, np.geomspace(1, 1 / condition, 20)))
     damping = np.float32(damping)
     for noise in (0.0, 1.0):
-        rhs = matrix @ rng.normal(size=50) + noise * rng.normal(size=100)
+        rhs = matrix @ rng.normal(size=20) + noise * rng.normal(size=30)
         rhs = np.float32(rhs)
         # What evaluating the residual at x rounds, relative to ‖Aᵀ b‖.
-        for options in ({"max_steps": 20}, {"max_steps": 150, "rtol": 1e-4}):
+        for options in ({"max_steps": 8}, {"rtol": 1e-4}):
             x, info = solve(
                 matrix, rhs, damping, reorthogonalize=reorthogonalize, **options
             )
@@ -326,7 +328,7 @@ def test_the_residual_never_grows_with_the_budget(rng):
 def test_more_budget_than_needed_changes_nothing(rng):
     matrix, rhs = matrix_of(rng, 24, 16, np.geomspace(1, 0.1, 16)), rng.normal(size=24)
     x, info = solve(matrix, rhs)
-    more, more_info = solve(matrix, rhs, max_steps=120)
+    more, more_info = solve(matrix, rhs, max_steps=80)
     np.testing.assert_array_equal(x, more)
     assert int(info.num_steps) == int(more_info.num_steps) <= 17
 
@@ -396,8 +398,9 @@ def test_a_solution_too_large_for_its_dtype_is_reported():
 
 
 def test_jit_vmap_and_scan_agree_with_one_by_one(rng):
-    matrix = jnp.asarray(matrix_of(rng, 24, 16, np.geomspace(1, 0.1, 16)), jnp.float32)
-    rhs = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
+    matrix = matrix_of(rng, 30, 30, np.geomspace(1, 0.1, 30))
+    matrix = jnp.asarray(matrix, jnp.float32)
+    rhs = jnp.asarray(rng.normal(size=(3, 30)), jnp.float32)
     dampings = jnp.asarray([0.0, 1e-3, 1.0], jnp.float32)
 
     def one(rhs, damping):
@@ -406,8 +409,7 @@ def test_jit_vmap_and_scan_agree_with_one_by_one(rng):
             lambda u: matrix.T @ u,
             rhs,
             damping=damping,
-            max_steps=30,
-            rtol=1e-5,
+            max_steps=40,
         )
 
     batched, infos = jax.jit(jax.vmap(one))(rhs, dampings)
@@ -415,11 +417,11 @@ def test_jit_vmap_and_scan_agree_with_one_by_one(rng):
         lambda carry, each: (carry, one(*each)), None, (rhs, dampings)
     )
     for i in range(3):
-        x, info = jax.jit(one)(rhs[i], dampings[i])
+        x, _ = solve(matrix, rhs[i], dampings[i])
         np.testing.assert_allclose(batched[i], x, atol=1e-4)
         np.testing.assert_allclose(scanned[i], x, atol=1e-4)
-        assert int(infos.status[i]) == int(info.status) == Status.CONVERGED
-        assert relative_error(np.asarray(x), truth(matrix, rhs[i], dampings[i])) <= 1e-3
+        assert int(infos.status[i]) in (Status.CONVERGED, Status.STAGNATED)
+        assert relative_error(x, truth(matrix, rhs[i], dampings[i])) <= 1e-3
 
 
 def test_forward_mode_is_the_derivative_and_reverse_mode_says_why_not(x64, rng):
