@@ -98,7 +98,7 @@ class Auto:
     gram_cost: float = 0.3
     factor_cost: float = 1.0
     solve_cost: float = 4.0
-    memory: float = 2**30
+    memory: int = 2**30
 
     uses_coefficients: ClassVar[bool] = True
 

@@ -12,8 +12,9 @@ of g that the samples do not span.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,15 +57,16 @@ class SampleSpace:
 
     Small damping: what g has outside of the span of the samples is divided by λ, and so
     is its round-off. A part of g outside that is not longer than 16 ε (‖g‖ + ‖A‖ ‖w‖),
-    with the Frobenius norm of A and ε of the narrowest dtype among parameters and
-    outputs, is taken for round-off and dropped. So is, at λ = 0, all of it: the
+    with the Frobenius norm of A and ε of the arithmetic (or 2 ε of the narrowest dtype
+    among parameters and outputs, where that is more), is taken for round-off and
+    dropped. So is, at λ = 0, all of it: the
     solution is then the one of least norm, and `relative_residual` says what was left
     out. `coefficients` w, with g = Aᵀ w, spare the solver from finding them.
 
     The factorisation is in units of the diagonal of G + λI. Where it fails, since λ is
     below the round-off of G, it is repeated with M·ε times the diagonal added, and the
-    solution refined. The report is of the system asked for, its residual computed from
-    G; above the square root of the machine precision the status is STAGNATED.
+    solution refined. The report is of the system asked for; where its residual is above
+    the square root of the machine precision, the status is STAGNATED.
 
     Attributes:
       block_size: examples whose rows of the Jacobian are in memory at once, twice over:
@@ -98,6 +100,7 @@ class SampleSpace:
     Note:
       With several blocks in a `Product` the rows of one example come from the batch
       with every leaf cut whose leading axis is as long as that block's outputs.
+      Forward-mode differentiable, not reverse-mode.
     """
 
     block_size: int | None = None
@@ -135,10 +138,10 @@ class SampleSpace:
         del objective
         check_system(rhs, damping, x0)
         gram = fisher.gram(self.block_size)
+        _raise_where_known(gram)
         solution, info = solve_in_sample_space(
             fisher, gram, rhs, damping=damping, coefficients=coefficients
         )
-        _raise_where_known(info)
         return solution, info, state
 
 
@@ -153,7 +156,6 @@ def solve_in_sample_space(
     """`SampleSpace.solve`, given the Gram matrix."""
     dtype = gram.matrix.dtype
     g, (w, unravel) = tree.widen(rhs), _coefficients(fisher, coefficients)
-    eps = _model_eps(fisher)
     damping = jnp.asarray(damping).astype(dtype)
 
     # 1. Units in which the largest |gᵢ| and the largest diagonal entry of G + λI are 1.
@@ -165,8 +167,7 @@ def solve_in_sample_space(
     size = jnp.where(is_solvable & (size > 0), size, 1.0)
     root = jnp.sqrt(size)
     unit = tree.usable_unit(jnp.where(is_solvable, largest, 1.0))
-    zeros = optax.tree.zeros_like(g)
-    g = tree.select(is_solvable, tree.divide(g, unit), zeros)
+    g = tree.select(is_solvable, tree.divide(g, unit), optax.tree.zeros_like(g))
     w = jnp.where(is_solvable, w / unit * root, 0.0)
     identity = jnp.eye(len(gram.matrix), dtype=dtype)
     matrix = jnp.where(is_solvable, gram.matrix / size, identity)
@@ -178,56 +179,127 @@ def solve_in_sample_space(
     def pull(vector: Array) -> PyTree:
         return tree.divide(fisher.sqrt_rmatvec(unravel(vector)), root)
 
-    # 2. What g is round-off of: anything shorter that is left of it is nothing.
-    g_norm, a_norm = _norm(g), jnp.sqrt(jnp.trace(matrix))
-
-    def is_nothing(rest: PyTree, w: Array) -> Array:
-        return _norm(rest) <= eps * (g_norm + a_norm * jnp.linalg.norm(w))
-
-    # 3. g = Aᵀ w + r, and A r. Far above the round-off of G any w will do.
     factor = factorise(matrix + damping * identity)
+    g_norm = _norm(g)
+    system = _System(matrix, damping, factor, push, pull, g_norm, _round_off(fisher))
+
+    # 2. g = Aᵀ w + r, and A r. Far above the round-off of G any w will do.
     rest = g if coefficients is None else tree.axpy(-1.0, pull(w), g)
 
     def push_if_any(w: Array, rest: PyTree) -> Array:
         if coefficients is None:
             return push(rest)
-        return jax.lax.cond(
-            is_nothing(rest, w), lambda _: jnp.zeros_like(w), push, rest
-        )
+        is_nothing = system.is_nothing(rest, w)
+        return jax.lax.cond(is_nothing, lambda _: jnp.zeros_like(w), push, rest)
 
     w, rest, image = jax.lax.cond(
         damping >= float(jnp.finfo(dtype).eps) ** (1 / 3) * jnp.linalg.norm(matrix),
         lambda w, rest: (w, rest, push_if_any(w, rest)),
-        lambda w, rest: _split(
-            matrix, factor, damping, push, pull, is_nothing, w, rest
-        ),
+        functools.partial(_split, system),
         *(w, rest),
     )
 
-    # 4. What the samples do not span is solved by r / λ, or dropped.
-    is_kept = ~is_nothing(rest, w) & (damping > 0)
+    # 3. What the samples do not span is solved by r / λ, or dropped.
+    is_kept = ~system.is_nothing(rest, w) & (damping > 0)
     inverse = jnp.where(is_kept, 1 / jnp.where(is_kept, damping, 1.0), 0.0)
-    target = w - inverse * image
-    y, residual = solve_refined(factor, target)
+    y, residual = solve_refined(factor, w - inverse * image)
     solution = tree.axpy(1.0, pull(y), tree.scale(inverse, rest))
 
-    # 5. The residual of the system asked for is Aᵀ (target - (G + λI) y) + dropped r.
-    dropped = jnp.where(is_kept, 0.0, _norm(rest))
+    # 4. The residual: by G; where it is not small, with two passes through the model.
+    def true_residual() -> Scalar:
+        product = tree.axpy(damping, solution, pull(push(solution)))
+        return _norm(tree.axpy(-1.0, product, g)).astype(dtype)
+
     inside = jnp.maximum(residual @ (matrix @ residual), 0.0)
-    relative = jnp.sqrt(inside + dropped**2) / jnp.where(g_norm > 0, g_norm, 1.0)
+    dropped = jnp.where(is_kept, 0.0, _norm(rest))
+    by_gram = jnp.sqrt(inside + dropped**2)
+    size_of_g = jnp.where(g_norm > 0, g_norm, 1.0)
+    is_small = by_gram <= jnp.finfo(dtype).eps ** 0.5 * size_of_g
+    relative = jax.lax.cond(is_small, lambda: by_gram, true_residual) / size_of_g
+
     solution = tree.divide(tree.scale(unit, solution), size)
     solution, info = report(solution, rhs, relative, is_finite)
     is_mixed = is_finite & ~gram.is_separable
-    return tree.select(is_solvable, solution, optax.tree.zeros_like(solution)), (
-        info._replace(
-            relative_residual=jnp.where(is_mixed, 1.0, info.relative_residual).astype(
-                info.relative_residual.dtype
-            ),
-            status=jnp.where(is_mixed, SolverStatus.NOT_SEPARABLE, info.status).astype(
-                jnp.int32
-            ),
-        )
+    one = jnp.ones_like(info.relative_residual)
+    mixed = jnp.asarray(SolverStatus.NOT_SEPARABLE, jnp.int32)
+    info = info._replace(
+        relative_residual=jnp.where(is_mixed, one, info.relative_residual),
+        status=jnp.where(is_mixed, mixed, info.status),
     )
+    return tree.select(is_solvable, solution, optax.tree.zeros_like(solution)), info
+
+
+class _System(NamedTuple):
+    """G + λI in units of its largest diagonal entry, and A.
+
+    Attributes:
+      matrix: G.
+      damping: λ.
+      factor: of G + λI.
+      push: v -> A v.
+      pull: u -> Aᵀ u.
+      g_norm: ‖g‖.
+      round_off: relative, of a product with A.
+    """
+
+    matrix: Array
+    damping: Scalar
+    factor: Factor
+    push: Callable[[PyTree], Array]
+    pull: Callable[[Array], PyTree]
+    g_norm: Scalar
+    round_off: float
+
+    def is_nothing(self, rest: PyTree, w: Array) -> Array:
+        """Whether g - Aᵀ w is not longer than the round-off of what it is made of."""
+        a_norm = jnp.sqrt(jnp.trace(self.matrix))
+        longest = self.g_norm + a_norm * jnp.linalg.norm(w)
+        return _norm(rest) <= self.round_off * longest
+
+
+def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Array]:
+    """Moves what the samples span from r to w, and takes null vectors of G out of w.
+
+    Both need G⁺. Round-off of size ε in null vectors of G comes out of it as ε/λ; with
+    √ε for λ, and refinement, it stays small and the rest of the spectrum right.
+    """
+    matrix, eps = system.matrix, float(jnp.finfo(w.dtype).eps)
+    shifted = jax.lax.cond(
+        system.damping >= eps**0.5,
+        lambda: system.factor,
+        lambda: factorise(matrix + eps**0.5 * jnp.eye(len(matrix), dtype=w.dtype)),
+    )
+    shift = jnp.maximum(system.damping, eps**0.5)
+
+    def is_left(carry: tuple[Array, Array, PyTree, Array]) -> Array:
+        count, w, rest, _ = carry
+        # Twice is enough: the second pass finds what the first one rounded.
+        return (count < 2) & ~system.is_nothing(rest, w)
+
+    def move(carry: tuple[Array, Array, PyTree, Array]) -> tuple[Any, ...]:
+        count, w, rest, _ = carry
+        image = system.push(rest)
+        part = solve(shifted, image)
+        for _ in range(_REFINEMENTS):
+            part += solve(shifted, image - matrix @ part)
+        rest = tree.axpy(-1.0, system.pull(part), rest)
+        return count + 1, w + part, rest, image - matrix @ part
+
+    start = (jnp.zeros((), jnp.int32), w, rest, jnp.zeros_like(w))
+    _, w, rest, image = jax.lax.while_loop(is_left, move, start)
+
+    # Aᵀ takes a null vector to zero, but not its product with 1/λ, whose round-off is
+    # large. Without a gap in the spectrum there is no telling, and w stays as it is.
+    def without_null(w: Array) -> Array:
+        null = w
+        for _ in range(_FILTERS):
+            null = shift * solve(shifted, null)
+        size = _ROUND_OFF * eps * jnp.trace(matrix) * jnp.linalg.norm(null)
+        is_null = jnp.linalg.norm(matrix @ null) <= size
+        return jnp.where(is_null, w - null, w)
+
+    w, image = jax.vmap(without_null)(jnp.stack([w, image]))
+    return w, rest, image
 
 
 def _coefficients(
@@ -243,74 +315,25 @@ def _coefficients(
     return ravel_real(coefficients)
 
 
-def _model_eps(fisher: Any) -> float:
-    """The round-off of A: that of the narrowest dtype that it is computed in."""
+def _round_off(fisher: Any) -> float:
+    """Relative, of a product with A, which is wide but for casts to narrow dtypes."""
     leaves = jax.tree.leaves((fisher.params, fisher.outputs))
-    return _ROUND_OFF * float(max(jnp.finfo(leaf.dtype).eps for leaf in leaves))
+    narrow = float(max(jnp.finfo(leaf.dtype).eps for leaf in leaves))
+    wide = float(jnp.finfo(tree.accumulator_dtype(leaves)).eps)
+    return max(_ROUND_OFF * wide, 2 * narrow)
 
 
 def _norm(values: PyTree) -> Scalar:
     return jnp.sqrt(tree.vdot(values, values))
 
 
-def _split(
-    matrix: Array,
-    factor: Factor,
-    damping: Scalar,
-    push: Callable[[PyTree], Array],
-    pull: Callable[[Array], PyTree],
-    is_nothing: Callable[[PyTree, Array], Array],
-    w: Array,
-    rest: PyTree,
-) -> tuple[Array, PyTree, Array]:
-    """Moves what the samples span from r to w, and takes null vectors of G out of w.
-
-    Both need G⁺. Round-off of size ε in null vectors of G comes out of it as ε/λ; with
-    √ε for λ, and refinement, it stays small and the rest of the spectrum right.
-    """
-    shift = float(jnp.finfo(w.dtype).eps) ** 0.5
-    shifted = jax.lax.cond(
-        damping >= shift,
-        lambda: factor,
-        lambda: factorise(matrix + shift * jnp.eye(len(matrix), dtype=w.dtype)),
-    )
-    shift = jnp.maximum(damping, shift)
-
-    def is_left(carry: tuple[Array, Array, PyTree, Array]) -> Array:
-        count, w, rest, _ = carry
-        # Twice is enough: the second pass finds what the first one rounded.
-        return (count < 2) & ~is_nothing(rest, w)
-
-    def move(carry: tuple[Array, Array, PyTree, Array]) -> tuple[Any, ...]:
-        count, w, rest, _ = carry
-        image = push(rest)
-        part = solve(shifted, image)
-        for _ in range(_REFINEMENTS):
-            part += solve(shifted, image - matrix @ part)
-        rest = tree.axpy(-1.0, pull(part), rest)
-        return count + 1, w + part, rest, image - matrix @ part
-
-    start = (jnp.zeros((), jnp.int32), w, rest, jnp.zeros_like(w))
-    _, w, rest, image = jax.lax.while_loop(is_left, move, start)
-
-    # Aᵀ takes a null vector to zero, but not its product with 1/λ, whose round-off is
-    # large. Without a gap in the spectrum there is no telling, and w stays as it is.
-    eps = float(jnp.finfo(w.dtype).eps)
-    null = w
-    for _ in range(_FILTERS):
-        null = shift * solve(shifted, null)
-    size = _ROUND_OFF * eps * jnp.trace(matrix) * jnp.linalg.norm(null)
-    is_null = jnp.linalg.norm(matrix @ null) <= size
-    return jnp.where(is_null, w - null, w), rest, image
-
-
-def _raise_where_known(info: SolverInfo) -> None:
+def _raise_where_known(gram: Gram) -> None:
     """Outside of jit, a status that only another solver can cure is an error.
 
     Raises:
       ValueError: where the model mixes its examples.
     """
-    if isinstance(info.status, Tracer):
+    if isinstance(gram.is_separable, Tracer) or bool(gram.is_separable):
         return
-    if int(info.status) == SolverStatus.NOT_SEPARABLE:
+    if bool(jnp.all(jnp.isfinite(gram.matrix))):
         raise ValueError(SolverStatus.NOT_SEPARABLE.message)

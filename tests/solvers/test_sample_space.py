@@ -1,0 +1,438 @@
+"""SampleSpace against the singular values of a dense A, and what it promises around it.
+
+    A = U σ Vᵀ:    (F + λI)⁻¹ (Aᵀ w + z) = V σ / (σ² + λ) Uᵀ w + z / λ,    V ᵀz = 0
+
+which is exact at every λ, where a dense solve of F + λI in float64 is good to ε/λ only.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import ngd_jax as ngd
+from ngd_jax.fisher.coefficients import ravel_real
+from tests import reference
+from tests.fisher.test_gram import RESIDUALS, dense_root, residual_case, residuals
+
+pytestmark = pytest.mark.usefixtures("strict_ranks")
+Status = ngd.SolverStatus
+
+
+def holomorphic(params, x):
+    return reference.network(params, x.astype(complex))[..., 0]
+
+
+def amplitude(params, x):
+    z = reference.network(params, x)
+    return jax.lax.complex(z[..., 0], z[..., 1])
+
+
+class Problem:
+    """A model on a batch, its A in float64, and solves that are compiled once."""
+
+    def __init__(self, model_fn, params, batch, likelihood, block_size=None, **options):
+        arguments = (model_fn, params, batch, likelihood)
+        self.params = params
+        self.root = np.asarray(
+            jax.jit(lambda: dense_root(*arguments, **options))(), float
+        )
+        u, s, v = np.linalg.svd(self.root, full_matrices=False)
+        rank = int((s > 1e-7 * s[0]).sum())
+        self.u, self.s, self.v = u[:, :rank], s[:rank], v[:rank].T
+
+        @functools.partial(jax.jit, static_argnames="with_coefficients")
+        def solve(g, w, damping, with_coefficients):
+            fisher = ngd.linearize_fisher(*arguments, **options)
+            rhs = ravel_real(params)[1](g)
+            like = jax.eval_shape(lambda: fisher.sqrt_matvec(params))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            solution, info, _ = ngd.SampleSpace(block_size).solve(
+                fisher,
+                rhs,
+                damping=damping,
+                coefficients=ravel_real(zeros)[1](w) if with_coefficients else None,
+            )
+            return ravel_real(solution)[0], info
+
+        self._solve = solve
+
+    def draw(self, rng, kind):
+        """w, g and a function from λ to the truth."""
+        w = rng.normal(size=len(self.root)) * (kind != "outside")
+        z = rng.normal(size=self.root.shape[1]) * (kind != "inside")
+        for _ in range(3):
+            z = z - self.v @ (self.v.T @ z)
+        along = self.u.T @ w
+
+        def truth(damping):
+            outside = z / damping if damping else 0 * z
+            return self.v @ (self.s / (self.s**2 + damping) * along) + outside
+
+        return w, self.v @ (self.s * along) + z, truth
+
+    def solve(self, g, w=None, damping=0.0):
+        known = w is not None
+        w = np.zeros(len(self.root)) if w is None else w
+        solution, info = self._solve(jnp.asarray(g), jnp.asarray(w), damping, known)
+        assert np.isfinite(solution).all()
+        return np.asarray(solution), info
+
+    def error(self, solution, truth):
+        return np.linalg.norm(solution - truth) / np.linalg.norm(truth)
+
+
+@functools.cache
+def problem(name):
+    """Float64; by name, so that each is compiled once."""
+    rng = np.random.default_rng(1)
+
+    def network(num_outputs, num_examples=6, num_hidden=8, dtype="float64"):
+        params = reference.network_params(
+            rng, num_outputs, num_inputs=4, num_hidden=num_hidden, dtype=dtype
+        )
+        return params, jnp.asarray(rng.normal(size=(num_examples, 4)))
+
+    def duplicated():
+        params, x = network(2)
+        return params, jnp.concatenate([x, x[:4]])
+
+    first = functools.partial(lambda p, x: reference.network(p, x)[..., 0])
+    net, weights = reference.network, jnp.asarray([1.0, 0.0, 3.0, 0.5, 0.0, 1.0])
+    targets = jnp.asarray([0, 2, 1, 1, 0, 2])
+    make = {
+        "gaussian": lambda: (net, *network(2), ngd.Gaussian()),
+        "softmax": lambda: (net, *network(3), ngd.Categorical()),
+        "duplicates": lambda: (net, *duplicated(), ngd.Gaussian()),
+        "few parameters": lambda: (net, *network(3, 12, 2), ngd.Gaussian()),
+        "density": lambda: (first, *network(1, 9), ngd.LogDensity()),
+        "complex": lambda: (amplitude, *network(2, 7), ngd.LogAmplitude()),
+        "holomorphic": lambda: (
+            holomorphic,
+            *network(1, 7, dtype="complex128"),
+            ngd.LogAmplitude(),
+        ),
+        "residuals": lambda: (residuals, *residual_case(rng, num_hidden=9), RESIDUALS),
+        "weights": lambda: (net, *network(3), ngd.Categorical()),
+        "empirical": lambda: (net, *network(3), ngd.Categorical()),
+        "microbatches": lambda: (net, *network(2), ngd.Gaussian()),
+    }
+    options = {
+        "weights": {"weights": weights, "block_size": 4},
+        "empirical": {"kind": "empirical", "targets": targets},
+        "microbatches": {"microbatch_size": 4, "block_size": 2},
+    }
+    return Problem(*make[name](), **options.get(name, {}))
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+KNOWN = [
+    ("gaussian", False),
+    ("softmax", False),
+    ("softmax", True),
+    ("duplicates", True),
+    ("few parameters", False),
+    ("complex", False),
+    ("residuals", False),
+    ("microbatches", False),
+    slow("gaussian", True),
+    slow("duplicates", False),
+    slow("few parameters", True),
+    slow("complex", True),
+    slow("residuals", True),
+    slow("density", False),
+    slow("holomorphic", False),
+    slow("weights", False),
+    slow("empirical", False),
+]
+
+
+@pytest.mark.parametrize(("name", "with_coefficients"), KNOWN)
+def test_solution_equals_singular_values_at_every_damping(
+    name, with_coefficients, x64, rng
+):
+    case = problem(name)
+    kinds = ("inside", "outside", "mixed")
+    if len(case.s) == case.root.shape[1]:
+        kinds = ("inside",)
+    for kind in kinds:
+        w, g, truth = case.draw(rng, kind)
+        for damping in (1e-12, 1e-8, 1e-4, 1.0):
+            solution, info = case.solve(g, w if with_coefficients else None, damping)
+            assert case.error(solution, truth(damping)) < 1e-9, (kind, damping)
+            assert int(info.status) == Status.CONVERGED, (kind, damping)
+            assert float(info.relative_residual) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["softmax", slow("gaussian"), slow("duplicates")])
+def test_without_damping_the_solution_has_least_norm_and_the_rest_shows(name, x64, rng):
+    case = problem(name)
+    w, g, truth = case.draw(rng, "inside")
+    solution, info = case.solve(g)
+    assert case.error(solution, truth(0.0)) < 1e-9
+    assert int(info.status) == Status.CONVERGED
+    solution, info = case.solve(g, w)
+    assert case.error(solution, truth(0.0)) < 1e-6
+    _, g, truth = case.draw(rng, "mixed")
+    solution, info = case.solve(g)
+    assert case.error(solution, truth(0.0)) < 1e-9
+    outside = g - case.v @ (case.v.T @ g)
+    np.testing.assert_allclose(
+        info.relative_residual, np.linalg.norm(outside) / np.linalg.norm(g), rtol=1e-6
+    )
+    assert int(info.status) == Status.STAGNATED
+
+
+def test_coefficients_that_miss_a_part_of_the_right_hand_side_do_no_harm(x64, rng):
+    case = problem("gaussian")
+    w, g, truth = case.draw(rng, "mixed")
+    wrong = w + rng.normal(size=len(w))
+    for damping in (1e-10, 1e-4, 1.0):
+        solution, _ = case.solve(g, wrong, damping)
+        assert case.error(solution, truth(damping)) < 1e-9
+
+
+def test_residual_is_that_of_the_system_asked_for(x64, rng):
+    # Eigenvalues of G down to its round-off: no solver is exact here.
+    x = jnp.asarray(np.linspace(-1, 1, 12)[:, None] ** np.arange(12)[None])
+    fisher = ngd.linearize_fisher(
+        lambda w, x: x @ w, jnp.zeros((12, 1)), x, ngd.Gaussian()
+    )
+    root = np.asarray(x) / np.sqrt(12)
+    g = rng.normal(size=12)
+    rhs = jnp.asarray(g)[:, None]
+    solve = jax.jit(lambda damping: ngd.SampleSpace()(fisher, rhs, damping=damping))
+    for damping in (0.0, 1e-14, 1e-9, 1e-3):
+        solution, info = solve(damping)
+        d = np.asarray(solution)[:, 0]
+        residual = g - root.T @ (root @ d) - damping * d
+        truth = np.linalg.norm(residual) / np.linalg.norm(g)
+        # Below √ε it comes from G, else from the products themselves.
+        size = 1e-13 * np.linalg.norm(d) / np.linalg.norm(g)
+        assert abs(float(info.relative_residual) - truth) < 1e-8 + size
+
+
+# --- Float32, narrow and mixed dtypes.
+
+
+def narrow_problem(rng, dtype="float32", num_outputs=3):
+    params = reference.network_params(rng, num_outputs, num_hidden=16)
+    params["out"][0] = params["out"][0].astype(dtype)
+    x = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
+    return params, x
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def solve_network(likelihood, solver, params, x, rhs, damping):
+    fisher = ngd.linearize_fisher(reference.network, params, x, likelihood)
+    return solver(fisher, rhs, damping=damping)
+
+
+def dense_truth(likelihood, params, x, g, damping):
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda p: jnp.asarray(p, float), params)
+        root = np.asarray(
+            dense_root(reference.network, wide, jnp.asarray(x, float), likelihood)
+        )
+    return np.linalg.solve(root.T @ root + damping * np.eye(len(g)), g)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
+def test_float32_is_as_good_as_its_precision(damping, rng):
+    params, x = narrow_problem(rng)
+    rhs = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+    solution, info = solve_network(
+        ngd.Categorical(), ngd.SampleSpace(), params, x, rhs, damping
+    )
+    g = reference.flat(rhs)
+    truth = dense_truth(ngd.Categorical(), params, x, g, damping)
+    error = np.linalg.norm(reference.flat(solution) - truth) / np.linalg.norm(truth)
+    assert error < 2e-5
+    assert int(info.status) == Status.CONVERGED
+
+
+def test_narrow_parameters_keep_their_dtype(rng):
+    params, x = narrow_problem(rng, "bfloat16")
+    rhs = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+    solution, info = solve_network(
+        ngd.Gaussian(), ngd.SampleSpace(), params, x, rhs, 0.1
+    )
+    assert jax.tree.map(jnp.result_type, solution) == jax.tree.map(
+        jnp.result_type, params
+    )
+    truth = dense_truth(ngd.Gaussian(), params, x, reference.flat(rhs), 0.1)
+    error = np.linalg.norm(reference.flat(solution) - truth) / np.linalg.norm(truth)
+    assert error < 0.05
+    assert info.relative_residual.dtype == jnp.float32
+
+
+# --- Units.
+
+
+def line(scale=1.0):
+    """A linear model with rows of about this size."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(scale * rng.normal(size=(4, 6)), jnp.float32)
+    return x, jnp.asarray(rng.normal(size=(6, 1)), jnp.float32)
+
+
+@jax.jit
+def solve_line(x, rhs, damping):
+    fisher = ngd.linearize_fisher(
+        lambda w, x: x @ w, jnp.zeros((6, 1)), x, ngd.Gaussian()
+    )
+    return ngd.SampleSpace()(fisher, rhs, damping=damping)
+
+
+@pytest.mark.parametrize("exponent", [-100, -60, 0, 60, 100])
+def test_powers_of_two_in_the_right_hand_side_pass_through(exponent):
+    x, rhs = line()
+    one, info = solve_line(x, rhs, 0.1)
+    other, other_info = solve_line(x, jnp.ldexp(rhs, exponent), 0.1)
+    np.testing.assert_array_equal(np.ldexp(one, exponent), other)
+    assert int(info.status) == int(other_info.status) == Status.CONVERGED
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e8, 1e16])
+@pytest.mark.parametrize("damping", [1e-5, 0.1])
+def test_units_of_the_model_do_not_matter(scale, damping):
+    x, rhs = line()
+    one, _ = solve_line(x, rhs, damping)
+    other, info = solve_line(scale * x, rhs, damping * scale**2)
+    np.testing.assert_allclose(
+        np.float64(other) * scale**2, one, atol=1e-4 * np.abs(one).max()
+    )
+    assert int(info.status) == Status.CONVERGED
+
+
+def test_zero_right_hand_side_gives_zero():
+    x, rhs = line()
+    for damping in (0.0, 0.1):
+        solution, info = solve_line(x, 0 * rhs, damping)
+        assert not np.asarray(solution).any()
+        assert float(info.relative_residual) == 0.0
+        assert int(info.status) == Status.CONVERGED
+
+
+def test_model_without_any_slope_is_damped_descent():
+    x, rhs = line(0.0)
+    solution, info = solve_line(x, rhs, 0.5)
+    np.testing.assert_allclose(solution, 2 * rhs, rtol=1e-6)
+    solution, info = solve_line(x, rhs, 0.0)
+    assert not np.asarray(solution).any()
+    assert float(info.relative_residual) == 1.0
+
+
+@pytest.mark.parametrize("where", ["model", "rhs", "damping"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_input_is_reported_and_never_returned(where, bad):
+    x, rhs = line()
+    damping = 0.1
+    if where == "model":
+        x = x.at[1, 2].set(bad)
+    elif where == "rhs":
+        rhs = rhs.at[3].set(bad)
+    else:
+        damping = bad
+    solution, info = solve_line(x, rhs, damping)
+    assert int(info.status) == Status.NON_FINITE
+    assert not np.asarray(solution).any()
+    assert float(info.relative_residual) == 1.0
+
+
+# --- Transformations of JAX, and memory.
+
+
+def test_vmap_over_damping_equals_a_loop():
+    x, rhs = line()
+    dampings = jnp.asarray([0.0, 1e-6, 1e-3, 1.0])
+    many, infos = jax.vmap(solve_line, in_axes=(None, None, 0))(x, rhs, dampings)
+    for i, damping in enumerate(dampings):
+        one, info = solve_line(x, rhs, damping)
+        np.testing.assert_allclose(many[i], one, atol=1e-5 * np.abs(one).max())
+        assert int(infos.status[i]) == int(info.status)
+
+
+def test_scan_equals_a_loop():
+    x, rhs = line()
+
+    def step(g, damping):
+        d, info = solve_line(x, g, damping)
+        return d, info.status
+
+    dampings = jnp.asarray([1.0, 0.1])
+    last, statuses = jax.lax.scan(step, rhs, dampings)
+    expected = rhs
+    for damping in dampings:
+        expected, _ = solve_line(x, expected, damping)
+    np.testing.assert_allclose(last, expected, rtol=1e-5)
+    assert not np.asarray(statuses).any()
+
+
+def test_memory_is_set_by_the_block_and_not_by_all_rows():
+    num_examples, width = 256, 512
+    x = jnp.ones((num_examples, 32))
+    params = {"w": jnp.ones((32, width)), "v": jnp.ones((width, 1))}
+    num_params = 33 * width
+    all_rows = 4 * num_examples * num_params
+
+    def model_fn(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    def temporaries(block_size):
+        def solve(params, x):
+            fisher = ngd.linearize_fisher(model_fn, params, x, ngd.Gaussian())
+            return ngd.SampleSpace(block_size)(fisher, params, damping=1e-3)
+
+        compiled = jax.jit(solve).lower(params, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Two blocks of rows, what makes them, the matrix a few times, activations.
+    beside = 16 * 4 * num_examples**2 + 16 * 4 * num_examples * width
+    small = temporaries(8)
+    assert small < 6 * 8 * 4 * num_params + beside
+    assert small < all_rows / 2
+    assert temporaries(num_examples) > all_rows / 2
+
+
+# --- Models that mix examples, and mistakes.
+
+
+def test_models_that_mix_examples_are_refused(rng):
+    params = jnp.ones((3, 2))
+    x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
+
+    def solve(params):
+        fisher = ngd.linearize_fisher(
+            lambda w, x: (x - x.mean(0, keepdims=True)) @ w,
+            params,
+            x,
+            ngd.Gaussian(),
+        )
+        return ngd.SampleSpace()(fisher, params, damping=0.1)
+
+    solution, info = jax.jit(solve)(params)
+    assert int(info.status) == Status.NOT_SEPARABLE
+    assert not ravel_pytree(solution)[0].any()
+    assert float(info.relative_residual) == 1.0
+    with pytest.raises(ValueError, match="mixes its examples"):
+        solve(params)
+
+
+def test_coefficients_of_another_shape_raise():
+    x, rhs = line()
+    fisher = ngd.linearize_fisher(
+        lambda w, x: x @ w, jnp.zeros((6, 1)), x, ngd.Gaussian()
+    )
+    with pytest.raises(ValueError, match="`coefficients` must have the shapes"):
+        ngd.SampleSpace().solve(fisher, rhs, damping=0.1, coefficients=jnp.ones((3, 1)))
+
+
+def test_solver_is_stateful_with_nothing_to_keep():
+    from ngd_jax.solvers import StatefulSolver
+
+    assert isinstance(ngd.SampleSpace(), StatefulSolver)
+    assert ngd.SampleSpace().init({"w": jnp.ones(3)}) == ()
