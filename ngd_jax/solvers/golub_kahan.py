@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.solvers import basis
 from ngd_jax.solvers.interface import SolverInfo, SolverStatus
 from ngd_jax.types import Array, ArrayLike, MatVec, PyTree
 
@@ -261,13 +262,15 @@ def _begin(
     weight = jnp.where(has_rest, damping, 1) * inverse
     v = tree.scale(_inverse(size), gradient)
     zero, one = jnp.zeros((), damping.dtype), jnp.ones((), damping.dtype)
+    limits = problem.limits
+    kept = basis.empty(v, limits.max_steps if limits.reorthogonalize else 0)
     return _State(
         x=x,
         u=(tree.scale(weight, w), tree.scale(_root(damping) * inverse, r)),
         v=v,
         h=optax.tree.zeros_like(x),
         h_bar=optax.tree.zeros_like(x),
-        basis=_remember(_no_basis(problem.limits, v), v, 0),
+        basis=basis.remember(kept, v, 0),
         coupling=size,
         alpha_bar=size * _root(weight),
         zeta_bar=size,
@@ -353,7 +356,7 @@ def _step(problem: _Problem, state: _State) -> _State:
     beta = relevant(_norm(u))
     u = tree.scale(_inverse(beta), u)
     v = tree.axpy(root, u[1], problem.rmatvec(u[0]))
-    v = _project_out(state.basis, tree.axpy(-beta, state.v, v))
+    v = basis.project_out(state.basis, tree.axpy(-beta, state.v, v))
     alpha = relevant(_norm(v))
     v = tree.scale(_inverse(alpha), v)
 
@@ -387,7 +390,7 @@ def _step(problem: _Problem, state: _State) -> _State:
         v=v,
         h=tree.scale(-theta * _inverse(rho), h),
         h_bar=h_bar,
-        basis=_remember(state.basis, v, num_steps),
+        basis=basis.remember(state.basis, v, num_steps),
         coupling=alpha,
         alpha_bar=c * alpha,
         zeta_bar=jnp.where(failed, state.zeta_bar, -s_bar * state.zeta_bar),
@@ -425,48 +428,3 @@ def _rotation(a: Array, b: Array) -> tuple[Array, Array, Array]:
     """(c, s, r) with c a + s b = r ≥ 0 and s a - c b = 0."""
     r = _root(a**2 + b**2)
     return a * _inverse(r), b * _inverse(r), r
-
-
-# --- Reorthogonalisation.
-
-
-def _no_basis(limits: Limits, vector: PyTree) -> PyTree:
-    if not limits.reorthogonalize:
-        return ()
-    return jax.tree.map(
-        lambda leaf: jnp.zeros((limits.max_steps, *leaf.shape), leaf.dtype), vector
-    )
-
-
-def _remember(basis: PyTree, vector: PyTree, index: int | Array) -> PyTree:
-    if isinstance(basis, tuple):
-        return ()
-    return jax.tree.map(
-        lambda rows, leaf: rows.at[index % len(rows)].set(leaf), basis, vector
-    )
-
-
-def _project_out(basis: PyTree, vector: PyTree) -> PyTree:
-    """Subtracts Σ q Re⟨q, v⟩ over the vectors q of the basis, twice.
-
-    Once leaves what cancellation leaves, and the basis would lose its orthogonality
-    faster than without; twice is enough (Kahan, in Parlett 1980, section 6-9).
-    """
-    if isinstance(basis, tuple):
-        return vector
-    contract = functools.partial(jnp.tensordot, precision=jax.lax.Precision.HIGHEST)
-
-    def product(rows: Array, leaf: Array) -> Array:
-        return jnp.real(contract(jnp.conj(rows), leaf, leaf.ndim))
-
-    for _ in range(2):
-        parts = map(product, jax.tree.leaves(basis), jax.tree.leaves(vector))
-        products = functools.reduce(jnp.add, parts)
-        vector = jax.tree.map(
-            lambda rows, leaf, c=products: (
-                leaf - contract(c.astype(rows.dtype), rows, 1)
-            ),
-            basis,
-            vector,
-        )
-    return vector

@@ -70,7 +70,7 @@ def lsmr(
       >>> x, info = lsmr(
       ...     lambda v: a @ v,
       ...     lambda u: a.T @ u,
-      ...     jnp.array([1.0, 1e-5, 1.0]),
+      ...     jnp.array([1.0, 1e-5, 0.0]),
       ...     max_steps=9,
       ... )
       >>> x.round(3)

@@ -37,7 +37,7 @@ def draw_like(rng, tree):
 
 
 # One for each way to average and to factor; the others take their time.
-QUICK = {"categorical", "product", "complex amplitude", "from kl"}
+QUICK = {"categorical", "product", "complex amplitude"}
 
 
 @pytest.mark.parametrize(
@@ -221,15 +221,14 @@ def test_traced_damping_of_zero_is_zero(rng):
     assert (np.asarray(info.num_steps) <= 13).all()
 
 
-def test_without_damping_the_shortest_solution_is_found(dtype, rng):
+def test_without_damping_the_shortest_solution_is_found(rng):
     matrix, _ = problem(rng, rows=12, columns=12)
     matrix = matrix[:6]
     w = rng.normal(size=6)
     expected = np.linalg.pinv(matrix) @ w
     for known in (w, None):
-        d, _ = solve(matrix, matrix.T @ w, known, 0.0, dtype=dtype)
-        bound = 200 * np.linalg.cond(matrix) ** 2 * np.finfo(dtype).eps
-        assert relative_error(d, expected) <= bound
+        d, _ = solve(matrix, matrix.T @ w, known, 0.0)
+        assert relative_error(d, expected) <= 200 * np.linalg.cond(matrix) ** 2 * EPS
 
 
 def test_zero_is_exactly_zero_whatever_the_guess(rng):
@@ -276,6 +275,7 @@ def test_no_guess_hurts(damping, knows_w, rng):
         assert 0.5 * d @ square @ d - g @ d <= EPS  # of the quadratic model, 0 at 0
 
 
+@pytest.mark.slow
 def test_a_good_guess_saves_steps(rng):
     matrix, w = problem(rng)
     g = matrix.T @ w
