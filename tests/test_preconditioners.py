@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 from typing import Any
 
 import jax
@@ -137,12 +138,14 @@ def test_cg_with_jacobi_takes_the_textbook_iterates(rng, x64):
         z_next = inverse * r_next
         p = z_next + (r_next @ z_next) / (r @ z) * p
         r, z = r_next, z_next
-        if steps not in (1, 4, 8):
+        if steps not in (1, 8):
             continue
         solver = ngd.CG(steps, rtol=0.0, preconditioner=ngd.Jacobi(power=1.0))
-        ours, _ = solver(
-            matrix_of(matrix), systems.tree_like(rhs, "float64"), damping=damping
-        )
+        ours, _ = jax.jit(
+            lambda matrix, rhs, solver=solver: solver(
+                matrix_of(matrix), rhs, damping=damping
+            )
+        )(jnp.asarray(matrix), systems.tree_like(rhs, "float64"))
         np.testing.assert_allclose(systems.flat(ours), x, rtol=1e-7, atol=1e-12)
 
 
@@ -181,12 +184,11 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("rank", [3, 15, 40])
-@pytest.mark.parametrize("relative_damping", [0.0, 1e-5])
-def test_nystrom_is_symmetric_positive_definite(dtype, rank, relative_damping, rng):
-    for values in SPECTRA.values():
+@pytest.mark.parametrize("rank", [3, 40])
+def test_nystrom_is_symmetric_positive_definite(dtype, rank, rng):
+    for values, relative_damping in itertools.product(SPECTRA.values(), (0.0, 1e-5)):
         matrix = jnp.asarray(systems.spectrum(rng, values), dtype)
-        damping = relative_damping * max(values.max(), 1e-30)
+        damping = jnp.asarray(relative_damping * max(values.max(), 1e-30), dtype)
         state, inverse = nystrom_of(matrix, damping, KEY, rank, 40)
         inverse = np.asarray(inverse, float)
         eps = np.finfo(dtype).eps
@@ -271,13 +273,12 @@ def abstract(fn, *args):
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("params_dtype", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("params_dtype", ["bfloat16", "mixed"])
 def test_states_keep_their_structure_and_dtypes(make, params_dtype, rng):
     params, x, _ = network_problem(rng, "float32")
-    if params_dtype != "float32":
-        params["hidden"] = jax.tree.map(
-            lambda leaf: leaf.astype(jnp.bfloat16), params["hidden"]
-        )
+    params["hidden"] = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), params["hidden"]
+    )
     if params_dtype == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     preconditioner = make(refresh_every=2)
@@ -389,23 +390,24 @@ def test_each_build_has_its_own_random_numbers_and_the_same_key_the_same(rng):
     assert np.abs(first - second).max() > 1e-3 * first.max()
 
 
-@EVERY_KIND
+@pytest.mark.parametrize(
+    "make", [ngd.Jacobi, functools.partial(ngd.Nystrom, 4, KEY)], ids=["Jacobi", "Nys"]
+)
 def test_vmapped_states_are_those_of_each(make, rng):
-    _, x, _ = network_problem(rng, "float32")
-    draws = [reference.network_params(rng, 3) for _ in range(2)]
-    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *draws)
+    spectra = [np.logspace(-3, 0, 10), np.linspace(1, 2, 10)]
+    matrices = [systems.spectrum(rng, values) for values in spectra]
     preconditioner = make(refresh_every=2)
 
-    def apply(params):
-        state = preconditioner.init(params)
-        for _ in range(2):
-            state = preconditioner.update(linearize(params, x), state)
-        return preconditioner.matvec(state, 0.1)(params)
+    def apply(matrix):
+        fisher = matrix_of(matrix, "float32")
+        state = preconditioner.update(fisher, preconditioner.init(fisher.params))
+        vector = systems.tree_like(np.ones(10), "float32")
+        return preconditioner.matvec(state, 0.1)(vector)
 
-    together = jax.jit(jax.vmap(apply))(many)
-    for i, params in enumerate(draws):
-        one = reference.flat(jax.jit(apply)(params))
-        both = reference.flat(jax.tree.map(lambda leaf, i=i: leaf[i], together))
+    together = jax.jit(jax.vmap(apply))(jnp.asarray(matrices, jnp.float32))
+    for i, matrix in enumerate(matrices):
+        one = systems.flat(jax.jit(apply)(jnp.asarray(matrix, jnp.float32)))
+        both = systems.flat(jax.tree.map(lambda leaf, i=i: leaf[i], together))
         np.testing.assert_allclose(both, one, rtol=2e-3, atol=2e-3)
 
 
@@ -424,11 +426,7 @@ def test_trees_without_leaves_have_a_state(make):
 def test_bfloat16_parameters_are_solved_for(rng):
     params, x, truth = network_problem(rng, "float32")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    for preconditioner in (
-        ngd.Jacobi(),
-        ngd.Jacobi(num_probes=20, key=KEY),
-        ngd.Nystrom(10, KEY),
-    ):
+    for preconditioner in (ngd.Jacobi(num_probes=20, key=KEY), ngd.Nystrom(10, KEY)):
         solver = ngd.CG(30, rtol=1e-2, preconditioner=preconditioner)
 
         @jax.jit

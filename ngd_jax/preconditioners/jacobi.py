@@ -38,17 +38,22 @@ class JacobiState(NamedTuple):
 class Jacobi:
     """The diagonal of F: M = (diag F + λ)^power, its largest entry scaled to 1.
 
-    Right where parameters have units of their own, as with inputs that are not
-    standardised; of no use where the ill conditioning is that of a rotated matrix.
+    For parameters that have units of their own, as with inputs that are not
+    standardised. On the raw wine data (condition number 1e9) ten steps bring 0.90 of
+    the decrease of the quadratic model, and 0.72 without. The norm of the residual,
+    which adds up what has different units, may well be larger meanwhile, and 1e-3 of it
+    take more steps: use it with a step budget or `CG(progress_tol=...)`.
 
     The exact diagonal costs a backward pass for each output. `num_probes` estimates it
     from as many backward passes in all, by diag F = E[(Aᵀu)²] with F = AᵀA and random
     signs u, in the space of outputs: never negative, with a relative standard deviation
     of at most √(2 / num_probes). Signs v in the space of parameters, diag F = E[v∘Fv],
-    cost a product each, and their error grows with the off-diagonal of F instead.
+    cost a product each, and their error grows with the off-diagonal of F instead: a
+    relative deviation of 15 in the median on a small autoencoder, 1.4 for the others.
 
     Attributes:
-      power: 1, or less to trust the diagonal less: Martens 2010 has 0.75.
+      power: 1, or less to trust the diagonal less. 0.75 is of Martens 2010, and took
+        fewer products than 1 in every row of `experiments.measure.preconditioning`.
       num_probes: None for the exact diagonal, or how many backward passes to take.
       key: a typed key, as of `jax.random.key`, for the probes.
       refresh_every: steps from one build to the next.

@@ -53,7 +53,11 @@ class Nystrom:
     The r products with random vectors find the r largest eigenvalues, roughly, and M
     brings them down to the smallest of them. Right where the spectrum of F falls fast,
     in whatever basis; the expected condition number is below 28 once r is twice the
-    effective dimension tr(F (F + λI)⁻¹), and more. Reused over steps, it costs little.
+    effective dimension tr(F (F + λI)⁻¹), and more.
+
+    It ages with F: on a small autoencoder, while training made large steps, one of rank
+    20 saved half of the products when new and a third when two steps old; where the
+    condition number is above 1e8 an old one can cost more products than none.
 
     Attributes:
       rank: r; at most as many as there are parameters are used. A build costs r
