@@ -72,7 +72,7 @@ def test_progress_rule_is_that_of_martens(max_steps, tolerance, guess, x64, rng)
     assert abs(steps - (expected or max_steps)) <= (steps > 40)
     assert int(info.status) == (Status.SETTLED if expected else Status.MAX_STEPS)
     energy = systems.energy(matrix, np.asarray(x), rhs)
-    np.testing.assert_allclose(energy, values[steps], rtol=1e-3)
+    np.testing.assert_allclose(energy, values[steps], rtol=5e-3)
 
 
 def test_progress_rule_includes_the_damping_and_any_scale(rng):
