@@ -1,8 +1,11 @@
 """What is timed: one gradient, Fisher products, whole steps, on multilayer perceptrons.
 
+One output is a regression of unit variance, several are logits of as many classes.
+
 All of it goes through the public API, as in a user's program.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,30 +24,47 @@ from ngd_jax.flax import linen_model_fn
 
 __all__ = [
     "Problem",
+    "cast_problem",
+    "check_taken",
     "count_parameters",
     "make_problem",
+    "natural_step",
     "products",
     "program_step",
     "train_step",
+    "widths_of",
 ]
 
 
 class Problem(NamedTuple):
-    """A classifier at random parameters, with a random batch.
+    """A model at random parameters, with a random batch.
 
     Attributes:
-      model_fn: (params, batch) -> logits.
-      loss_fn: (params, batch) -> mean cross-entropy.
+      model_fn: (params, batch) -> outputs.
+      likelihood: what the outputs mean.
+      output_loss_fn: (outputs, batch) -> mean negative log-likelihood.
       params: the parameters.
       batch: {"x": inputs, "y": labels}.
       vector: a tree like `params` to multiply with.
     """
 
     model_fn: Callable[[Any, Any], jax.Array]
-    loss_fn: Callable[[Any, Any], jax.Array]
+    likelihood: ngd.Likelihood
+    output_loss_fn: Callable[[Any, Any], jax.Array]
     params: Any
     batch: dict[str, jax.Array]
     vector: Any
+
+    def loss_fn(self, params: Any, batch: Any) -> jax.Array:
+        """The loss as a function of the parameters."""
+        return self.output_loss_fn(self.model_fn(params, batch), batch)
+
+    def linearize(self, params: Any, batch: Any) -> ngd.Fisher:
+        """The exact Fisher."""
+        return ngd.linearize_fisher(self.model_fn, params, batch, self.likelihood)
+
+
+_INPUTS = 32
 
 
 class _Perceptron(nn.Module):
@@ -58,25 +78,55 @@ class _Perceptron(nn.Module):
 
 
 def make_problem(widths: Sequence[int], batch_size: int) -> Problem:
-    """A tanh network of the given widths, inputs first and classes last."""
+    """A tanh network of the given widths, inputs first and outputs last."""
     key = jax.random.key(0)
     init_key, x_key, y_key, vector_key = jax.random.split(key, 4)
     module = _Perceptron(tuple(widths[1:]))
-    batch = {
-        "x": jax.random.normal(x_key, (batch_size, widths[0])),
-        "y": jax.random.randint(y_key, (batch_size,), 0, widths[-1]),
-    }
-    params = module.init(init_key, batch["x"])["params"]
+    x = jax.random.normal(x_key, (batch_size, widths[0]))
+    if widths[-1] == 1:
+        likelihood, y = ngd.Gaussian(), jax.random.normal(y_key, (batch_size, 1))
+    else:
+        likelihood = ngd.Categorical()
+        y = jax.random.randint(y_key, (batch_size,), 0, widths[-1])
+    params = module.init(init_key, x)["params"]
 
-    model_fn = linen_model_fn(module)
-
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        logits = model_fn(params, batch)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-        return losses.mean()
+    def output_loss_fn(outputs: jax.Array, batch: Any) -> jax.Array:
+        return -likelihood.log_prob(outputs, batch["y"]).mean()
 
     vector = optax.tree.random_like(vector_key, params)
-    return Problem(model_fn, loss_fn, params, batch, vector)
+    return Problem(
+        model_fn=linen_model_fn(module),
+        likelihood=likelihood,
+        output_loss_fn=output_loss_fn,
+        params=params,
+        batch={"x": x, "y": y},
+        vector=vector,
+    )
+
+
+def cast_problem(problem: Problem, dtype: Any) -> Problem:
+    """The same with parameters, inputs and so all activations in another precision."""
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return problem._replace(
+        params=jax.tree.map(cast, problem.params),
+        batch=jax.tree.map(cast, problem.batch),
+        vector=jax.tree.map(cast, problem.vector),
+    )
+
+
+def widths_of(cell: Sequence[int]) -> tuple[int, ...]:
+    """Widths of a network for [P, N, K]: two equal hidden layers, about P parameters.
+
+    With i inputs and width h, P = h² + (i + 2 + K) h + K.
+    """
+    num_parameters, _, num_outputs = cell
+    linear = _INPUTS + 2 + num_outputs
+    constant = num_outputs - num_parameters
+    width = (math.sqrt(linear**2 - 4 * constant) - linear) / 2
+    return (_INPUTS, max(1, round(width)), max(1, round(width)), num_outputs)
 
 
 def count_parameters(problem: Problem) -> int:
@@ -88,9 +138,7 @@ def products(problem: Problem, count: int) -> Callable[[Any, Any, Any], Any]:
     """(params, batch, vector) -> F applied `count` times, linearised once."""
 
     def apply(params: Any, batch: Any, vector: Any) -> Any:
-        fisher = ngd.linearize_fisher(
-            problem.model_fn, params, batch, ngd.Categorical()
-        )
+        fisher = problem.linearize(params, batch)
         for _ in range(count):
             vector = fisher.matvec(vector)
         return vector
@@ -131,3 +179,33 @@ def train_step(
         return optax.apply_updates(params, updates), opt_state, value
 
     return step, tx.init(problem.params)
+
+
+def check_taken(opt_state: Any) -> ngd.NaturalGradientInfo:
+    """The report of a step.
+
+    Raises:
+      RuntimeError: where the step was refused, so that its price means nothing.
+    """
+    info = optax.tree.get(opt_state, "NaturalGradientInfo")
+    if int(info.status) != ngd.StepStatus.TAKEN:
+        raise RuntimeError(ngd.StepStatus(int(info.status)).message)
+    return info
+
+
+def natural_step(
+    problem: Problem, solver: ngd.Solver, *, damping: float = 1e-3
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A training step to the radius 1e-2, and its arguments."""
+    in_outputs = getattr(solver, "uses_coefficients", False)
+    tx = ngd.natural_gradient(
+        None,
+        problem.model_fn,
+        problem.likelihood,
+        max_kl=1e-2,
+        damping=damping,
+        solver=solver,
+        output_loss_fn=problem.output_loss_fn if in_outputs else None,
+    )
+    step, opt_state = train_step(problem, tx)
+    return step, (problem.params, opt_state, problem.batch)

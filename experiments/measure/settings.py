@@ -3,19 +3,42 @@
 import dataclasses
 from typing import Annotated
 
-from experiments.settings import AT_LEAST_ONE, Rule
+from experiments.measure.preconditioning import PreconditionersSettings
+from experiments.settings import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, Rule
 
-__all__ = ["BenchmarkConfig"]
+__all__ = [
+    "TABLES",
+    "BenchmarkConfig",
+    "MemorySettings",
+    "PrecisionSettings",
+    "PreconditionersSettings",
+    "ProductsSettings",
+    "ScalingSettings",
+    "SolversSettings",
+]
 
+TABLES = ("products", "solvers", "memory", "scaling", "precision", "preconditioners")
+
+TABLE = Rule(
+    f"all or one of {', '.join(TABLES)}", lambda name: name in (*TABLES, "all")
+)
+DTYPE = Rule(
+    "bfloat16, float32 or float64",
+    lambda name: name in ("bfloat16", "float32", "float64"),
+)
 WIDTHS = Rule(
     "lists of two or more positive widths",
     lambda widths: len(widths) >= 2 and all(width >= 1 for width in widths),
 )
+CELLS = Rule(
+    "lists [parameters, examples, outputs] of positive numbers",
+    lambda cell: len(cell) == 3 and all(number >= 1 for number in cell),
+)
 
 
 @dataclasses.dataclass
-class BenchmarkConfig:
-    """Settings of `experiments.benchmark`.
+class ProductsSettings:
+    """Settings of the tables of products and whole steps.
 
     Attributes:
       networks: widths of the networks, inputs first and classes last.
@@ -24,7 +47,6 @@ class BenchmarkConfig:
       repeats: turns of each timing.
       compile_repeats: turns of each compilation.
       import_repeats: processes that import the library.
-      output: Markdown file to write; null prints only.
     """
 
     networks: Annotated[list[list[int]], WIDTHS]
@@ -33,4 +55,100 @@ class BenchmarkConfig:
     repeats: Annotated[int, AT_LEAST_ONE]
     compile_repeats: Annotated[int, AT_LEAST_ONE]
     import_repeats: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class SolversSettings:
+    """Settings of the table of solvers.
+
+    Attributes:
+      cells: [P, N, K] of each row: parameters, examples, outputs of an example.
+      gram_cells: [P, N, K] where the Gram matrix is timed by itself; the first is that
+        of the goal.
+      steps: step budgets of the solvers that iterate.
+      repeats: turns of each timing.
+      budget: seconds that one call may be expected to take; others are skipped.
+      cholesky_limit: the largest P for the dense matrix.
+    """
+
+    cells: Annotated[list[list[int]], CELLS]
+    gram_cells: Annotated[list[list[int]], CELLS]
+    steps: Annotated[list[int], AT_LEAST_ONE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+    budget: Annotated[float, POSITIVE]
+    cholesky_limit: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class MemorySettings:
+    """Settings of the table of memory.
+
+    Attributes:
+      cells: [P, N, K] of each row.
+      cg_steps: steps of conjugate gradients, which keep nothing of them.
+      block_sizes: of `SampleSpace`, examples at a time.
+      gram_limit: the largest N·K for `SampleSpace`.
+      resident_cells: [P, N, K] where a process of its own is watched.
+    """
+
+    cells: Annotated[list[list[int]], CELLS]
+    cg_steps: Annotated[int, AT_LEAST_ONE]
+    block_sizes: Annotated[list[int], AT_LEAST_ONE]
+    gram_limit: Annotated[int, AT_LEAST_ONE]
+    resident_cells: Annotated[list[list[int]], CELLS]
+
+
+@dataclasses.dataclass
+class ScalingSettings:
+    """Settings of the table of scaling: three sweeps.
+
+    Attributes:
+      examples: N; the first is that of the other sweeps, as with those that follow.
+      parameters: P.
+      steps: steps of conjugate gradients.
+      outputs: K.
+      repeats: turns of each timing.
+    """
+
+    examples: Annotated[list[int], AT_LEAST_ONE]
+    parameters: Annotated[list[int], AT_LEAST_ONE]
+    steps: Annotated[list[int], AT_LEAST_ONE]
+    outputs: Annotated[int, AT_LEAST_ONE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class PrecisionSettings:
+    """Settings of the table of precision.
+
+    Attributes:
+      cells: [P, N, K]; P small enough for the dense matrix in float64.
+      dtypes: of parameters, data and so activations.
+      dampings: λ, in units of trace(F) / P.
+      max_steps: budget of the solvers that iterate, enough to converge.
+    """
+
+    cells: Annotated[list[list[int]], CELLS]
+    dtypes: Annotated[list[str], DTYPE]
+    dampings: Annotated[list[float], NON_NEGATIVE]
+    max_steps: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class BenchmarkConfig:
+    """Settings of `experiments.benchmark`.
+
+    Attributes:
+      table: which one, or "all".
+      output: Markdown file to write; null prints only.
+      products, solvers, memory, scaling, precision, preconditioners: of each table.
+    """
+
+    table: Annotated[str, TABLE]
     output: str | None
+    products: ProductsSettings
+    solvers: SolversSettings
+    memory: MemorySettings
+    scaling: ScalingSettings
+    precision: PrecisionSettings
+    preconditioners: PreconditionersSettings

@@ -1,231 +1,45 @@
-"""The benchmark's figures, measured and written as Markdown."""
+"""All tables of the benchmark by name."""
 
-import importlib.metadata
-import platform
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-import jax
-import optax
-
-import ngd_jax as ngd
-from experiments.measure.clocks import (
-    compile_seconds,
-    import_seconds,
-    interleaved_seconds,
-    operation_count,
+from experiments.measure.markdown import Table
+from experiments.measure.memory import memory_tables
+from experiments.measure.precision import precision_tables
+from experiments.measure.preconditioning import (
+    HEAD,
+    PreconditionersSettings,
+    cells,
+    measure_preconditioners,
 )
-from experiments.measure.contestants import (
-    Problem,
-    count_parameters,
-    make_problem,
-    products,
-    program_step,
-    train_step,
-)
+from experiments.measure.products import product_tables
+from experiments.measure.scaling import scaling_tables
+from experiments.measure.settings import TABLES, BenchmarkConfig
+from experiments.measure.solvers import solver_tables
 
-__all__ = [
-    "Figure",
-    "measure_network",
-    "measure_setup",
-    "network_name",
-    "write_markdown",
-]
+__all__ = ["measure_tables", "preconditioner_tables", "select"]
 
 
-class Figure(NamedTuple):
-    """One row: what was measured, what came out, and what it should stay within.
-
-    Attributes:
-      name: what, in words with its unit.
-      value: the figure.
-      goal: the largest value aimed at; None where there is none.
-    """
-
-    name: str
-    value: float
-    goal: float | None = None
+def select(name: str) -> Sequence[str]:
+    """The tables that `table=name` asks for."""
+    return TABLES if name == "all" else (name,)
 
 
-def measure_network(
-    widths: Sequence[int], *, batch_size: int, cg_steps: int, repeats: int
-) -> list[Figure]:
-    """Prices of products and steps on one network, in gradients."""
-    problem = make_problem(widths, batch_size)
-    return [
-        *_count_operations(problem),
-        *_time_products(problem, cg_steps=cg_steps, repeats=repeats),
-        *_time_step(problem, cg_steps=cg_steps, repeats=repeats),
-    ]
-
-
-def _count_operations(problem: Problem) -> list[Figure]:
-    args = (problem.params, problem.batch, problem.vector)
-    gradient = operation_count(jax.value_and_grad(problem.loss_fn), *args[:2])
-    once, twice = (operation_count(products(problem, k), *args) for k in (1, 2))
-    return [
-        Figure("a lone product, operations / gradient", once / gradient, 1.67),
-        Figure("a further product, operations / gradient", (twice - once) / gradient),
-    ]
-
-
-def _time_products(problem: Problem, *, cg_steps: int, repeats: int) -> list[Figure]:
-    args = (problem.params, problem.batch)
-    gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
-    alone = jax.jit(products(problem, 1))
-
-    def solve(steps: int):
-        solver = ngd.CG(max_steps=steps, rtol=0.0)
-
-        @jax.jit
-        def run(params, batch, vector):
-            fisher = ngd.linearize_fisher(
-                problem.model_fn, params, batch, ngd.Categorical()
-            )
-            return solver(fisher, vector, damping=1e-3)
-
-        return run
-
-    def multiply(count: int):
-        @jax.jit
-        def run(params, batch, vector):
-            fisher = ngd.linearize_fisher(
-                problem.model_fn, params, batch, ngd.Categorical()
-            )
-            return jax.lax.fori_loop(0, count, lambda _, v: fisher.matvec(v), vector)
-
-        return run
-
-    _, right_side = gradient(*args)
-    counts = (cg_steps, 3 * cg_steps)
-    solves = [solve(count) for count in counts]
-    for run, count in zip(solves, counts, strict=True):
-        taken = int(run(*args, right_side)[1].num_steps)
-        if taken != count:
-            raise RuntimeError(f"{taken} CG steps were taken where {count} were timed")
-    timed = [alone, *(multiply(count) for count in counts), *solves]
-    one, *rest = interleaved_seconds(
-        [
-            lambda: gradient(*args),
-            *(lambda run=run: run(*args, right_side) for run in timed),
-        ],
-        repeats=repeats,
-    )
-    lone, few_products, many_products, few_steps, many_steps = rest
-    further = 2 * cg_steps * one
-    return [
-        Figure("one gradient, CPU ms", 1e3 * one),
-        Figure("a lone product, time / gradient", lone / one, 1.6),
-        Figure(
-            "a further product in a loop, time / gradient",
-            (many_products - few_products) / further,
-            1.3,
-        ),
-        Figure(
-            "a further CG step (product and vectors), time / gradient",
-            (many_steps - few_steps) / further,
-        ),
-    ]
-
-
-def _time_step(problem: Problem, *, cg_steps: int, repeats: int) -> list[Figure]:
-    gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
-    tx = ngd.natural_gradient(
-        None,
-        problem.model_fn,
-        ngd.Categorical(),
-        max_kl=1e-2,
-        solver=ngd.CG(max_steps=cg_steps, rtol=0.0),
-    )
-    step, opt_state = train_step(problem, tx)
-    step = jax.jit(step)
-    args = (problem.params, opt_state, problem.batch)
-    info = optax.tree.get(step(*args)[1], "NaturalGradientInfo")
-    if int(info.status) != ngd.StepStatus.TAKEN:
-        raise RuntimeError(ngd.StepStatus(int(info.status)).message)
-    seconds = interleaved_seconds(
-        [lambda: gradient(problem.params, problem.batch), lambda: step(*args)],
-        repeats=repeats,
-    )
-    return [
-        Figure(
-            f"a whole step to the radius, {cg_steps} CG steps, time / gradient",
-            seconds[1] / seconds[0],
-            18.0,
-        ),
-        Figure("forward passes for the measured KL", float(info.num_kl_evaluations)),
-    ]
-
-
-def measure_setup(
-    widths: Sequence[int], *, batch_size: int, compile_repeats: int, import_repeats: int
-) -> list[Figure]:
-    """Prices paid once: compilation against Adam's, and the import."""
-    problem = make_problem(widths, batch_size)
-
-    def contestant(tx: optax.GradientTransformation):
-        def make():
-            step, opt_state = train_step(problem, tx)
-            return step, (problem.params, opt_state, problem.batch)
-
-        return make
-
-    natural = ngd.natural_gradient(
-        1.0, problem.model_fn, ngd.Categorical(), max_kl=1e-2
-    )
-    adam, ours, program_adam, program_ours = compile_seconds(
-        [
-            contestant(optax.adam(1e-3)),
-            contestant(natural),
-            lambda: program_step("adam"),
-            lambda: program_step("natural_gradient"),
-        ],
-        repeats=compile_repeats,
-    )
-    added = import_seconds("ngd_jax", after=("jax", "optax"), repeats=import_repeats)
-    return [
-        Figure("compiling the program's training step with Adam, CPU s", program_adam),
-        Figure("the same with ours, times Adam's", program_ours / program_adam, 2.5),
-        Figure("compiling a bare Adam step, CPU s", adam),
-        Figure("a bare step of ours, times Adam's", ours / adam, 2.5),
-        Figure("import ngd_jax after jax and optax, CPU s", added, 0.15),
-    ]
-
-
-def write_markdown(columns: dict[str, list[Figure]], setup: list[Figure]) -> str:
-    """Tables of figures, one column for each network, with versions and device."""
-    names = [figure.name for figure in next(iter(columns.values()))]
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")
+def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
+    """Measures one of `TABLES`."""
+    measure: dict[str, Callable[[], list[Table]]] = {
+        "products": lambda: product_tables(config.products),
+        "solvers": lambda: solver_tables(config.solvers),
+        "memory": lambda: memory_tables(config.memory),
+        "scaling": lambda: scaling_tables(config.scaling),
+        "precision": lambda: precision_tables(config.precision),
+        "preconditioners": lambda: preconditioner_tables(config.preconditioners),
     }
-    where = ", ".join(f"{name} {version}" for name, version in versions.items())
-    where += f", ngd_jax {ngd.__version__}, Python {platform.python_version()}; "
-    where += f"{jax.devices()[0].device_kind}, one thread, float32; "
-    lines = [
-        where + "medians of interleaved CPU times.",
-        "",
-        "| | " + " | ".join(columns) + " | goal |",
-        "|---|" + "---|" * (len(columns) + 1),
+    return measure[name]()
+
+
+def preconditioner_tables(settings: PreconditionersSettings) -> list[Table]:
+    """Products until the residual is small, by preconditioner."""
+    title = f"Products until the relative residual is {settings.rtol:g}"
+    return [
+        Table(title, HEAD, [cells(row) for row in measure_preconditioners(settings)])
     ]
-    for index, name in enumerate(names):
-        row = [figures[index] for figures in columns.values()]
-        cells = " | ".join(_cell(figure) for figure in row)
-        lines.append(f"| {name} | {cells} | {_goal(row[0])} |")
-    lines += ["", "| once | | goal |", "|---|---|---|"]
-    lines += [f"| {f.name} | {_cell(f)} | {_goal(f)} |" for f in setup]
-    return "\n".join(lines) + "\n"
-
-
-def network_name(widths: Sequence[int], batch_size: int) -> str:
-    """What heads a column: the widths and the number of parameters."""
-    count = count_parameters(make_problem(widths, batch_size))
-    return f"{'-'.join(map(str, widths))} ({count:,} parameters)"
-
-
-def _cell(figure: Figure) -> str:
-    missed = figure.goal is not None and figure.value > figure.goal
-    return f"{figure.value:.3g}" + (" (missed)" if missed else "")
-
-
-def _goal(figure: Figure) -> str:
-    return "" if figure.goal is None else f"≤ {figure.goal:g}"

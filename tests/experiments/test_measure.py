@@ -1,5 +1,6 @@
-"""The benchmark: operation counts, which no load can change, and its tables."""
+"""The benchmark: its settings, clocks and contestants, by counts that no load moves."""
 
+import re
 import subprocess
 import sys
 
@@ -7,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import ngd_jax as ngd
+from experiments.config import CONFIG_DIR, read_as
 from experiments.measure.clocks import (
     compile_seconds,
     import_seconds,
@@ -16,12 +20,18 @@ from experiments.measure.clocks import (
     operation_count,
 )
 from experiments.measure.contestants import (
+    cast_problem,
+    check_taken,
     count_parameters,
     make_problem,
+    natural_step,
     products,
     program_step,
+    widths_of,
 )
-from experiments.measure.tables import Figure, network_name, write_markdown
+from experiments.measure.products import network_name
+from experiments.measure.settings import BenchmarkConfig
+from experiments.settings import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +39,51 @@ def problem():
     return make_problem((64, 128, 64, 10), batch_size=256)
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("nope=1", "`nope` is not a setting"),
-        ("batch_size=-3", "`batch_size` must be at least 1, got -3"),
-        ("networks=[[4]]", "`networks` must be lists of two or more positive widths"),
-        ("repeats=x", "`repeats`"),
-    ],
-)
-def test_mistakes_in_the_settings_end_as_one_line(setting, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmark", setting],
+def run(*overrides):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark", *overrides],
         check=False,
         capture_output=True,
         text=True,
     )
+
+
+def read(*overrides):
+    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        tree = compose("benchmark", overrides=list(overrides))
+    return read_as(OmegaConf.structured(BenchmarkConfig), tree)
+
+
+def test_a_mistake_in_the_settings_ends_as_one_line():
+    done = run("nope=1")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr == (
+        "error: `nope` is not a setting here; --cfg job prints those there are.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("table=prices", "`table` must be all or one of products, solvers, memory"),
+        ("products.batch_size=-3", "`products.batch_size` must be at least 1, got -3"),
+        ("products.networks=[[4]]", "must be lists of two or more positive widths"),
+        (
+            "solvers.cells=[[9,9]]",
+            "`solvers.cells` must be lists [parameters, examples",
+        ),
+        ("scaling.repeats=x", "`scaling.repeats`"),
+    ],
+)
+def test_mistakes_in_the_settings_name_the_setting(setting, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read(setting)
+
+
+def test_the_settings_that_ship_are_right():
+    config = read()
+    assert config.table == "products"
+    assert config.solvers.gram_cells[0] == [100_000, 512, 1]  # the goal's
 
 
 def test_operations_of_a_matrix_product_are_counted():
@@ -113,15 +148,52 @@ def test_program_step_is_the_one_that_trains():
     assert {"loss", "measured_kl"} <= set(records)
 
 
-def test_table_says_which_goals_are_missed():
-    columns = {"small": [Figure("met", 1.0, 2.0), Figure("missed", 3.0, 2.0)]}
-    markdown = write_markdown(columns, [Figure("without a goal", 0.5)])
-    assert "| met | 1 | ≤ 2 |" in markdown
-    assert "| missed | 3 (missed) | ≤ 2 |" in markdown
-    assert "| without a goal | 0.5 |  |" in markdown
-    assert jax.__version__ in markdown
-
-
 def test_column_names_count_the_parameters(problem):
     assert count_parameters(problem) == 17226
-    assert network_name((64, 128, 64, 10), 2) == "64-128-64-10 (17,226 parameters)"
+    assert network_name((4, 5, 3), 2) == "4-5-3 (43 parameters)"
+
+
+@pytest.mark.parametrize("num_parameters", [1000, 100_000, 10_000_000])
+@pytest.mark.parametrize("outputs", [1, 8])
+def test_widths_give_about_the_parameters_asked_for(num_parameters, outputs):
+    inputs, width, same, last = widths_of([num_parameters, 64, outputs])
+    count = (inputs + 1) * width + (width + 1) * same + (same + 1) * last
+    assert (same, last) == (width, outputs)
+    assert abs(count / num_parameters - 1) < 0.1
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_loss_is_the_negative_log_likelihood(outputs):
+    problem = make_problem((4, 5, outputs), batch_size=6)
+    logits = problem.model_fn(problem.params, problem.batch)
+    y = problem.batch["y"]
+    if outputs == 1:
+        expected = 0.5 * jnp.mean((logits - y) ** 2) + 0.5 * jnp.log(2 * jnp.pi)
+    else:
+        expected = -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(6), y])
+    loss = problem.loss_fn(problem.params, problem.batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_a_cast_problem_computes_in_its_dtype_and_keeps_its_labels():
+    problem = make_problem((4, 5, 3), batch_size=6)
+    cast = cast_problem(problem, "bfloat16")
+    assert cast.model_fn(cast.params, cast.batch).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cast.batch["y"], problem.batch["y"])
+    assert cast.batch["y"].dtype == problem.batch["y"].dtype
+
+
+def test_the_step_that_is_timed_goes_to_the_radius():
+    problem = make_problem((4, 5, 3), batch_size=6)
+    step, args = natural_step(problem, ngd.CG(max_steps=2, rtol=0.0))
+    info = check_taken(step(*args)[1])
+    assert 0 < float(info.measured_kl) <= 1e-2
+    assert int(info.solver.num_steps) == 2
+
+
+def test_a_refused_step_has_no_price():
+    problem = make_problem((4, 5, 3), batch_size=6)
+    bad = jax.tree.map(lambda x: x * jnp.nan, problem.params)
+    step, (_, opt_state, batch) = natural_step(problem, ngd.CG(max_steps=2))
+    with pytest.raises(RuntimeError):
+        check_taken(step(bad, opt_state, batch)[1])

@@ -1,0 +1,104 @@
+"""Tables of the benchmark as Markdown, and the judgement of goals."""
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+import ngd_jax as ngd
+
+__all__ = ["Figure", "Table", "describe_machine", "goal_of", "value_of", "write_tables"]
+
+
+class Figure(NamedTuple):
+    """What was measured, what came out, and what it should stay within.
+
+    Attributes:
+      name: what, in words with its unit.
+      value: the figure.
+      goal: the largest value aimed at; None where there is none.
+    """
+
+    name: str
+    value: float
+    goal: float | None = None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the figure is within its goal; a NaN is within none."""
+        return self.goal is None or self.value <= self.goal
+
+
+class Table(NamedTuple):
+    """One table, with what it was measured for.
+
+    Attributes:
+      title: what the rows and columns are.
+      head: the names of the columns.
+      rows: the cells, as they are to be read.
+      goals: figures that stand below, each with its judgement.
+      notes: what else a reader must know, a sentence each.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    goals: Sequence[Figure] = ()
+    notes: Sequence[str] = ()
+
+
+def write_tables(tables: Sequence[Table]) -> str:
+    """All tables, below a line that says where they were measured."""
+    return "\n".join([describe_machine() + "\n", *map(_write, tables)])
+
+
+def describe_machine() -> str:
+    """Versions, device, threads and clock, in one line."""
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")
+    }
+    where = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{where}, ngd_jax {ngd.__version__}, Python {platform.python_version()}; "
+        f"{jax.devices()[0].device_kind}, one thread, float32 unless said; medians of "
+        f"interleaved CPU times."
+    )
+
+
+def value_of(figure: Figure) -> str:
+    """The figure as a cell, marked where its goal is missed."""
+    return f"{figure.value:.3g}" + ("" if figure.is_met else " (missed)")
+
+
+def goal_of(figure: Figure) -> str:
+    """The goal as a cell."""
+    return "" if figure.goal is None else f"≤ {figure.goal:g}"
+
+
+def _write(table: Table) -> str:
+    lines = [
+        f"**{table.title}**",
+        "",
+        _row(table.head),
+        "|" + "---|" * len(table.head),
+        *map(_row, table.rows),
+        "",
+    ]
+    if table.goals:
+        lines += [f"- {_judge(figure)}" for figure in table.goals] + [""]
+    if table.notes:
+        lines += [" ".join(table.notes), ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _judge(figure: Figure) -> str:
+    if figure.goal is None:
+        return f"{figure.name}: {figure.value:.3g}."
+    verdict = "met" if figure.is_met else "MISSED"
+    return f"{figure.name}: {verdict}, {figure.value:.3g} against {goal_of(figure)}."
