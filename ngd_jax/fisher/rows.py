@@ -308,13 +308,21 @@ def agreement(groups: Sequence[Group], apart: Sequence[Sequence[Array]]) -> Arra
     for group, differences in zip(groups, apart, strict=True):
         outputs = jax.tree.leaves([term.data.outputs for term in group.terms])
         for out, difference in zip(outputs, differences, strict=True):
-            narrow = max(
-                jnp.finfo(leaf.dtype).eps
-                for leaf in (out, *jax.tree.leaves(group.fisher.params))
-            )
+            leaves = (out, *jax.tree.leaves(group.fisher.params))
+            narrow = max(_rounding(leaf.dtype) for leaf in leaves)
             largest = jnp.max(jnp.abs(out), initial=0)
-            agree &= difference <= jnp.sqrt(narrow) * largest
+            agree &= difference <= narrow**0.5 * largest
     return agree
+
+
+def _rounding(dtype: Any) -> float:
+    """The round-off of products in this dtype as JAX computes them by default."""
+    eps = float(jnp.finfo(dtype).eps)
+    if jax.default_backend() == "cpu" or eps < jnp.finfo(jnp.float32).eps:
+        return eps
+    # Accelerators round the factors of float32 products, to TensorFloat-32 or bfloat16,
+    # and not in the same way for one example as for many.
+    return max(eps, float(jnp.finfo(jnp.bfloat16).eps))
 
 
 def diagonal_from_rows(fisher: "Fisher") -> tuple[Array, Array]:

@@ -45,20 +45,23 @@ def factorise(matrix: Array) -> Factor:
     diagonal = jnp.real(jnp.diagonal(matrix))
     scale = jnp.where(diagonal > 0, jnp.where(diagonal > 0, diagonal, 1) ** -0.5, 1)
     scaled = matrix * scale[:, None] * scale[None, :]
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     eps = float(jnp.finfo(matrix.dtype).eps)
-    lower = jnp.linalg.cholesky(scaled)
-    jitter = jnp.zeros((), diagonal.dtype)
-    for more in (len(matrix) * eps, eps**0.5):
-        lower, jitter = jax.lax.cond(
-            jnp.all(jnp.isfinite(lower)),
-            lambda lower, jitter, _: (lower, jitter),
-            lambda _lower, _jitter, more: (
-                jnp.linalg.cholesky(scaled + more * identity),
-                more,
-            ),
-            *(lower, jitter, jnp.asarray(more, diagonal.dtype)),
-        )
+
+    def attempt(jitters: tuple[float, ...]) -> tuple[Array, Array]:
+        jitter, *others = jitters
+        shifted = scaled
+        if jitter:
+            shifted += jitter * jnp.eye(len(matrix), dtype=matrix.dtype)
+        # Only the lower triangle is read: nothing to make symmetric first.
+        lower = jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
+        found = lower, jnp.asarray(jitter, diagonal.dtype)
+        if not others:
+            return found
+        # A failure shows in every entry.
+        is_finite = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
+        return jax.lax.cond(is_finite, lambda: found, lambda: attempt(tuple(others)))
+
+    lower, jitter = attempt((0.0, len(matrix) * eps, eps**0.5))
     return Factor(matrix, scale, lower, jitter * scale**-2)
 
 
