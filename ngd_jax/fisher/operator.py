@@ -238,11 +238,13 @@ class Fisher:
         flat, unravel = ravel_pytree(tree.widen(self.params))
 
         def from_basis() -> Array:
-            return jax.lax.map(
-                lambda v: self.quadratic(unravel(v)).astype(v.real.dtype),
-                jnp.eye(flat.size, dtype=flat.dtype),
-                batch_size=_BASIS_CHUNK,
-            )
+            def entry(index: Array) -> Array:
+                vector = jnp.zeros_like(flat).at[index].set(1)
+                return self.quadratic(unravel(vector)).astype(flat.real.dtype)
+
+            # By index: a matrix of all basis vectors would be as large as F.
+            indices = jnp.arange(flat.size)
+            return jax.lax.map(entry, indices, batch_size=_BASIS_CHUNK)
 
         try:
             diagonal, is_separable = diagonal_from_rows(self)
