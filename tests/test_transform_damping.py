@@ -117,3 +117,54 @@ def test_levenberg_marquardt_refuses_a_step_that_raises_the_loss(name, initial):
     _, state = step_fn(1e-2, state, params, batch)
     assert state.info.status == ngd.StepStatus.TAKEN
     np.testing.assert_allclose(state.info.damping, 1.5 * initial, rtol=1e-6)
+
+
+def test_a_refused_step_keeps_parameters_and_state_to_the_bit():
+    """With momentum and a preconditioner, whose last values the next step needs."""
+    params, batch = make_problem()
+    rule = ngd.LevenbergMarquardt(initial=1.0)
+    precondition = ngd.Nystrom(rank=3, key=jax.random.key(0), refresh_every=4)
+
+    @jax.jit
+    def step(rate, grads, state, params):
+        tx = ngd.natural_gradient(
+            rate,
+            model_fn,
+            ngd.Categorical(),
+            damping=rule,
+            momentum=0.5,
+            solver=ngd.CG(preconditioner=precondition),
+        )
+        return tx.update(grads, state, params, batch=batch, value_fn=wide_loss_fn)
+
+    tx = ngd.natural_gradient(
+        1.0,
+        model_fn,
+        ngd.Categorical(),
+        damping=rule,
+        solver=ngd.CG(preconditioner=precondition),
+    )
+    state, grads = tx.init(params), grad_fn(params, batch)
+    updates, state = step(0.5, grads, state, params)
+    assert state.info.status == ngd.StepStatus.TAKEN
+    params = optax.apply_updates(params, updates)
+    grads = grad_fn(params, batch)
+    bad = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
+    for rate, gradient, expected in (
+        (0.5, bad, ngd.StepStatus.NON_FINITE_GRADIENT),
+        (1e4, grads, ngd.StepStatus.NO_REDUCTION),
+    ):
+        updates, refused = step(rate, gradient, state, params)
+        assert refused.info.status == expected
+        moved = optax.apply_updates(params, updates)
+        for old, new in (
+            (params, moved),
+            (state.direction, refused.direction),
+            (state.count, refused.count),
+        ):
+            jax.tree.map(np.testing.assert_array_equal, old, new)
+        is_weighed = expected == ngd.StepStatus.NO_REDUCTION
+        assert refused.damping == state.damping * (1.5 if is_weighed else 1.0)
+        # The sketch is of these parameters, and serves the next attempt.
+        ages = refused.solver_state.age - state.solver_state.age
+        assert ages == (1 if is_weighed else 0)

@@ -11,6 +11,7 @@ NUM_ROWS, NUM_PARAMS, BATCH = 24, 30, 3
 SOLVERS = {
     "cg": (ngd.CG(40, rtol=1e-12), 0.0),
     "cholesky": (ngd.Cholesky(), 1e-9),
+    "sample_space": (ngd.SampleSpace(), 0.0),
 }
 
 
