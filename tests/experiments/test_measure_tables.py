@@ -156,6 +156,7 @@ def test_plan_of_plain_descent_holds_parameters_and_batch():
     assert held <= plan.held <= held + 256
 
 
+@pytest.mark.slow
 def test_a_fresh_process_grows_by_what_a_step_takes():
     cell = [300_000, 8, 1]
     seen = resident_bytes(seen_bytes.__module__, seen_bytes.__name__, [cell, 2])
@@ -175,6 +176,7 @@ def test_dense_system_is_the_float64_definition(dtype):
     assert precision.relative_error(gradient, exact[1]) < 30 * eps
 
 
+@pytest.mark.slow
 def test_table_of_solvers_has_a_price_for_each():
     found, gram = solvers.solver_tables(SOLVERS)
     assert list(found.head[4:-1]) == ["CG 2", "LSMR 2", "Cholesky", "SampleSpace"]
@@ -208,6 +210,7 @@ def test_tables_of_memory_judge_the_goal():
     assert list(resident.rows) == []
 
 
+@pytest.mark.slow
 def test_table_of_scaling_has_a_slope_for_each_sweep():
     settings = ScalingSettings(
         examples=[8, 16], parameters=[300, 600], steps=[2, 4], outputs=1, repeats=1

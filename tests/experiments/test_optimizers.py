@@ -30,7 +30,7 @@ WORDS = {
     "levenberg_marquardt in output space": [
         "solver=sample_space",
         "damping_rule=levenberg_marquardt",
-        "metric_examples=8",
+        "damping=1",
     ],
 }
 
