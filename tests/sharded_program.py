@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 import ngd_jax as ngd
 from tests import reference
 
-jax.config.update("jax_enable_x64", True)
 # A number that no parameter has as a factor of its shape, so that it shows in HLO.
 NUM_EXAMPLES = 56
 # Solved to the end: unfinished solves amplify round-off a million times.
@@ -82,6 +81,7 @@ def largest(values):
 
 
 def main(names):
+    jax.config.update("jax_enable_x64", True)
     assert len(jax.devices()) == 8
     rng = np.random.default_rng(0)
     params = reference.network_params(rng, 4, num_hidden=8, dtype=jnp.float64)
