@@ -18,9 +18,12 @@ from experiments.measure.clocks import use_one_thread
 use_one_thread()  # before JAX starts its threads
 
 from experiments.config import CONFIG_DIR, read_as, run_program  # noqa: E402
-from experiments.measure.markdown import write_tables  # noqa: E402
 from experiments.measure.settings import BenchmarkConfig  # noqa: E402
-from experiments.measure.tables import measure_tables, select  # noqa: E402
+from experiments.measure.tables import (  # noqa: E402
+    measure_tables,
+    select,
+    write_tables,
+)
 from experiments.settings import ConfigError  # noqa: E402
 
 

@@ -219,6 +219,11 @@ def _make_damping(
 
 
 def _make_solver(config: NaturalGradientConfig) -> ngd.Solver:
+    if config.solver not in ("cg", "auto") and config.cg.preconditioner != "none":
+        raise ConfigError(
+            f"`optimizer.cg.preconditioner` is for optimizer.solver=cg or auto: got "
+            f"preconditioner={config.cg.preconditioner} with solver={config.solver}."
+        )
     match config.solver:
         case "cg":
             return _make_cg(config.cg)

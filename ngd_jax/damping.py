@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngd_jax import tree
+from ngd_jax.arguments import check_count
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
 __all__ = ["CovariantDamping", "LevenbergMarquardt", "RelativeDamping"]
@@ -98,10 +99,7 @@ class LevenbergMarquardt:
     def __post_init__(self) -> None:
         for name in ("initial", "increase", "decrease", "minimum", "maximum"):
             _check_positive(name, getattr(self, name))
-        if isinstance(self.every, bool) or not isinstance(self.every, int):
-            raise TypeError(f"`every` must be a Python int, got {self.every!r}.")
-        if self.every < 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}.")
+        check_count("every", self.every)
         if not self.increase > 1:
             raise ValueError(f"`increase` must be above 1, got {self.increase}.")
         if not self.decrease < 1:

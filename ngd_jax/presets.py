@@ -6,7 +6,7 @@
 
 Each is a plain dict, made anew by every call: print it, change an entry, pass it on.
 What a preset takes from its source and what it does otherwise is said in its docstring.
-λ is in units of F as defined here, a mean over examples; so it is in the sources.
+λ is in units of F as defined here, a mean over examples.
 """
 
 from collections.abc import Callable

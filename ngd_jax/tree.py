@@ -21,36 +21,39 @@ __all__ = [
     "check_parameters",
     "divide",
     "max_abs",
+    "norm",
     "pack",
     "scale",
     "select",
     "size",
     "usable_unit",
     "vdot",
+    "wide_dtype",
     "widen",
     "zeros_like_wide",
 ]
 
 
-def _wide_dtype(leaf: ArrayLike) -> jnp.dtype:
+def wide_dtype(leaf: ArrayLike) -> jnp.dtype:
+    """The dtype of a leaf, float32 where that is narrower."""
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 def accumulator_dtype(tree: PyTree) -> jnp.dtype:
     """The real dtype in which sums over `tree` are taken: float32 or wider."""
     leaves = jax.tree.leaves(tree)
-    real = (jnp.finfo(_wide_dtype(leaf)).dtype for leaf in leaves)
+    real = (jnp.finfo(wide_dtype(leaf)).dtype for leaf in leaves)
     return functools.reduce(jnp.promote_types, real, jnp.dtype(jnp.float32))
 
 
 def widen(tree: PyTree) -> PyTree:
     """Converts every leaf to float32 where it is narrower, and leaves the rest."""
-    return jax.tree.map(lambda x: jnp.asarray(x, _wide_dtype(x)), tree)
+    return jax.tree.map(lambda x: jnp.asarray(x, wide_dtype(x)), tree)
 
 
 def zeros_like_wide(tree: PyTree) -> PyTree:
     """Zeros of the shapes of `tree`, each leaf in its `widen`ed dtype."""
-    return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), _wide_dtype(x)), tree)
+    return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), wide_dtype(x)), tree)
 
 
 def size(tree: PyTree) -> int:
@@ -73,7 +76,7 @@ def vdot(a: PyTree, b: PyTree) -> Scalar:
     dtype = accumulator_dtype((a, b))
     total = jnp.zeros((), dtype)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        wide = jnp.promote_types(_wide_dtype(x), _wide_dtype(y))
+        wide = jnp.promote_types(wide_dtype(x), wide_dtype(y))
         x, y = jnp.asarray(x, wide), jnp.asarray(y, wide)
         axes = tuple(range(x.ndim))
         # One contraction, where a sum of products would be four kernels on CPU; and
@@ -86,6 +89,13 @@ def vdot(a: PyTree, b: PyTree) -> Scalar:
         )
         total += jnp.real(product).astype(dtype)
     return total
+
+
+def norm(x: PyTree) -> Scalar:
+    """The Euclidean norm √⟨x, x⟩; its derivative at 0 is 0, where it would be NaN."""
+    square = vdot(x, x)
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 # Below this many entries a leaf is not worth a kernel of its own.
@@ -154,7 +164,7 @@ def axpy(alpha: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
     """Adds alpha·x + y, computed wide, in the dtype of the leaves of `y`."""
 
     def combine(x_leaf: ArrayLike, y_leaf: ArrayLike) -> Array:
-        wide = jnp.promote_types(_wide_dtype(x_leaf), _wide_dtype(y_leaf))
+        wide = jnp.promote_types(wide_dtype(x_leaf), wide_dtype(y_leaf))
         total = jnp.asarray(alpha).astype(_real_like(wide)) * jnp.asarray(
             x_leaf, wide
         ) + jnp.asarray(y_leaf, wide)
@@ -167,7 +177,7 @@ def scale(alpha: ArrayLike, x: PyTree) -> PyTree:
     """Multiplies alpha·x, computed wide, in the dtype of the leaves of `x`."""
 
     def multiply(leaf: ArrayLike) -> Array:
-        wide = _wide_dtype(leaf)
+        wide = wide_dtype(leaf)
         product = jnp.asarray(alpha).astype(_real_like(wide)) * jnp.asarray(leaf, wide)
         return product.astype(jnp.result_type(leaf))
 
@@ -178,7 +188,7 @@ def divide(x: PyTree, by: ArrayLike) -> PyTree:
     """Divides by a scalar, x / by; exact where the inverse of `by` would overflow."""
 
     def quotient(leaf: ArrayLike) -> Array:
-        wide = _wide_dtype(leaf)
+        wide = wide_dtype(leaf)
         divisor = jnp.asarray(by).astype(_real_like(wide))
         return (jnp.asarray(leaf, wide) / divisor).astype(jnp.result_type(leaf))
 

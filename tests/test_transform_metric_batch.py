@@ -128,18 +128,12 @@ def test_reduction_is_weighed_on_the_batch_of_the_gradient(given, microbatch_siz
 
 
 def test_a_gradient_in_output_space_has_no_meaning_on_another_batch():
-    class Solver:
-        uses_coefficients = True
-
-        def __call__(self, fisher, rhs, *, damping, x0=None):
-            raise NotImplementedError
-
     with pytest.raises(ValueError, match=r"`output_loss_fn` is for.*metric_batch_fn"):
         ngd.natural_gradient(
             1.0,
             model_fn,
             ngd.Categorical(),
-            solver=Solver(),
+            solver=ngd.SampleSpace(),
             output_loss_fn=lambda *_: 0.0,
             metric_batch_fn=first_examples,
         )

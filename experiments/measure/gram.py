@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 import ngd_jax as ngd
+from experiments.markdown import Figure, Table
 from experiments.measure.clocks import interleaved_seconds
 from experiments.measure.contestants import (
     Problem,
@@ -20,7 +21,6 @@ from experiments.measure.contestants import (
     make_problem,
     widths_of,
 )
-from experiments.measure.markdown import Figure, Table
 from ngd_jax.solvers.sample_space import solve_in_sample_space
 
 __all__ = ["GramCost", "fit_constants", "gram_table", "measure_gram"]

@@ -7,6 +7,7 @@ import jax
 import optax
 
 import ngd_jax as ngd
+from experiments.markdown import Figure, Table
 from experiments.measure.contestants import (
     Problem,
     count_parameters,
@@ -15,7 +16,6 @@ from experiments.measure.contestants import (
     train_step,
     widths_of,
 )
-from experiments.measure.markdown import Figure, Table
 from experiments.measure.settings import MemorySettings
 from experiments.measure.space import (
     Memory,

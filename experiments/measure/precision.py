@@ -26,6 +26,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
+from experiments.markdown import Table
 from experiments.measure.contestants import (
     Problem,
     cast_problem,
@@ -33,7 +34,6 @@ from experiments.measure.contestants import (
     make_problem,
     widths_of,
 )
-from experiments.measure.markdown import Table
 from experiments.measure.settings import PrecisionSettings
 from ngd_jax import tree
 from ngd_jax.solvers import StatefulSolver

@@ -6,6 +6,7 @@ import jax
 import optax
 
 import ngd_jax as ngd
+from experiments.markdown import Figure, Table, goal_of, value_of
 from experiments.measure.clocks import (
     compile_seconds,
     import_seconds,
@@ -22,7 +23,6 @@ from experiments.measure.contestants import (
     program_step,
     train_step,
 )
-from experiments.measure.markdown import Figure, Table, goal_of, value_of
 from experiments.measure.settings import ProductsSettings
 
 __all__ = [

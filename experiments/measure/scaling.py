@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 import ngd_jax as ngd
+from experiments.markdown import Figure, Table
 from experiments.measure.clocks import interleaved_seconds
 from experiments.measure.contestants import (
     check_taken,
@@ -15,7 +16,6 @@ from experiments.measure.contestants import (
     natural_step,
     widths_of,
 )
-from experiments.measure.markdown import Figure, Table
 from experiments.measure.settings import ScalingSettings
 
 __all__ = ["fit_slope", "scaling_tables", "time_steps"]

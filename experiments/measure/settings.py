@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from experiments.measure.preconditioning import PreconditionersSettings
-from experiments.settings import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, Rule
+from experiments.settings import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, SEED, Rule
 
 __all__ = [
     "TABLES",
@@ -132,6 +131,43 @@ class PrecisionSettings:
     dtypes: Annotated[list[str], DTYPE]
     dampings: Annotated[list[float], NON_NEGATIVE]
     max_steps: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class PreconditionersSettings:
+    """Settings of the table of preconditioners.
+
+    Attributes:
+      widths: of the autoencoder's encoder, pixels first and code last; 784, 1000, 500,
+        250, 30 is the published one.
+      num_examples: images in the batch.
+      training_steps: natural gradient steps before anything is measured.
+      steps_between: how much older the parameters of a reused preconditioner are.
+      dampings: λ of the autoencoder's systems.
+      raw_dampings: λ of the systems with raw inputs.
+      ranks: of `Nystrom`.
+      num_probes: of the estimated diagonal.
+      exact_limit: parameters above which the exact diagonal is left out, which takes a
+        backward pass for each output of each example alone.
+      rtol: relative residual to reach.
+      few_products: after so many, the decrease of the quadratic model is compared.
+      max_products: where to give up.
+      seed: of the initial parameters and of the random vectors.
+    """
+
+    widths: Annotated[list[int], AT_LEAST_ONE]
+    num_examples: Annotated[int, AT_LEAST_ONE]
+    training_steps: Annotated[int, AT_LEAST_ONE]
+    steps_between: Annotated[int, AT_LEAST_ONE]
+    dampings: Annotated[list[float], POSITIVE]
+    raw_dampings: Annotated[list[float], POSITIVE]
+    ranks: Annotated[list[int], AT_LEAST_ONE]
+    num_probes: Annotated[int, AT_LEAST_ONE]
+    exact_limit: Annotated[int, AT_LEAST_ONE]
+    rtol: Annotated[float, POSITIVE]
+    few_products: Annotated[int, AT_LEAST_ONE]
+    max_products: Annotated[int, AT_LEAST_ONE]
+    seed: Annotated[int, SEED]
 
 
 @dataclasses.dataclass

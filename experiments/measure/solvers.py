@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 import ngd_jax as ngd
+from experiments.markdown import Table
 from experiments.measure.clocks import interleaved_seconds
 from experiments.measure.contestants import (
     check_taken,
@@ -22,7 +23,6 @@ from experiments.measure.contestants import (
     widths_of,
 )
 from experiments.measure.gram import gram_table, measure_gram
-from experiments.measure.markdown import Table
 from experiments.measure.settings import SolversSettings
 from experiments.measure.space import planned_memory
 

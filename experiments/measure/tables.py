@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from experiments.measure.markdown import Table
+from experiments.markdown import Table, describe_environment, write_table
 from experiments.measure.memory import memory_tables
 from experiments.measure.precision import precision_tables
 from experiments.measure.preconditioning import (
@@ -16,7 +16,7 @@ from experiments.measure.scaling import scaling_tables
 from experiments.measure.settings import TABLES, BenchmarkConfig
 from experiments.measure.solvers import solver_tables
 
-__all__ = ["measure_tables", "preconditioner_tables", "select"]
+__all__ = ["measure_tables", "preconditioner_tables", "select", "write_tables"]
 
 
 def select(name: str) -> Sequence[str]:
@@ -35,6 +35,15 @@ def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
         "preconditioners": lambda: preconditioner_tables(config.preconditioners),
     }
     return measure[name]()
+
+
+def write_tables(tables: Sequence[Table]) -> str:
+    """All tables, below a line that says where and how they were measured."""
+    where = (
+        f"{describe_environment()}, one thread, float32 unless said; medians of "
+        f"interleaved CPU times."
+    )
+    return "\n".join([where + "\n", *map(write_table, tables)])
 
 
 def preconditioner_tables(settings: PreconditionersSettings) -> list[Table]:

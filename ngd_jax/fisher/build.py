@@ -5,6 +5,7 @@ from typing import Any, TypedDict, cast, get_args
 import jax
 
 from ngd_jax import tree
+from ngd_jax.arguments import check_count
 from ngd_jax.fisher import average
 from ngd_jax.fisher.linearization import Chunks, forward, linearize
 from ngd_jax.fisher.operator import Fisher, Kind
@@ -145,15 +146,7 @@ def chunks_of(
     leading = average.leading_size(likelihood, outputs)
     if microbatch_size is None:
         return None
-    if isinstance(microbatch_size, bool) or not isinstance(microbatch_size, int):
-        raise TypeError(
-            f"`microbatch_size` must be a Python int (static under jit), got "
-            f"{type(microbatch_size).__name__}."
-        )
-    if microbatch_size < 1:
-        raise ValueError(
-            f"`microbatch_size` must be at least 1, got {microbatch_size}."
-        )
+    check_count("microbatch_size", microbatch_size)
     if leading is None:
         raise ValueError(
             "`microbatch_size` needs outputs that share one leading axis of examples."

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngd_jax import tree
+from ngd_jax.arguments import check_count
 from ngd_jax.fisher.coefficients import real_parts
 from ngd_jax.fisher.rows import Group, agreement, coefficient_order, row_groups
 from ngd_jax.types import Array, Params
@@ -47,13 +48,7 @@ class Gram(NamedTuple):
 def gram_matrix(fisher: "Fisher", block_size: int | None = None) -> Gram:
     """A Aᵀ; see `Fisher.gram`."""
     if block_size is not None:
-        if isinstance(block_size, bool) or not isinstance(block_size, int):
-            raise TypeError(
-                f"`block_size` must be a Python int (static under jit), got "
-                f"{type(block_size).__name__}."
-            )
-        if block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
+        check_count("block_size", block_size)
     groups = row_groups(fisher)
     row_bytes = _row_bytes(fisher.params)
     dtype = tree.accumulator_dtype((fisher.params, fisher.outputs))

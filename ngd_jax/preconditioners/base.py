@@ -11,12 +11,10 @@ from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
 
 __all__ = [
     "Preconditioner",
-    "check_count",
     "check_key",
     "random_like",
     "rebuild",
     "refresh",
-    "wide_dtype",
 ]
 
 _State = TypeVar("_State", bound=Any)
@@ -71,14 +69,6 @@ def rebuild(state: _State, build: Callable[[_State], _State]) -> _State:
     )
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless `value` is a positive int."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be a Python int, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
 def check_key(key: Any, what: str) -> None:
     """Raises TypeError unless `key` is a typed key."""
     dtype = getattr(key, "dtype", None)
@@ -103,8 +93,3 @@ def random_like(sample: Callable[..., Array], key: KeyArray, like: PyTree) -> Py
 
     drawn = [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=False)]
     return jax.tree.unflatten(structure, drawn)
-
-
-def wide_dtype(leaf: ArrayLike) -> jnp.dtype:
-    """The dtype of `tree.widen`."""
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
+from ngd_jax.arguments import check_count
 from ngd_jax.preconditioners.base import (
-    check_count,
     check_key,
     random_like,
     rebuild,
     refresh,
-    wide_dtype,
 )
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
 
@@ -59,7 +58,8 @@ class Jacobi:
       refresh_every: steps from one build to the next.
 
     Raises:
-      ValueError, TypeError: on numbers out of range, and on probes without a key.
+      ValueError, TypeError: on numbers out of range, on probes without a
+        key, and on a key without probes.
 
     Example:
       >>> import jax, jax.numpy as jnp, ngd_jax as ngd
@@ -92,6 +92,8 @@ class Jacobi:
         if self.num_probes is not None:
             check_count("num_probes", self.num_probes)
             check_key(self.key, "Jacobi(num_probes=...)")
+        elif self.key is not None:
+            raise ValueError("`key` is for the probes: give `num_probes` too.")
 
     def init(self, params: Params) -> JacobiState:
         """The state before anything is built, with which M = I."""
@@ -154,7 +156,7 @@ def _estimate_diagonal(fisher: Any, keys: KeyArray, like: PyTree) -> PyTree:
 
 
 def _real_ones(leaf: ArrayLike) -> Array:
-    return jnp.ones(jnp.shape(leaf), jnp.finfo(wide_dtype(leaf)).dtype)
+    return jnp.ones(jnp.shape(leaf), jnp.finfo(tree.wide_dtype(leaf)).dtype)
 
 
 def _shaped_like(flat: Array, like: PyTree) -> PyTree:

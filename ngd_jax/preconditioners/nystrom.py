@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
+from ngd_jax.arguments import check_count
 from ngd_jax.preconditioners.base import (
-    check_count,
     check_key,
     random_like,
     rebuild,
     refresh,
-    wide_dtype,
 )
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
 
@@ -100,7 +99,7 @@ class Nystrom:
         rank = self._rank(params)
 
         def zeros(leaf: ArrayLike) -> Array:
-            return jnp.zeros((rank, *jnp.shape(leaf)), wide_dtype(leaf))
+            return jnp.zeros((rank, *jnp.shape(leaf)), tree.wide_dtype(leaf))
 
         return NystromState(
             num_builds=jnp.zeros((), jnp.int32),

@@ -29,6 +29,7 @@ from ngd_jax.solvers.interface import (
     Solver,
     SolverInfo,
     SolverStatus,
+    StatefulSolver,
     check_system,
 )
 from ngd_jax.solvers.sample_space import SampleSpace, solve_in_sample_space
@@ -50,7 +51,7 @@ class Choice(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Auto:
+class Auto(StatefulSolver):
     """`CG`, `SampleSpace` or `Cholesky`, by their cost for the shapes at hand.
 
     A direct solver is exact, CG as good as its budget; so a direct one is taken where
@@ -139,17 +140,6 @@ class Auto:
     def init(self, params: PyTree) -> PyTree:
         """The state of `cg`: the choice is not known before a batch is seen."""
         return self.cg.init(params)
-
-    def __call__(
-        self,
-        fisher: Any,
-        rhs: PyTree,
-        *,
-        damping: ArrayLike,
-        x0: PyTree | None = None,
-    ) -> tuple[PyTree, SolverInfo]:
-        """Solves (F + λI) d = g; see `Solver`."""
-        return self.solve(fisher, rhs, damping=damping, x0=x0)[:2]
 
     def solve(
         self,

@@ -6,14 +6,14 @@ from typing import Any
 
 from ngd_jax.preconditioners import Preconditioner
 from ngd_jax.solvers.conjugate_gradient import check_budget, conjugate_gradient
-from ngd_jax.solvers.interface import SolverInfo, check_system
+from ngd_jax.solvers.interface import SolverInfo, StatefulSolver, check_system
 from ngd_jax.types import ArrayLike, MatVec, Params, PyTree, Scalar
 
 __all__ = ["CG"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CG:
+class CG(StatefulSolver):
     """Conjugate gradients on F + λI: the reference, for every size of problem.
 
     Attributes:
@@ -60,18 +60,6 @@ class CG:
         if isinstance(self.preconditioner, Preconditioner):
             return self.preconditioner.init(params)
         return ()
-
-    def __call__(
-        self,
-        fisher: Any,
-        rhs: PyTree,
-        *,
-        damping: ArrayLike,
-        x0: PyTree | None = None,
-    ) -> tuple[PyTree, SolverInfo]:
-        """Solves (F + λI) d = g, with a preconditioner built anew; see `Solver`."""
-        solution, info, _ = self.solve(fisher, rhs, damping=damping, x0=x0)
-        return solution, info
 
     def solve(
         self,

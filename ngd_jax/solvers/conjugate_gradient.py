@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.arguments import check_count
 from ngd_jax.solvers import iterates
 from ngd_jax.solvers.interface import (
     SolverInfo,
@@ -334,13 +335,7 @@ def conjugate_gradient(
         relative_residual=jnp.where(is_sound, relative, 1.0).astype(dtype),
         status=jnp.where(is_sound, status, SolverStatus.NON_FINITE).astype(jnp.int32),
     )
-    solution = forward_only(
-        solution,
-        what="conjugate_gradient",
-        instead="Stop the gradient at its result with jax.lax.stop_gradient, or wrap "
-        "the solve in jax.lax.custom_linear_solve.",
-    )
-    return solution, info
+    return forward_only(solution, what="conjugate_gradient"), info
 
 
 def _better_of(best: _Best | None, new: _Best) -> tuple[_Best, Array]:
@@ -412,13 +407,7 @@ def check_budget(
       TypeError: on a step budget that is not a Python int.
       ValueError: on numbers out of range.
     """
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int):
-        raise TypeError(
-            f"`max_steps` must be a Python int (static under jit), got "
-            f"{type(max_steps).__name__}."
-        )
-    if max_steps < 1:
-        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}.")
+    check_count("max_steps", max_steps)
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not value >= 0:
             raise ValueError(f"`{name}` must not be negative, got {value}.")

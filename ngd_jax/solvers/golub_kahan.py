@@ -210,7 +210,7 @@ def _prepare(
         r = tree.select(is_round_off, zeros, rest)
         dropped = tree.select(is_round_off, rest, zeros)
         gradient = tree.select(is_round_off, gradient, g)
-    g_norm = _norm(tree.axpy(1.0, dropped, gradient)).astype(dtype)
+    g_norm = tree.norm(tree.axpy(1.0, dropped, gradient)).astype(dtype)
     problem = _Problem(
         matvec=push,
         rmatvec=pull,
@@ -236,9 +236,9 @@ def _is_round_off(
     What two computations of one gradient may differ by. Kept, it would be solved for,
     with the condition number of F.
     """
-    g_norm = _norm(g)
-    size = g_norm + _norm(push(g)) * _norm(w) * _inverse(g_norm)
-    return _norm(rest) <= _TWO_WAYS * precision * size
+    g_norm = tree.norm(g)
+    size = g_norm + tree.norm(push(g)) * tree.norm(w) * _inverse(g_norm)
+    return tree.norm(rest) <= _TWO_WAYS * precision * size
 
 
 def _begin(
@@ -254,7 +254,7 @@ def _begin(
     With b = [w; r/√λ]: u = b/‖b‖², to be coupled by ‖Aᵀ b‖, and ᾱ = ‖Aᵀ b‖/‖b‖.
     """
     damping = problem.damping
-    size = _norm(gradient)
+    size = tree.norm(gradient)
     w_square, r_square = tree.vdot(w, w), tree.vdot(r, r)
     has_rest = r_square > 0
     # Of λ‖b‖² where there is a rest, else of ‖b‖².
@@ -280,7 +280,7 @@ def _begin(
         s_bar=zero,
         spread=zero if last is None else last.spread,
         noise=zero,
-        residual=_norm(tree.axpy(1.0, problem.dropped, gradient)),
+        residual=tree.norm(tree.axpy(1.0, problem.dropped, gradient)),
         num_steps=jnp.zeros((), jnp.int32) if last is None else last.num_steps,
         status=jnp.asarray(_RUNNING, jnp.int32),
     )
@@ -315,7 +315,7 @@ def _attempt(problem: _Problem, state: _State) -> _State:
     new = _restart(problem, last.x[0], last)
     finite = jnp.isfinite(new.residual)
     # No more than what computing it rounds, or no better for having tried.
-    size = _norm(problem.w) + new.spread * _norm(new.x[0])
+    size = tree.norm(problem.w) + new.spread * tree.norm(new.x[0])
     is_stuck = new.residual <= 4 * problem.precision * new.spread * size
     is_stuck |= new.residual > 0.5 * state.residual
     status = jnp.select(
@@ -353,11 +353,11 @@ def _step(problem: _Problem, state: _State) -> _State:
         tree.axpy(-state.coupling, state.u[0], image),
         tree.axpy(-state.coupling, state.u[1], tree.scale(root, state.v)),
     )
-    beta = relevant(_norm(u))
+    beta = relevant(tree.norm(u))
     u = tree.scale(_inverse(beta), u)
     v = tree.axpy(root, u[1], problem.rmatvec(u[0]))
     v = basis.project_out(state.basis, tree.axpy(-beta, state.v, v))
-    alpha = relevant(_norm(v))
+    alpha = relevant(tree.norm(v))
     v = tree.scale(_inverse(alpha), v)
 
     # 2. The rotations.
@@ -375,8 +375,8 @@ def _step(problem: _Problem, state: _State) -> _State:
     h_bar = tree.axpy(-jnp.where(failed, 0, factor), state.h_bar, h)
     length = c_bar * state.zeta_bar * _inverse(rho) * _inverse(rho_bar)
     x = tree.axpy(jnp.where(failed, 0, length), h_bar, state.x)
-    outside = _norm(tree.axpy(-1.0, x[1], problem.w))
-    rest = _norm(tree.axpy(-problem.damping, x[0], problem.r))
+    outside = tree.norm(tree.axpy(-1.0, x[1], problem.w))
+    rest = tree.norm(tree.axpy(-problem.damping, x[0], problem.r))
     noise = problem.eps * (spread * outside + rest)
     num_steps = state.num_steps + jnp.where(failed, 0, 1).astype(jnp.int32)
     status = jnp.select(
@@ -412,10 +412,6 @@ def _step(problem: _Problem, state: _State) -> _State:
 def _root(square: Array) -> Array:
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
-
-
-def _norm(vector: PyTree) -> Array:
-    return _root(tree.vdot(vector, vector))
 
 
 def _inverse(number: Array) -> Array:

@@ -122,12 +122,25 @@ class StatefulSolver(Solver, Protocol):
 
     The transformation calls `init` and `solve` of a solver that has them, and keeps the
     state in `NaturalGradientState.solver_state`; calling the solver itself starts anew
-    each time.
+    each time. A solver of this kind inherits from this class and defines `solve`, and
+    `init` where it keeps something.
     """
+
+    def __call__(
+        self,
+        fisher: Any,
+        rhs: PyTree,
+        *,
+        damping: ArrayLike,
+        x0: PyTree | None = None,
+    ) -> tuple[PyTree, SolverInfo]:
+        """Solves (F + λI) d = g, keeping nothing; see `Solver`."""
+        return self.solve(fisher, rhs, damping=damping, x0=x0)[:2]
 
     def init(self, params: PyTree) -> PyTree:
         """The state before the first solve, a tree of arrays; () for none."""
-        ...
+        del params
+        return ()
 
     def solve(
         self,
@@ -172,7 +185,13 @@ def check_system(rhs: PyTree, damping: ArrayLike, x0: PyTree | None) -> None:
         tree.check_like(x0, rhs, name="x0", like_name="rhs")
 
 
-def forward_only(values: PyTree, *, what: str, instead: str) -> PyTree:
+def forward_only(
+    values: PyTree,
+    *,
+    what: str,
+    instead: str = "Stop the gradient at its result with jax.lax.stop_gradient, or "
+    "wrap the solve in jax.lax.custom_linear_solve.",
+) -> PyTree:
     """The identity, but for reverse-mode differentiation, which it refuses in words.
 
     Without it the error would come from the loops inside, and name none of our terms.

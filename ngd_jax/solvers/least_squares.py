@@ -19,7 +19,12 @@ import optax
 from ngd_jax import tree
 from ngd_jax.solvers import golub_kahan
 from ngd_jax.solvers.conjugate_gradient import check_budget
-from ngd_jax.solvers.interface import SolverInfo, check_system, forward_only
+from ngd_jax.solvers.interface import (
+    SolverInfo,
+    StatefulSolver,
+    check_system,
+    forward_only,
+)
 from ngd_jax.types import ArrayLike, MatVec, PyTree, Scalar
 
 __all__ = ["LSMR", "lsmr"]
@@ -93,11 +98,11 @@ def lsmr(
     system = golub_kahan.LeastSquares(matvec, rmatvec, w, None, damping, precision)
     limits = golub_kahan.Limits(max_steps, rtol, reorthogonalize)
     solution, info = golub_kahan.solve(system, limits)
-    return _forward_only(solution, "lsmr"), info
+    return forward_only(solution, what="lsmr"), info
 
 
 @dataclasses.dataclass(frozen=True)
-class LSMR:
+class LSMR(StatefulSolver):
     """LSMR on the square root of F: for small damping, or none, and low precision.
 
     For a right-hand side known as coefficients w, g = Aᵀ w, which the transformation
@@ -132,23 +137,6 @@ class LSMR:
 
     def __post_init__(self) -> None:
         check_budget(self.max_steps, self.rtol, 0.0, None)
-
-    def init(self, params: PyTree) -> PyTree:
-        """The state before the first solve: (), nothing is kept."""
-        del params
-        return ()
-
-    def __call__(
-        self,
-        fisher: Any,
-        rhs: PyTree,
-        *,
-        damping: ArrayLike,
-        x0: PyTree | None = None,
-    ) -> tuple[PyTree, SolverInfo]:
-        """Solves (F + λI) d = g for g known in parameter space only; see `Solver`."""
-        solution, info, _ = self.solve(fisher, rhs, damping=damping, x0=x0)
-        return solution, info
 
     def solve(
         self,
@@ -188,7 +176,7 @@ class LSMR:
         )
         limits = golub_kahan.Limits(self.max_steps, self.rtol, self.reorthogonalize)
         solution, info = golub_kahan.solve(system, limits, x0)
-        solution = _forward_only(optax.tree.cast_like(solution, rhs), "LSMR")
+        solution = forward_only(optax.tree.cast_like(solution, rhs), what="LSMR")
         return solution, info, state
 
 
@@ -196,12 +184,3 @@ def _precision(values: PyTree) -> float:
     """The machine precision of the narrowest leaf."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(values)]
     return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
-
-
-def _forward_only(solution: PyTree, what: str) -> PyTree:
-    return forward_only(
-        solution,
-        what=what,
-        instead="Stop the gradient at its result with jax.lax.stop_gradient, or wrap "
-        "the solve in jax.lax.custom_linear_solve.",
-    )

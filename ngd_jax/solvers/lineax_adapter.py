@@ -80,8 +80,8 @@ class Lineax:
         residual = tree.axpy(-1.0, matvec(solution), wide)
         scale = tree.max_abs(wide)
         scale = jnp.where(scale > 0, scale, 1.0)
-        norm = _norm(tree.scale(1 / scale, wide))
-        relative = _norm(tree.scale(1 / scale, residual))
+        norm = tree.norm(tree.scale(1 / scale, wide))
+        relative = tree.norm(tree.scale(1 / scale, residual))
         relative = jnp.where(norm > 0, relative / jnp.where(norm > 0, norm, 1.0), 0.0)
 
         # Where even the product with zero is not finite, there is nothing to go by.
@@ -110,10 +110,6 @@ class Lineax:
             relative_residual=jnp.where(solved, relative, 1.0).astype(dtype),
             status=status.astype(jnp.int32),
         )
-
-
-def _norm(values: PyTree) -> jax.Array:
-    return jnp.sqrt(tree.vdot(values, values))
 
 
 def _import_lineax() -> Any:

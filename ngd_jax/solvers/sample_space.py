@@ -24,7 +24,12 @@ from jax.core import Tracer
 from ngd_jax import tree
 from ngd_jax.fisher.coefficients import ravel_real
 from ngd_jax.fisher.gram import Gram
-from ngd_jax.solvers.interface import SolverInfo, SolverStatus, check_system
+from ngd_jax.solvers.interface import (
+    SolverInfo,
+    SolverStatus,
+    StatefulSolver,
+    check_system,
+)
 from ngd_jax.solvers.positive_definite import (
     Factor,
     factorise,
@@ -45,7 +50,7 @@ _FILTERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleSpace:
+class SampleSpace(StatefulSolver):
     """Direct solve through the Gram matrix of the samples, for many parameters.
 
     With F = Aᵀ A and G = A Aᵀ, `[M, M]`, (F + λI)⁻¹ Aᵀ = Aᵀ (G + λI)⁻¹: a system of the
@@ -107,22 +112,6 @@ class SampleSpace:
 
     uses_coefficients: ClassVar[bool] = True
 
-    def init(self, params: PyTree) -> PyTree:
-        """The state: none."""
-        del params
-        return ()
-
-    def __call__(
-        self,
-        fisher: Any,
-        rhs: PyTree,
-        *,
-        damping: ArrayLike,
-        x0: PyTree | None = None,
-    ) -> tuple[PyTree, SolverInfo]:
-        """Solves (F + λI) d = g; see `Solver`. Nothing to start from, so no `x0`."""
-        return self.solve(fisher, rhs, damping=damping, x0=x0)[:2]
-
     def solve(
         self,
         fisher: Any,
@@ -134,7 +123,7 @@ class SampleSpace:
         objective: Callable[[PyTree], Scalar] | None = None,
         state: PyTree = (),
     ) -> tuple[PyTree, SolverInfo, PyTree]:
-        """Solves (F + λI) d = g; see `StatefulSolver`."""
+        """Solves (F + λI) d = g; see `StatefulSolver`. No use for `x0`, `objective`."""
         del objective
         check_system(rhs, damping, x0)
         gram = fisher.gram(self.block_size)
@@ -180,7 +169,7 @@ def solve_in_sample_space(
         return tree.divide(fisher.sqrt_rmatvec(unravel(vector)), root)
 
     factor = factorise(matrix + damping * identity)
-    g_norm = _norm(g)
+    g_norm = tree.norm(g)
     system = _System(matrix, damping, factor, push, pull, g_norm, _round_off(fisher))
 
     # 2. g = Aᵀ w + r, and A r. Far above the round-off of G any w will do.
@@ -208,10 +197,10 @@ def solve_in_sample_space(
     # 4. The residual: by G; where it is not small, with two passes through the model.
     def true_residual() -> Scalar:
         product = tree.axpy(damping, solution, pull(push(solution)))
-        return _norm(tree.axpy(-1.0, product, g)).astype(dtype)
+        return tree.norm(tree.axpy(-1.0, product, g)).astype(dtype)
 
     inside = jnp.maximum(residual @ (matrix @ residual), 0.0)
-    dropped = jnp.where(is_kept, 0.0, _norm(rest))
+    dropped = jnp.where(is_kept, 0.0, tree.norm(rest))
     by_gram = jnp.sqrt(inside + dropped**2)
     size_of_g = jnp.where(g_norm > 0, g_norm, 1.0)
     is_small = by_gram <= jnp.finfo(dtype).eps ** 0.5 * size_of_g
@@ -254,7 +243,7 @@ class _System(NamedTuple):
         """Whether g - Aᵀ w is not longer than the round-off of what it is made of."""
         a_norm = jnp.sqrt(jnp.trace(self.matrix))
         longest = self.g_norm + a_norm * jnp.linalg.norm(w)
-        return _norm(rest) <= self.round_off * longest
+        return tree.norm(rest) <= self.round_off * longest
 
 
 def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Array]:
@@ -321,10 +310,6 @@ def _round_off(fisher: Any) -> float:
     narrow = float(max(jnp.finfo(leaf.dtype).eps for leaf in leaves))
     wide = float(jnp.finfo(tree.accumulator_dtype(leaves)).eps)
     return max(_ROUND_OFF * wide, 2 * narrow)
-
-
-def _norm(values: PyTree) -> Scalar:
-    return jnp.sqrt(tree.vdot(values, values))
 
 
 def _raise_where_known(gram: Gram) -> None:

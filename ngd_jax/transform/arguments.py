@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.arguments import check_count
 from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import Kind
 from ngd_jax.quadratic_model import QuadraticModelRate
@@ -50,9 +51,12 @@ def _check_numbers(options: Any) -> None:
         _check_scalar(name, value, may_be_zero=True)
         if isinstance(value, int | float) and value > 1:
             raise ValueError(f"`{name}` must be at most 1, got {value}.")
-    _check_count("max_kl_evaluations", options.max_kl_evaluations)
+    hint = " Inside optax.inject_hyperparams, list it in static_args."
+    # Trial budgets may also be traced.
+    if not hasattr(options.max_kl_evaluations, "dtype"):
+        check_count("max_kl_evaluations", options.max_kl_evaluations, hint)
     if options.microbatch_size is not None:
-        _check_count("microbatch_size", options.microbatch_size)
+        check_count("microbatch_size", options.microbatch_size, hint)
 
 
 def _check_kind(options: Any) -> None:
@@ -110,19 +114,6 @@ def _check_scalar(name: str, value: Any, *, may_be_zero: bool) -> None:
     if not in_range or value == float("inf"):
         rule = "must be finite and not negative" if may_be_zero else "must be positive"
         raise ValueError(f"`{name}` {rule}, got {value}.")
-
-
-def _check_count(name: str, value: Any) -> None:
-    """Raises unless `value` is a positive int; trial budgets may also be traced."""
-    if name == "max_kl_evaluations" and hasattr(value, "dtype"):
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"`{name}` must be a Python int, got {type(value).__name__}. Inside "
-            f"optax.inject_hyperparams, list it in static_args."
-        )
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def check_params(params: Params) -> None:

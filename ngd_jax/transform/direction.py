@@ -18,7 +18,7 @@ from ngd_jax.quadratic_model import QuadraticModelRate, minimize_quadratic_model
 from ngd_jax.solvers import Solver, SolverInfo, StatefulSolver
 from ngd_jax.types import ArrayLike, PyTree, Scalar
 
-__all__ = ["Direction", "Hints", "find_direction"]
+__all__ = ["Direction", "Hints", "find_direction", "rescale"]
 
 
 class Hints(NamedTuple):

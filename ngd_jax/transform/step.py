@@ -174,7 +174,7 @@ class NaturalGradientStep:
         status = self._status(gradient_size, largest == 0, found.info, step, value)
         next_damping = damping
         if isinstance(self.rule, LevenbergMarquardt):
-            old = loss_fn(params) if value is None else value
+            old = self._loss_here(fisher, params, batch, loss_fn, value)
             actual = old - loss_fn(moved(emitted))
             model = tree.vdot(gradient, course) - step.scale * quadratic / 2
             status, next_damping = _adapt(
@@ -258,6 +258,21 @@ class NaturalGradientStep:
             )
 
         return missing
+
+    def _loss_here(
+        self,
+        fisher: Fisher,
+        params: Params,
+        batch: Batch,
+        loss_fn: Callable[[Params], Scalar],
+        value: Scalar | None,
+    ) -> Scalar:
+        """The loss at the parameters, with a pass through the model at need only."""
+        if value is not None:
+            return value
+        if self.output_loss_fn is not None and self.metric_batch_fn is None:
+            return self.output_loss_fn(fisher.outputs, batch)
+        return loss_fn(params)
 
     def _who_needs_the_loss(self) -> str:
         if isinstance(self.rule, LevenbergMarquardt):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.markdown import Figure, Table
 from experiments.measure import precision, solvers
 from experiments.measure.contestants import cast_problem, make_problem
 from experiments.measure.gram import GramCost, fit_constants, gram_table
-from experiments.measure.markdown import Figure, Table, write_tables
 from experiments.measure.memory import allowance, memory_tables, plan_step, seen_bytes
 from experiments.measure.scaling import fit_slope, scaling_tables
 from experiments.measure.settings import (
@@ -22,7 +22,7 @@ from experiments.measure.settings import (
     SolversSettings,
 )
 from experiments.measure.space import Memory, planned_memory, resident_bytes
-from experiments.measure.tables import select
+from experiments.measure.tables import select, write_tables
 
 SOLVERS = SolversSettings(
     cells=[[300, 8, 1]],

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import ngd_jax as ngd
-from experiments.measure import preconditioning
+from experiments.measure import preconditioning, systems
+from experiments.measure.settings import PreconditionersSettings
 from experiments.settings import ConfigError, check_rules
 
-SETTINGS = preconditioning.PreconditionersSettings(
+SETTINGS = PreconditionersSettings(
     widths=[784, 20, 4],
     num_examples=6,
     training_steps=1,
@@ -30,21 +31,19 @@ SETTINGS = preconditioning.PreconditionersSettings(
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(
-        preconditioning, "_train", lambda problem, _settings, **_: problem
-    )
+    monkeypatch.setattr(systems, "_train", lambda problem, _settings, **_: problem)
 
 
 def test_images_are_mixed_and_have_mnists_shape():
-    images = preconditioning.load_images(50)
+    images = systems.load_images(50)
     assert images.shape == (50, 784)
     assert images.dtype == np.float32
     assert 0 <= images.min() < images.max() <= 1
-    np.testing.assert_array_equal(images[:9], preconditioning.load_images(9))
+    np.testing.assert_array_equal(images[:9], systems.load_images(9))
 
 
 def test_autoencoder_is_symmetric_and_starts_sparse(no_training):
-    problem = preconditioning.make_autoencoder(SETTINGS)
+    problem = systems.make_autoencoder(SETTINGS)
     shapes = [layer["w"].shape for layer in problem.params]
     assert shapes == [(784, 20), (20, 4), (4, 20), (20, 784)]
     incoming = [(np.asarray(layer["w"]) != 0).sum(0) for layer in problem.params]
@@ -64,7 +63,7 @@ def test_rows_count_products_and_hold_the_true_residual(no_training, monkeypatch
 
     monkeypatch.setattr(preconditioning, "_contestants", contestants)
     with jax.enable_x64(True):
-        problem = preconditioning.make_raw_wine(SETTINGS)
+        problem = systems.make_raw_wine(SETTINGS)
         rows = preconditioning._measure(problem, SETTINGS.raw_dampings, SETTINGS)
         fisher = ngd.dense_fisher(
             problem.model_fn, problem.params, problem.batch, problem.likelihood

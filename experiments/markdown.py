@@ -1,4 +1,4 @@
-"""Tables of the benchmark as Markdown, and the judgement of goals."""
+"""Tables of results as Markdown, and the judgement of goals."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,14 @@ import jax
 
 import ngd_jax as ngd
 
-__all__ = ["Figure", "Table", "describe_machine", "goal_of", "value_of", "write_tables"]
+__all__ = [
+    "Figure",
+    "Table",
+    "describe_environment",
+    "goal_of",
+    "value_of",
+    "write_table",
+]
 
 
 class Figure(NamedTuple):
@@ -49,21 +56,15 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def write_tables(tables: Sequence[Table]) -> str:
-    """All tables, below a line that says where they were measured."""
-    return "\n".join([describe_machine() + "\n", *map(_write, tables)])
-
-
-def describe_machine() -> str:
-    """Versions, device, threads and clock, in one line."""
+def describe_environment() -> str:
+    """Versions and device, in one line."""
     versions = {
         name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")
     }
     where = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         f"{where}, ngd_jax {ngd.__version__}, Python {platform.python_version()}; "
-        f"{jax.devices()[0].device_kind}, one thread, float32 unless said; medians of "
-        f"interleaved CPU times."
+        f"{jax.devices()[0].device_kind}"
     )
 
 
@@ -77,7 +78,8 @@ def goal_of(figure: Figure) -> str:
     return "" if figure.goal is None else f"≤ {figure.goal:g}"
 
 
-def _write(table: Table) -> str:
+def write_table(table: Table) -> str:
+    """The table below its title, and below it its goals and notes."""
     lines = [
         f"**{table.title}**",
         "",
@@ -94,7 +96,7 @@ def _write(table: Table) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def _judge(figure: Figure) -> str:
