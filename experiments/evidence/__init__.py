@@ -1,0 +1,8 @@
+"""The experiments behind the claims; `CLAIMS` has them by name, in reading order."""
+
+from experiments.evidence.claim import Claim
+from experiments.evidence.divergence import DIVERGENCE
+
+__all__ = ["CLAIMS"]
+
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (DIVERGENCE,)}

@@ -1,0 +1,41 @@
+"""The small networks and the data of the experiments."""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sklearn.datasets
+
+__all__ = ["Layers", "digits", "mlp", "mlp_params"]
+
+Layers = list[dict[str, jax.Array]]
+
+
+def mlp_params(key: jax.Array, widths: list[int]) -> Layers:
+    """Weights N(0, 1 / inputs) and zero biases, a dict for each layer."""
+    layers = []
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        layer_key = jax.random.fold_in(key, index)
+        w = jax.random.normal(layer_key, (inputs, outputs)) / jnp.sqrt(inputs)
+        layers.append({"w": w, "b": jnp.zeros(outputs)})
+    return layers
+
+
+def mlp(
+    params: Layers,
+    x: jax.Array,
+    activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
+) -> jax.Array:
+    """A multilayer perceptron with linear outputs: `[N, inputs]` to `[N, outputs]`."""
+    for layer in params[:-1]:
+        x = activation(x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def digits(count: int) -> dict[str, jax.Array]:
+    """Handwritten digits of scikit-learn: `x` `[count, 64]` in [0, 1], `y` labels."""
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    chosen = np.random.default_rng(0).permutation(len(labels))[:count]
+    return {"x": jnp.asarray(images[chosen] / 16), "y": jnp.asarray(labels[chosen])}

@@ -1,0 +1,57 @@
+"""Training steps for the experiments: one compiled scan, and what is watched in it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from ngd_jax.types import Batch, Params, PyTree
+
+__all__ = ["train"]
+
+
+def train(
+    tx: optax.GradientTransformation,
+    loss_fn: Callable[[Params, Batch], jax.Array],
+    params: Params,
+    batches: Batch,
+    observe: Callable[[Params, Params, PyTree, Batch], Any],
+) -> tuple[Params, Any]:
+    """Takes a step on each of `batches`, in one compiled `lax.scan`.
+
+    Args:
+      tx: any Optax transformation, the natural gradient too.
+      loss_fn: (params, batch) -> the mean loss.
+      params: where to start.
+      batches: the batch of each step, stacked along a leading axis.
+      observe: (params before, params after, optimizer state after, batch) -> what to
+        keep of the step, a tree of arrays.
+
+    Returns:
+      the parameters after the last step, and what was kept, stacked.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry: Any, batch: Batch) -> tuple[Any, Any]:
+        params, state = carry
+        value, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            batch=batch,
+            value=value,
+            grad=grads,
+            value_fn=loss_fn,
+        )
+        moved = optax.apply_updates(params, updates)
+        return (moved, state), observe(params, moved, state, batch)
+
+    # Arrays are arguments: as constants, the compiler would fold them.
+    @jax.jit
+    def run(params: Params, batches: Batch) -> Any:
+        return jax.lax.scan(step, (params, tx.init(params)), batches)
+
+    (params, _), kept = run(params, batches)
+    return params, kept
