@@ -50,7 +50,7 @@ def demonstrate(quick: bool) -> Evidence:
     value, gradient = jax.jit(jax.value_and_grad(kl))(flat)
     hessian = np.asarray(jax.jit(jax.jacfwd(jax.grad(kl)))(flat))
     dense = np.asarray(fisher.dense())
-    disagreement = np.linalg.norm(hessian - dense) / np.linalg.norm(dense)
+    disagreement = float(np.linalg.norm(hessian - dense) / np.linalg.norm(dense))
 
     # 2. Away from it, along one direction.
     direction = np.random.default_rng(1).normal(size=flat.shape)
