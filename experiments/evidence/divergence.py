@@ -1,5 +1,8 @@
 """Equal parameters are at KL 0; the further apart the outputs, the larger the KL."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +32,7 @@ _CONVERSE = (
     "moves, never how far the parameters do."
 )
 _DISTANCES = 10.0 ** np.arange(-5, 1)
+_PARTS = np.linspace(0.0, 1.0, 101)
 
 
 def model_fn(params: Layers, batch: dict[str, jax.Array]) -> jax.Array:
@@ -36,53 +40,94 @@ def model_fn(params: Layers, batch: dict[str, jax.Array]) -> jax.Array:
     return mlp(params, batch["x"])
 
 
-def demonstrate(quick: bool) -> Evidence:
-    """64-10-10 on the digits: KL, its derivatives, and what it grows with."""
-    batch = digits(100 if quick else 500)
-    params = mlp_params(jax.random.key(0), [64, 10, 10])
+class _Measured(NamedTuple):
+    """All that is computed on the device, in one compilation.
+
+    Attributes:
+      value: KL(θ, θ).
+      gradient: of KL(θ, ·) at θ.
+      hessian: likewise.
+      dense: F.
+      along: KL to points along a direction.
+      curvature: dᵀFd of it.
+      in_outputs: KL on the straight way to another network's logits.
+      moved: distance in the parameters to a network with permuted units.
+      same: KL to it.
+    """
+
+    value: jax.Array
+    gradient: jax.Array
+    hessian: jax.Array
+    dense: jax.Array
+    along: jax.Array
+    curvature: jax.Array
+    in_outputs: jax.Array
+    moved: jax.Array
+    same: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="likelihood")
+def _measure(
+    key: jax.Array, batch: dict[str, jax.Array], likelihood: ngd.Likelihood
+) -> _Measured:
+    params = mlp_params(key, [64, 10, 10])
     flat, unravel = ravel_pytree(params)
-    fisher = ngd.linearize_fisher(model_fn, params, batch, _LIKELIHOOD)
+    fisher = ngd.linearize_fisher(model_fn, params, batch, likelihood)
 
     def kl(vector: jax.Array) -> jax.Array:
         return fisher.kl(unravel(vector))
 
     # 1. At equality: the value, the gradient, the Hessian.
-    value, gradient = jax.jit(jax.value_and_grad(kl))(flat)
-    hessian = np.asarray(jax.jit(jax.jacfwd(jax.grad(kl)))(flat))
-    dense = np.asarray(fisher.dense())
-    disagreement = float(np.linalg.norm(hessian - dense) / np.linalg.norm(dense))
+    value, gradient = jax.value_and_grad(kl)(flat)
+    hessian = jax.jacfwd(jax.grad(kl))(flat)
 
     # 2. Away from it, along one direction.
-    direction = np.random.default_rng(1).normal(size=flat.shape)
-    direction = jnp.asarray(direction / np.linalg.norm(direction))
-    along = jax.jit(jax.vmap(lambda distance: kl(flat + distance * direction)))
-    measured = np.asarray(along(jnp.asarray(_DISTANCES)))
-    curvature = float(fisher.quadratic(unravel(direction)))
-    guess = _DISTANCES**2 * curvature / 2
-    errors = np.abs(guess / measured - 1)
-    # From 1e-3 to 1e-1: below it, round-off; above it, no theory.
-    decades = errors[3:5] / errors[2:4]
+    direction = jax.random.normal(jax.random.fold_in(key, 1), flat.shape)
+    direction /= jnp.linalg.norm(direction)
+    along = jax.vmap(lambda distance: kl(flat + distance * direction))(_DISTANCES)
 
     # 3. In the outputs: on the way from one network's logits to another's.
     logits = fisher.outputs
-    target = model_fn(unravel(flat + direction), batch)
-    fractions = jnp.linspace(0.0, 1.0, 101)
+    way = model_fn(unravel(flat + direction), batch) - logits
     in_outputs = jax.vmap(
-        lambda t: _LIKELIHOOD.kl(logits, logits + t * (target - logits)).mean()
-    )(fractions)
-    smallest_rise = float(jnp.diff(in_outputs).min())
+        lambda part: likelihood.kl(logits, logits + part * way).mean()
+    )(_PARTS)
 
     # 4. Other parameters, the same outputs.
     permuted = _permute(params)
-    moved = float(jnp.linalg.norm(ravel_pytree(permuted)[0] - flat))
-    same = float(ngd.mean_kl(model_fn, params, permuted, batch, _LIKELIHOOD))
+    return _Measured(
+        value,
+        gradient,
+        hessian,
+        fisher.dense(),
+        along,
+        fisher.quadratic(unravel(direction)),
+        in_outputs,
+        moved=jnp.linalg.norm(ravel_pytree(permuted)[0] - flat),
+        same=ngd.mean_kl(model_fn, params, permuted, batch, likelihood),
+    )
+
+
+def demonstrate(quick: bool) -> Evidence:
+    """64-10-10 on the digits: KL, its derivatives, and what it grows with."""
+    batch = digits(100 if quick else 500)
+    found = jax.tree.map(np.asarray, _measure(jax.random.key(0), batch, _LIKELIHOOD))
+    value, moved, same = float(found.value), float(found.moved), float(found.same)
+    disagreement = float(
+        np.linalg.norm(found.hessian - found.dense) / np.linalg.norm(found.dense)
+    )
+    measured, guess = found.along, _DISTANCES**2 * found.curvature / 2
+    errors = np.abs(guess / measured - 1)
+    # From 1e-3 to 1e-1: below it, round-off; above it, no theory.
+    decades = errors[3:5] / errors[2:4]
+    smallest_rise = float(np.diff(found.in_outputs).min())
 
     theory = "KL has a minimum of 0 there"
     checks: list[Check] = [
-        exactly("KL(θ, θ), nats", float(value), 0.0, theory),
+        exactly("KL(θ, θ), nats", value, 0.0, theory),
         at_most(
             "largest entry of its gradient",
-            float(jnp.abs(gradient).max()),
+            float(np.abs(found.gradient).max()),
             1e-15,
             f"{theory}; round-off",
         ),
@@ -129,7 +174,7 @@ def demonstrate(quick: bool) -> Evidence:
     )
     return Evidence(
         headline=(
-            f"KL(θ, θ) = {float(value):g}; its Hessian is F to {disagreement:.0e}; a "
+            f"KL(θ, θ) = {value:g}; its Hessian is F to {disagreement:.0e}; a "
             f"permuted network at distance {moved:.1f} has KL {same:.0e}"
         ),
         setup=(
@@ -144,7 +189,7 @@ def demonstrate(quick: bool) -> Evidence:
                 "KL against the distance in parameters: ½ε²dᵀFd is right while the "
                 "distance is small. On a straight way in the space of outputs, KL only "
                 "rises.",
-                _draw(measured, guess, np.asarray(fractions), np.asarray(in_outputs)),
+                _draw(measured, guess, found.in_outputs),
             )
         ],
         notes=[_CONVERSE],
@@ -160,12 +205,7 @@ def _permute(params: Layers) -> Layers:
     ]
 
 
-def _draw(
-    measured: np.ndarray,
-    guess: np.ndarray,
-    fractions: np.ndarray,
-    in_outputs: np.ndarray,
-) -> Figure:
+def _draw(measured: np.ndarray, guess: np.ndarray, in_outputs: np.ndarray) -> Figure:
     figure, (left, right) = new_figure(2, width=9.0, height=3.8)
     left.loglog(_DISTANCES, guess, "--", color=COLORS["theory"], label="½ε²dᵀFd")
     left.loglog(
@@ -177,7 +217,7 @@ def _draw(
         x="distance ε in parameters",
         y="mean KL per example (nats)",
     )
-    right.plot(fractions, in_outputs, color=COLORS["natural gradient"])
+    right.plot(_PARTS, in_outputs, color=COLORS["natural gradient"])
     finish(
         right,
         title="KL on the way to another network's outputs",

@@ -43,10 +43,12 @@ def train_config(config: TrainConfig, folder: Path) -> Result:
     return run_training(config, folder, Console(quiet=True))
 
 
-def start_program(*overrides: str) -> subprocess.Popen:
-    """Starts `python -m experiments.train` in the repository root."""
+def start_program(
+    *overrides: str, module: str = "experiments.train"
+) -> subprocess.Popen:
+    """Starts `python -m` a program in the repository root."""
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *overrides],
+        [sys.executable, "-m", module, *overrides],
         cwd=REPOSITORY,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
@@ -55,9 +57,9 @@ def start_program(*overrides: str) -> subprocess.Popen:
     )
 
 
-def run_program(*overrides: str) -> tuple[int, str]:
+def run_program(*overrides: str, module: str = "experiments.train") -> tuple[int, str]:
     """Runs the program to its end; returns its exit status and all that it printed."""
-    process = start_program(*overrides)
+    process = start_program(*overrides, module=module)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
