@@ -14,6 +14,15 @@ def test_first_signal_is_a_request(number):
         assert stop.requested
 
 
+@pytest.fixture
+def usual_handler():
+    """Python's own; a shell that starts tests in the background ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_handler")
 def test_second_signal_acts_as_usual():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
