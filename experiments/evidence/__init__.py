@@ -1,8 +1,9 @@
 """The experiments behind the claims; `CLAIMS` has them by name, in reading order."""
 
 from experiments.evidence.claim import Claim
+from experiments.evidence.cost import COST
 from experiments.evidence.divergence import DIVERGENCE
 
 __all__ = ["CLAIMS"]
 
-CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (DIVERGENCE,)}
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (DIVERGENCE, COST)}
