@@ -241,8 +241,8 @@ def demonstrate(quick: bool) -> Evidence:
             f"Online linear regression, one Gaussian example for each step, d = "
             f"{_DIMENSION}, covariance of condition {1 / _EIGENVALUES.min():.0f}, "
             f"noise of unit variance; {runs:,} runs of {steps:,} steps, each on "
-            f"examples of its own, float64. All start at the error that {_HEAD_START} examples "
-            f"would leave. ‖·‖²_F is twice the KL in nats."
+            f"examples of its own, float64. All start at the error that {_HEAD_START} "
+            f"examples would leave. ‖·‖²_F is twice the KL in nats."
         ),
         checks=checks,
         tables=[table],
@@ -279,7 +279,7 @@ def _draw(
     for values in exact:
         axis.loglog(t, values, ":", color="black", linewidth=1)
     axis.axhline(_DIMENSION, color=COLORS["theory"], linestyle="--")
-    axis.text(t[0], 1.07 * _DIMENSION, f"Cramér-Rao: d = {_DIMENSION}")
+    axis.text(1.1 * t[0], 1.07 * _DIMENSION, f"Cramér-Rao: d = {_DIMENSION}")
     axis.set_xlim(t[0], t[-1])
     finish(
         axis,
