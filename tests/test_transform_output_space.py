@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from tests import reference
@@ -36,7 +35,7 @@ def _loss_fn(params, batch):
     return _squared_error(model_fn(params, batch), batch)
 
 
-def _step(solver, params, batch, grads, *, rate=1.0, **options):
+def _regression_step(solver, *, rate=1.0, **options):
     tx = ngd.natural_gradient(
         rate,
         model_fn,
@@ -45,8 +44,17 @@ def _step(solver, params, batch, grads, *, rate=1.0, **options):
         output_loss_fn=_squared_error,
         **options,
     )
-    update = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
-    return update(grads, tx.init(params), params)
+    return tx, _update_of(tx)
+
+
+def _update_of(tx):
+    """`tx.update`, compiled once for all gradients, and for all batches of a shape."""
+    return jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
+
+
+def _dense(model_fn, params, batch, likelihood):
+    fisher = jax.jit(lambda p, b: ngd.dense_fisher(model_fn, p, b, likelihood))
+    return np.asarray(fisher(params, batch))
 
 
 def _minimum_norm_fit(params, batch):
@@ -62,7 +70,8 @@ def test_small_damping_does_not_lose_the_direction(name, x64):
     params, batch = _regression()
     grads = jax.jit(jax.grad(_loss_fn))(params, batch)
     truth = _minimum_norm_fit(params, batch)
-    updates, state = _step(SOLVERS[name], params, batch, grads, damping=1e-14)
+    tx, update = _regression_step(SOLVERS[name], damping=1e-14)
+    updates, state = update(grads, tx.init(params), params, batch)
     assert state.info.status == ngd.StepStatus.TAKEN
     error = np.linalg.norm(flat(updates) + truth) / np.linalg.norm(truth)
     assert error < 1e-9
@@ -79,9 +88,10 @@ def test_the_gradient_handed_in_is_what_is_solved_for(name, x64):
     clipped = jax.tree.map(
         lambda g: 0.3 * g, jax.jit(jax.grad(_loss_fn))(params, batch)
     )
-    fisher = np.asarray(ngd.dense_fisher(model_fn, params, batch, ngd.Gaussian()))
+    fisher = _dense(model_fn, params, batch, ngd.Gaussian())
+    tx, update = _regression_step(SOLVERS[name], damping=1e-3)
     for grads in (decayed, clipped):
-        updates, _ = _step(SOLVERS[name], params, batch, grads, damping=1e-3)
+        updates, _ = update(grads, tx.init(params), params, batch)
         expected = damped_solve(fisher, flat(grads), 1e-3)
         np.testing.assert_allclose(
             flat(updates), -expected, atol=1e-8 * np.abs(expected).max()
@@ -97,26 +107,17 @@ def test_momentum_and_metric_keep_their_meaning(name, metric, x64):
     rule = damping
     if metric == "scales":
         rule, diagonal = ngd.CovariantDamping(damping, scales), flat(scales) ** -2.0
-    tx = ngd.natural_gradient(
-        0.1,
-        model_fn,
-        ngd.Gaussian(),
-        damping=rule,
-        solver=SOLVERS[name],
-        momentum=0.8,
-        output_loss_fn=_squared_error,
-    )
-    update = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))
+    tx, update = _regression_step(SOLVERS[name], rate=0.1, damping=rule, momentum=0.8)
     grad_fn = jax.jit(jax.grad(_loss_fn))
     state, previous = tx.init(params), np.zeros(len(diagonal))
     for _ in range(2):
         grads = grad_fn(params, batch)
-        fisher = np.asarray(ngd.dense_fisher(model_fn, params, batch, ngd.Gaussian()))
+        fisher = _dense(model_fn, params, batch, ngd.Gaussian())
         # As a least-squares problem, or this reference would lose it.
         root = np.linalg.cholesky(fisher + damping * np.diag(diagonal)).T
         rhs = flat(grads) + damping * 0.8 * diagonal * previous
         expected = np.linalg.solve(root, np.linalg.solve(root.T, rhs))
-        updates, state = update(grads, state, params)
+        updates, state = update(grads, state, params, batch)
         np.testing.assert_allclose(
             flat(updates), -0.1 * expected, atol=1e-7 * np.abs(expected).max()
         )
@@ -141,9 +142,9 @@ def test_wave_functions_with_complex_amplitudes(name, x64):
         centred = batch["energy"] - batch["energy"].mean()
         return 2 * jnp.mean(jnp.real(jnp.conj(centred) * outputs))
 
-    grads = jax.grad(lambda p: energy_fn(log_psi(p, batch), batch))(params)
-    fisher = ngd.dense_fisher(log_psi, params, batch, ngd.LogAmplitude())
-    expected = damped_solve(np.asarray(fisher), ravel_pytree(grads)[0], 1e-5)
+    grads = jax.jit(jax.grad(lambda p: energy_fn(log_psi(p, batch), batch)))(params)
+    fisher = _dense(log_psi, params, batch, ngd.LogAmplitude())
+    expected = damped_solve(fisher, flat(grads), 1e-5)
     tx = ngd.natural_gradient(
         0.5,
         log_psi,
@@ -152,14 +153,16 @@ def test_wave_functions_with_complex_amplitudes(name, x64):
         solver=SOLVERS[name],
         output_loss_fn=energy_fn,
     )
+
     # The coefficients are the gradient, and no rest hides that they are not.
-    linear = ngd.linearize_fisher(log_psi, params, batch, ngd.LogAmplitude())
-    cotangents = jnp.conj(jax.grad(lambda z: energy_fn(z, batch))(linear.outputs))
-    pulled = linear.sqrt_rmatvec(linear.sqrt_solve(cotangents))
-    np.testing.assert_allclose(flat(pulled), flat(grads), atol=1e-13)
-    updates, state = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))(
-        grads, tx.init(params), params
-    )
+    @jax.jit
+    def pull(params, batch):
+        linear = ngd.linearize_fisher(log_psi, params, batch, ngd.LogAmplitude())
+        cotangents = jnp.conj(jax.grad(energy_fn)(linear.outputs, batch))
+        return linear.sqrt_rmatvec(linear.sqrt_solve(cotangents))
+
+    np.testing.assert_allclose(flat(pull(params, batch)), flat(grads), atol=1e-13)
+    updates, state = _update_of(tx)(grads, tx.init(params), params, batch)
     assert state.info.status == ngd.StepStatus.TAKEN
     np.testing.assert_allclose(
         flat(updates), -0.5 * expected, atol=1e-8 * np.abs(expected).max()
@@ -175,7 +178,9 @@ def test_classification_in_single_precision(name):
             outputs, batch["y"]
         ).mean()
 
-    grads = jax.grad(lambda p: cross_entropy(model_fn(p, batch), batch))(params)
+    grads = jax.jit(jax.grad(lambda p: cross_entropy(model_fn(p, batch), batch)))(
+        params
+    )
     tx = ngd.natural_gradient(
         1.0,
         model_fn,
@@ -184,10 +189,8 @@ def test_classification_in_single_precision(name):
         solver=SOLVERS[name],
         output_loss_fn=cross_entropy,
     )
-    updates, _ = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=batch))(
-        grads, tx.init(params), params
-    )
-    fisher = np.asarray(ngd.dense_fisher(model_fn, params, batch, ngd.Categorical()))
+    updates, _ = _update_of(tx)(grads, tx.init(params), params, batch)
+    fisher = _dense(model_fn, params, batch, ngd.Categorical())
     expected = damped_solve(fisher.astype(float), flat(grads), 1e-2)
     np.testing.assert_allclose(
         flat(updates), -expected, atol=1e-4 * np.abs(expected).max()
