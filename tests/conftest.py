@@ -1,6 +1,9 @@
-"""What all tests share: types checked at run time, hypothesis, and 64-bit mode."""
+"""What all tests share: checked types, hypothesis, 64-bit mode, compiled programs."""
 
 import inspect
+import os
+import shutil
+import tempfile
 
 import jaxtyping
 
@@ -35,6 +38,25 @@ hypothesis.settings.register_profile(
     "thorough", parent=hypothesis.settings.get_profile("quick"), max_examples=1000
 )
 hypothesis.settings.load_profile("quick")
+
+
+_COMPILED = "NGD_JAX_TESTS_COMPILED"  # an environment variable: workers inherit it
+
+
+def pytest_configure(config):
+    """Compiles a program once for all workers; the programs of tests compile theirs."""
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:
+        os.environ[_COMPILED] = tempfile.mkdtemp(prefix="ngd_jax-compiled-")
+    jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_unconfigure(config):
+    """Removes what this run has compiled."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(_COMPILED), ignore_errors=True)
 
 
 @pytest.fixture
