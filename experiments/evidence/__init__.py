@@ -3,11 +3,27 @@
 from experiments.evidence.autoencoder import AUTOENCODER
 from experiments.evidence.claim import Claim
 from experiments.evidence.cost import COST
+from experiments.evidence.deep_linear import DEEP_LINEAR
 from experiments.evidence.divergence import DIVERGENCE
+from experiments.evidence.fisher_efficiency import FISHER_EFFICIENCY
+from experiments.evidence.flow import FLOW
+from experiments.evidence.gallery import GALLERY
+from experiments.evidence.invariance import INVARIANCE
 from experiments.evidence.order import ORDER
 
 __all__ = ["CLAIMS"]
 
 CLAIMS: dict[str, Claim] = {
-    claim.name: claim for claim in (DIVERGENCE, COST, AUTOENCODER, ORDER)
+    claim.name: claim
+    for claim in (
+        DIVERGENCE,
+        INVARIANCE,
+        COST,
+        GALLERY,
+        FLOW,
+        DEEP_LINEAR,
+        FISHER_EFFICIENCY,
+        AUTOENCODER,
+        ORDER,
+    )
 }
