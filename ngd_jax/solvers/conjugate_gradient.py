@@ -14,7 +14,8 @@ What differs from the textbook loop, and why:
 * curvature ⟨p, A p⟩ that round-off cannot tell from zero is a breakdown, relative to
   the largest curvature seen;
 * the loop ends at convergence, and an iterate that has converged is never touched by a
-  further division of round-off by round-off.
+  further division of round-off by round-off: where A is singular, directions without
+  curvature come up then, and a step along one would be long.
 """
 
 import functools
@@ -41,6 +42,10 @@ __all__ = ["check_budget", "conjugate_gradient"]
 _RUNNING = -1
 # Shorter solves have no time to drift, and a second copy of A to compile has a price.
 _LONGEST_WITHOUT_REPLACEMENT = 50
+# Relative residuals up to so many ε are working precision; from there it may only fall,
+# but for so many times.
+_WORKING_PRECISION = 64.0
+_RISE = 8.0
 
 
 class _Best(NamedTuple):
@@ -57,8 +62,9 @@ class _State(NamedTuple):
     `x_norm` bounds ‖x‖, `spread` is the largest Rayleigh quotient seen and so a lower
     bound of ‖A‖, `drift` estimates how far the recurrence's residual is from the true
     one, which `is_suspect` asks to compute, and `last_miss` is the true residual when
-    the tolerance was last missed though the recurrence had reached it. `progress` and
-    `kept` are None where nobody asked for them.
+    the tolerance was last missed though the recurrence had reached it; `smallest` is
+    the smallest residual since then. `progress` and `kept` are None where nobody asked
+    for them.
     """
 
     x: PyTree
@@ -70,6 +76,7 @@ class _State(NamedTuple):
     spread: Array
     drift: Array
     last_miss: Array
+    smallest: Array
     num_steps: Array
     is_suspect: Array
     status: Array
@@ -192,9 +199,14 @@ def conjugate_gradient(
         failed = ~((curvature > eps * state.spread * length_squared) & (rz > 0))
         failed |= ~finite
         alpha = jnp.where(failed, 0.0, rz / curvature)
-        x = tree.axpy(alpha, p, state.x)
         r = tree.axpy(-alpha, image, tree.axpy(-alpha * damping, p, state.r))
-        residual = jnp.where(failed, state.residual, jnp.sqrt(tree.vdot(r, r)))
+        residual = jnp.sqrt(tree.vdot(r, r))
+        is_past = state.smallest <= _WORKING_PRECISION * eps * b_norm
+        is_past &= residual > _RISE * state.smallest
+        stays = failed | is_past
+        alpha = jnp.where(stays, 0.0, alpha)
+        x = tree.axpy(alpha, p, state.x)
+        residual = jnp.where(stays, state.residual, residual)
 
         # The estimate of van der Vorst and Ye: each update of r rounds at this size.
         # curvature / length² is a Rayleigh quotient, so at most ‖A + λI‖.
@@ -206,11 +218,11 @@ def conjugate_gradient(
         )
         reached = residual <= tolerance
         is_doubtful = reached & replaces & (drift > 0.1 * tolerance)
-        num_steps = state.num_steps + jnp.where(failed, 0, 1).astype(jnp.int32)
+        num_steps = state.num_steps + jnp.where(stays, 0, 1).astype(jnp.int32)
         progress, settled = iterates.record(
             state.progress, num_steps, alpha * rz / 2, progress_tol
         )
-        status = _status_after(finite, failed, reached, is_doubtful, settled)
+        status = _status_after(finite, failed, is_past, reached, is_doubtful, settled)
         return _State(
             x=x,
             r=r,
@@ -221,9 +233,10 @@ def conjugate_gradient(
             spread=spread,
             drift=drift,
             last_miss=state.last_miss,
+            smallest=jnp.minimum(state.smallest, residual),
             num_steps=num_steps,
             is_suspect=replaces
-            & ~failed
+            & ~stays
             & (has_drifted | is_doubtful | _is_due(state.num_steps + 1, max_steps)),
             status=status,
             best=state.best,
@@ -269,6 +282,7 @@ def conjugate_gradient(
             x_norm=x_norm,
             drift=eps * (state.spread * x_norm + residual),
             last_miss=jnp.where(missed, residual, state.last_miss),
+            smallest=residual,
             is_suspect=jnp.asarray(False),
             status=status.astype(jnp.int32),
             progress=iterates.restart(state.progress, x, b, r),
@@ -299,6 +313,7 @@ def conjugate_gradient(
         spread=zero,
         drift=zero,
         last_miss=infinity,
+        smallest=infinity,
         num_steps=jnp.zeros((), jnp.int32),
         is_suspect=jnp.asarray(replaces),
         status=status.astype(jnp.int32),
@@ -361,6 +376,7 @@ def _is_due(num_steps: Array, max_steps: int) -> Array:
 def _status_after(
     finite: Array,
     failed: Array,
+    is_past: Array,
     reached: Array,
     is_doubtful: Array,
     settled: Array | None,
@@ -368,7 +384,8 @@ def _status_after(
     """The first that applies is the cause; what is doubtful is looked at again."""
     causes = [
         (~finite, SolverStatus.NON_FINITE),
-        (failed, SolverStatus.BREAKDOWN),
+        (failed & ~is_past, SolverStatus.BREAKDOWN),
+        (is_past, SolverStatus.STAGNATED),
         (reached & ~is_doubtful, SolverStatus.CONVERGED),
     ]
     if settled is not None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.sparse.linalg
 from hypothesis import given
 from hypothesis import strategies as st
@@ -251,6 +252,26 @@ def test_singular_consistent_systems_are_solved(rng):
     x, info = solve(matrix, rhs, rtol=1e-4)
     assert int(info.status) == Status.CONVERGED
     np.testing.assert_allclose(x, np.linalg.pinv(matrix) @ rhs, atol=1e-2)
+
+
+@pytest.mark.parametrize("max_steps", [50, 300])
+@pytest.mark.parametrize("seed", range(5))
+def test_singular_systems_are_not_left_again_once_they_are_solved(max_steps, seed, x64):
+    """Past convergence, what is left of the residual points out of the range of A."""
+    rng = np.random.default_rng(seed)
+    # The Fisher of a table of logits: a block for each state, each of them singular.
+    probabilities = rng.dirichlet(np.ones(4), size=10)
+    blocks = [np.diag(p) - np.outer(p, p) for p in probabilities]
+    matrix = scipy.linalg.block_diag(*blocks)
+    rhs = matrix @ rng.normal(size=40)
+    truth = np.linalg.pinv(matrix, rcond=1e-13) @ rhs
+    x, info = solve(matrix, rhs, max_steps=max_steps, dtype="f8")
+    assert info.status in (Status.CONVERGED, Status.STAGNATED)
+    assert info.relative_residual < 64 * np.finfo(float).eps
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    condition = eigenvalues[-1] / eigenvalues[eigenvalues > 1e-12].min()
+    error = np.linalg.norm(x - truth) / np.linalg.norm(truth)
+    assert error < 64 * np.finfo(float).eps * condition
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
