@@ -45,6 +45,7 @@ from ngd_jax.solvers import (
     Solver,
     SolverInfo,
     SolverStatus,
+    StatefulSolver,
     conjugate_gradient,
     lsmr,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "Solver",
     "SolverInfo",
     "SolverStatus",
+    "StatefulSolver",
     "StepStatus",
     "TrustRegionResult",
     "conjugate_gradient",

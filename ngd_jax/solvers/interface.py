@@ -124,6 +124,23 @@ class StatefulSolver(Solver, Protocol):
     state in `NaturalGradientState.solver_state`; calling the solver itself starts anew
     each time. A solver of this kind inherits from this class and defines `solve`, and
     `init` where it keeps something.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ngd_jax as ngd
+      >>> class Diagonal(StatefulSolver):
+      ...     def solve(self, fisher, rhs, *, damping, state=(), **hints):
+      ...         d = jax.tree.map(
+      ...             lambda g, f: g / (f + damping), rhs, fisher.diagonal()
+      ...         )
+      ...         left = rhs - fisher.matvec(d) - damping * d
+      ...         residual = jnp.linalg.norm(left) / jnp.linalg.norm(rhs)
+      ...         info = SolverInfo(jnp.int32(0), residual, jnp.int32(0))
+      ...         return d, info, state
+      >>> fisher = ngd.linearize_fisher(
+      ...     lambda w, x: x * w, jnp.ones(2), jnp.array([[1.0, 3.0]]), ngd.Gaussian()
+      ... )
+      >>> Diagonal()(fisher, jnp.array([2.0, 20.0]), damping=1.0)[0]
+      Array([1., 2.], dtype=float32)
     """
 
     def __call__(
