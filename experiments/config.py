@@ -47,9 +47,15 @@ __all__ = [
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
-# What a resumed run may change: how far it goes and how often it tells or saves. None
-# of these touches a number that the run computes.
-RESUMABLE_OVERRIDES = ("steps", "checkpoint_every", "log_every")
+# What a resumed run may change: how far it goes, how often it tells or saves, and where
+# its data lies. None of these touches a number that the run computes.
+RESUMABLE_OVERRIDES = (
+    "steps",
+    "checkpoint_every",
+    "log_every",
+    "task.data_dir",
+    "task.cache_dir",
+)
 
 # Where to look for the run and where to run it; not part of what was run.
 LOCATION_SETTINGS = re.compile(r"resume|runs_dir|distributed(\..*)?|hydra\..*")

@@ -1,13 +1,20 @@
 """The tasks by name; a new one is a module here and a line in `TASKS`."""
 
+from collections.abc import Callable
 from typing import Any
 
 from experiments.tasks.digits import DigitsConfig, make_digits
+from experiments.tasks.fashion_mlp import FashionMLPConfig, make_fashion_mlp
+from experiments.tasks.imbalance import ImbalanceConfig, make_imbalance
 from experiments.tasks.task import Task, num_examples
 
 __all__ = ["TASKS", "TASK_CONFIGS", "Task", "make_task", "num_examples"]
 
-TASKS = {"digits": (DigitsConfig, make_digits)}
+TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
+    "digits": (DigitsConfig, make_digits),
+    "fashion_mlp": (FashionMLPConfig, make_fashion_mlp),
+    "imbalance": (ImbalanceConfig, make_imbalance),
+}
 TASK_CONFIGS = {name: config_class for name, (config_class, _) in TASKS.items()}
 
 
