@@ -234,7 +234,7 @@ def demonstrate(quick: bool) -> Evidence:
         ),
     ]
     boston = [
-        f"{name} {value:.2f}" for name, value in smallest.items() if "Bost" in name
+        f"{name} {value:.3f}" for name, value in smallest.items() if "Bost" in name
     ]
     rows = [
         [
