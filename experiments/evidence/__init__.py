@@ -5,6 +5,7 @@ from experiments.evidence.claim import Claim
 from experiments.evidence.cost import COST
 from experiments.evidence.deep_linear import DEEP_LINEAR
 from experiments.evidence.divergence import DIVERGENCE
+from experiments.evidence.empirical_fisher import EMPIRICAL_FISHER
 from experiments.evidence.fisher_efficiency import FISHER_EFFICIENCY
 from experiments.evidence.flow import FLOW
 from experiments.evidence.gallery import GALLERY
@@ -23,6 +24,7 @@ CLAIMS: dict[str, Claim] = {
         FLOW,
         DEEP_LINEAR,
         FISHER_EFFICIENCY,
+        EMPIRICAL_FISHER,
         AUTOENCODER,
         ORDER,
     )

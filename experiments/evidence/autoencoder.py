@@ -250,4 +250,5 @@ AUTOENCODER = Claim(
     ),
     demonstrate=demonstrate,
     x64=False,
+    is_timed=True,
 )

@@ -111,6 +111,7 @@ class Claim(NamedTuple):
       source: who says so.
       demonstrate: quick -> the evidence; quick runs are smaller, not laxer.
       x64: whether it runs in 64-bit mode.
+      is_timed: whether it tells times, and so must not run beside another.
     """
 
     name: str
@@ -120,3 +121,4 @@ class Claim(NamedTuple):
     source: str
     demonstrate: Callable[[bool], Evidence]
     x64: bool = True
+    is_timed: bool = False

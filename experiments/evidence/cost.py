@@ -233,4 +233,5 @@ COST = Claim(
     source="Martens 2010, Deep learning via Hessian-free optimization",
     demonstrate=demonstrate,
     x64=False,
+    is_timed=True,
 )

@@ -3,10 +3,13 @@
 import json
 import math
 import re
+import sys
+import time
 
 import pytest
 from matplotlib.figure import Figure
 
+from experiments.claims import demonstrate_all, main
 from experiments.evidence import CLAIMS
 from experiments.evidence.claim import (
     Claim,
@@ -118,6 +121,43 @@ def test_claims_have_names_of_their_own():
     assert len({claim.title for claim in CLAIMS.values()}) == len(CLAIMS)
 
 
+def fake_claim(name, running, *, is_timed):
+    """A claim that notes which others run beside it."""
+    evidence = outcome(GOOD).evidence
+
+    def demonstrate(_quick):
+        running.add(name)
+        time.sleep(0.05)
+        seen = set(running)
+        running.remove(name)
+        return evidence._replace(headline=",".join(sorted(seen)))
+
+    return outcome(GOOD).claim._replace(
+        name=name, demonstrate=demonstrate, is_timed=is_timed
+    )
+
+
+def test_claims_that_tell_times_run_alone_and_the_others_two_by_two():
+    running = set()
+    claims = [fake_claim(name, running, is_timed=name in "bd") for name in "abcdef"]
+    done = list(demonstrate_all(claims, quick=True))
+    beside = {each.claim.name: each.evidence.headline.split(",") for each in done}
+    assert sorted(beside) == list("abcdef")
+    assert beside["b"] == ["b"]
+    assert beside["d"] == ["d"]
+    assert all(len(names) <= 2 for names in beside.values())
+    assert any(len(names) == 2 for names in beside.values())
+
+
+def test_an_error_in_one_claim_ends_the_run():
+    def broken(_quick):
+        raise ZeroDivisionError("in an experiment")
+
+    claim = outcome(GOOD).claim
+    with pytest.raises(ZeroDivisionError, match="in an experiment"):
+        list(demonstrate_all([claim, claim._replace(demonstrate=broken)], quick=True))
+
+
 def test_program_refuses_a_claim_that_there_is_not():
     status, output = run_program("claim=free_lunch", module="experiments.claims")
     assert status == 1
@@ -139,3 +179,17 @@ def test_program_writes_the_report_and_says_where(tmp_path):
     assert str(folder / "report.html") in output.replace("\n", "")
     assert (folder / "report.md").exists()
     assert json.loads((folder / "figures.json").read_text())["divergence"]["holds"]
+
+
+def test_program_fails_where_a_figure_is_not_as_expected(tmp_path, monkeypatch):
+    failing = outcome(GOOD, BAD).claim._replace(
+        name="divergence", demonstrate=lambda _quick: outcome(GOOD, BAD).evidence
+    )
+    monkeypatch.setitem(CLAIMS, "divergence", failing)
+    folder = tmp_path / "report"
+    arguments = ["claims", "claim=divergence", f"output={folder}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert "NOT as expected" in (folder / "report.md").read_text()
