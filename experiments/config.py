@@ -76,6 +76,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints.
       log_every: steps between rows on the screen; the files hold every step.
       eval_batch_size: examples that go through the model at once in evaluation.
+      eval_train_examples: of the training set, so many are evaluated; null for all.
       measure_kl: measure the KL of steps also where the optimizer does not need it.
       runs_dir: the folder of all run folders.
       resume: a run folder to continue, or "latest"; null for a new run.
@@ -92,6 +93,7 @@ class TrainConfig:
     checkpoint_every: Annotated[int, AT_LEAST_ONE]
     log_every: Annotated[int, AT_LEAST_ONE]
     eval_batch_size: Annotated[int, AT_LEAST_ONE]
+    eval_train_examples: Annotated[int | None, AT_LEAST_ONE]
     measure_kl: bool
     runs_dir: str
     resume: str | None

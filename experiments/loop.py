@@ -134,6 +134,11 @@ class _Run:
         mesh = make_mesh()
         data = {"train": task.train, "test": task.test}
         self._data = jax.device_put(data, replicated(mesh))
+        evaluated = slice(config.eval_train_examples)
+        self._evaluated = {
+            "train": jax.tree.map(lambda leaf: leaf[evaluated], self._data["train"]),
+            "test": self._data["test"],
+        }
         self._train_chunk = make_train_chunk(
             task,
             tx,
@@ -209,7 +214,7 @@ class _Run:
             f"{prefix}_{name}": plain_number(value)
             for prefix in ("train", "test")
             for name, value in sorted(
-                self._evaluate(state, self._data[prefix]).items(), reverse=True
+                self._evaluate(state, self._evaluated[prefix]).items(), reverse=True
             )
         }
 

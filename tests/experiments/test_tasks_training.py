@@ -12,7 +12,8 @@ from experiments.config import compose_config, read_config
 from experiments.data import fashion_mnist, mnist5k
 from experiments.run_folder import read_json_lines
 from experiments.settings import ConfigError
-from experiments.tasks import TASKS, make_task
+from experiments.tasks import TASKS, make_task, regression
+from experiments.tasks.images import to_unit_interval
 from experiments.tasks.imbalance import load_imbalanced
 from tests.experiments.data_files import sum_of, write_fashion_mnist, write_mnist5k
 from tests.experiments.helpers import assert_same_bits, train_config
@@ -20,7 +21,14 @@ from tests.experiments.helpers import assert_same_bits, train_config
 # A few neurons for each.
 SMALL = {
     "fashion_mlp": ("task.hidden_sizes=[6]", "task.data_dir={data}", "batch_size=16"),
+    "autoencoder": (
+        "task.data=mnist5k",
+        "task.widths=[5,3]",
+        "task.data_dir={data}",
+        "batch_size=16",
+    ),
     "imbalance": ("task.hidden_sizes=[4]",),
+    "regression": ("task.hidden_sizes=[4]", "task.data_dir={data}", "batch_size=16"),
 }
 RUN = ("steps=3", "steps_per_dispatch=2", "eval_every=3", "checkpoint_every=2")
 
@@ -32,6 +40,7 @@ def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "SUMS", write_fashion_mnist(folder, 40, 20))
         patch.setattr(mnist5k, "SUM", sum_of(write_mnist5k(folder, 50)))
+        patch.setattr(regression, "load_concrete", lambda _: concrete_like(60))
         yield folder
 
 
@@ -45,6 +54,17 @@ def configure(name, data_dir, *overrides):
 @pytest.fixture(params=sorted(SMALL))
 def config(request, data_dir):
     return configure(request.param, data_dir, *RUN)
+
+
+def concrete_like(count):
+    """Features and strengths in about their units; the reader is tested by itself."""
+    features = np.random.default_rng(0).normal(200.0, 100.0, (count, 8))
+    return features, 30.0 + features[:, 0] / 20.0
+
+
+def targets(batch):
+    """The labels, or the images themselves."""
+    return batch["y"] if "y" in batch else to_unit_interval(batch["x"])
 
 
 def first_batch(task, count=7):
@@ -61,7 +81,7 @@ class TestEveryTask:
         params, _ = task.init_fn(jax.random.key(0))
         batch = first_batch(task)
         outputs = task.model_fn(params, batch)
-        log_prob = task.likelihood.log_prob(outputs, batch["y"])
+        log_prob = task.likelihood.log_prob(outputs, targets(batch))
         np.testing.assert_allclose(
             task.loss_fn(params, batch), -jnp.mean(log_prob), rtol=1e-5
         )
@@ -113,3 +133,69 @@ class TestImbalance:
     def test_share_that_leaves_none_is_an_error(self):
         with pytest.raises(ConfigError, match="rare_share"):
             load_imbalanced("wine", 0.001)
+
+
+class TestAutoencoder:
+    @pytest.mark.parametrize("init", ["dense", "sparse"])
+    def test_layers_mirror_each_other_around_a_linear_code(self, data_dir, init):
+        config = configure("autoencoder", data_dir, f"task.init={init}")
+        task = make_task(config.task)
+        params, _ = task.init_fn(jax.random.key(0))
+        kernels = [params[f"Dense_{i}"]["kernel"] for i in range(4)]
+        shapes = [kernel.shape for kernel in kernels]
+        assert shapes == [(784, 5), (5, 3), (3, 5), (5, 784)]
+        batch = first_batch(task)
+        x = to_unit_interval(batch["x"])
+        for i, kernel in enumerate(kernels):
+            x = x @ kernel + params[f"Dense_{i}"]["bias"]
+            x = 1 / (1 + jnp.exp(-x)) if i in (0, 2) else x
+        np.testing.assert_allclose(task.model_fn(params, batch), x, atol=1e-4)
+
+    def test_sparse_start_has_fifteen_weights_into_each_unit(self, data_dir):
+        config = configure(
+            "autoencoder", data_dir, "task.init=sparse", "task.widths=[20,3]"
+        )
+        params, _ = make_task(config.task).init_fn(jax.random.key(0))
+        incoming = [
+            set(np.count_nonzero(params[f"Dense_{i}"]["kernel"], axis=0).tolist())
+            for i in range(4)
+        ]
+        assert incoming == [{15}, {15}, {3}, {15}]
+
+    def test_evaluation_of_a_part_of_the_training_set(self, data_dir, tmp_path):
+        whole = configure("autoencoder", data_dir, *RUN)
+        part = configure("autoencoder", data_dir, *RUN, "eval_train_examples=8")
+        results = [
+            train_config(config, tmp_path / name)
+            for config, name in ((whole, "whole"), (part, "part"))
+        ]
+        losses = [result.metrics["train_loss"] for result in results]
+        tests = [result.metrics["test_loss"] for result in results]
+        assert losses[0] != losses[1]
+        assert tests[0] == tests[1]
+
+
+class TestRegression:
+    def test_outliers_are_as_many_and_as_large_as_asked_for(self):
+        labels = np.random.default_rng(1).normal(size=200)
+        moved = regression.add_outliers(labels, 0.1, 10.0) - labels
+        assert np.count_nonzero(moved) == 20
+        np.testing.assert_allclose(np.abs(moved[moved != 0]), 10.0 * labels.std())
+        assert 0 < np.count_nonzero(moved > 0) < 20
+
+    def test_flag_touches_the_training_labels_alone(self, data_dir):
+        plain = make_task(configure("regression", data_dir).task)
+        wrong = make_task(configure("regression", data_dir, "task.outliers=true").task)
+        moved = np.abs(wrong.train["y"] - plain.train["y"])
+        assert np.count_nonzero(moved) == round(0.1 * len(moved))
+        np.testing.assert_allclose(moved[moved != 0], 10.0, rtol=1e-5)
+        np.testing.assert_array_equal(wrong.train["x"], plain.train["x"])
+        assert_same_bits(wrong.test, plain.test)
+
+    def test_error_is_in_the_units_of_the_data(self, data_dir):
+        task = make_task(configure("regression", data_dir).task)
+        batch = {"y": jnp.zeros(4)}
+        outputs = {"mean": jnp.ones(4), "log_scale": jnp.zeros(4)}
+        (error,) = task.metrics_fn(outputs, batch).values()
+        _, y = concrete_like(60)
+        assert float(error) == pytest.approx(y.std(), rel=0.3)
