@@ -20,11 +20,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from experiments.config import CONFIG_DIR, read_as, run_program
-from experiments.evidence import CLAIMS
-from experiments.evidence.claim import Claim
-from experiments.evidence.report import Outcome, write_report
-from experiments.settings import ConfigError, one_of
+from experiments.measure.clocks import use_one_thread
+
+# Before JAX starts its threads, so that two experiments share two cores. In a pool of
+# several, batched LAPACK calls of jaxlib 0.10 may also wait for each other for good.
+use_one_thread()
+
+from experiments.config import CONFIG_DIR, read_as, run_program  # noqa: E402
+from experiments.evidence import CLAIMS  # noqa: E402
+from experiments.evidence.claim import Claim  # noqa: E402
+from experiments.evidence.report import Outcome, write_report  # noqa: E402
+from experiments.settings import ConfigError, one_of  # noqa: E402
 
 
 @dataclasses.dataclass

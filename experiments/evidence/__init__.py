@@ -11,6 +11,8 @@ from experiments.evidence.flow import FLOW
 from experiments.evidence.gallery import GALLERY
 from experiments.evidence.invariance import INVARIANCE
 from experiments.evidence.order import ORDER
+from experiments.evidence.outliers import OUTLIERS
+from experiments.evidence.spaces import SPACES
 
 __all__ = ["CLAIMS"]
 
@@ -18,6 +20,7 @@ CLAIMS: dict[str, Claim] = {
     claim.name: claim
     for claim in (
         DIVERGENCE,
+        OUTLIERS,
         INVARIANCE,
         COST,
         GALLERY,
@@ -25,6 +28,7 @@ CLAIMS: dict[str, Claim] = {
         DEEP_LINEAR,
         FISHER_EFFICIENCY,
         EMPIRICAL_FISHER,
+        SPACES,
         AUTOENCODER,
         ORDER,
     )

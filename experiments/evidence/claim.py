@@ -48,12 +48,12 @@ class Check(NamedTuple):
 
 def at_most(name: str, measured: float, high: float, source: str) -> Check:
     """A figure with an upper bound."""
-    return Check(name, float(measured), -math.inf, high, source)
+    return Check(name, float(measured), -math.inf, float(high), source)
 
 
 def between(name: str, measured: float, low: float, high: float, source: str) -> Check:
     """A figure with a range; `math.inf` for one that is open above."""
-    return Check(name, float(measured), low, high, source)
+    return Check(name, float(measured), float(low), float(high), source)
 
 
 def exactly(name: str, measured: float, value: float, source: str) -> Check:
