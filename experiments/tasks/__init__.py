@@ -5,6 +5,7 @@ from typing import Any
 
 from experiments.tasks.autoencoder import AutoencoderConfig, make_autoencoder
 from experiments.tasks.digits import DigitsConfig, make_digits
+from experiments.tasks.fashion_cnn import FashionCNNConfig, make_fashion_cnn
 from experiments.tasks.fashion_mlp import FashionMLPConfig, make_fashion_mlp
 from experiments.tasks.imbalance import ImbalanceConfig, make_imbalance
 from experiments.tasks.regression import RegressionConfig, make_regression
@@ -15,6 +16,7 @@ __all__ = ["TASKS", "TASK_CONFIGS", "Task", "make_task", "num_examples"]
 TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
     "autoencoder": (AutoencoderConfig, make_autoencoder),
     "digits": (DigitsConfig, make_digits),
+    "fashion_cnn": (FashionCNNConfig, make_fashion_cnn),
     "fashion_mlp": (FashionMLPConfig, make_fashion_mlp),
     "imbalance": (ImbalanceConfig, make_imbalance),
     "regression": (RegressionConfig, make_regression),

@@ -8,6 +8,7 @@ training set gets wrong labels, which the test set never has.
 """
 
 import dataclasses
+import math
 from typing import Annotated
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from sklearn.model_selection import train_test_split
 
 import ngd_jax as ngd
 from experiments.data.concrete import load_concrete
-from experiments.settings import AT_LEAST_ONE, FRACTION, NON_NEGATIVE
+from experiments.settings import AT_LEAST_ONE, FRACTION, NON_NEGATIVE, POSITIVE
 from experiments.tasks.classification import MLP
 from experiments.tasks.task import PyTree, Task
 
@@ -34,6 +35,9 @@ class RegressionConfig:
     Attributes:
       name: "regression".
       hidden_sizes: widths of the hidden layers.
+      min_scale: no σ is smaller, in standard deviations of the labels. Without such a
+        floor the likelihood has no maximum, and the error bars of samples known by
+        heart close in on nothing.
       outliers: whether a part of the training labels is wrong.
       outlier_share: how many of them, as a share.
       outlier_size: by how much, up or down, in standard deviations of the labels.
@@ -42,6 +46,7 @@ class RegressionConfig:
 
     name: str
     hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
+    min_scale: Annotated[float, POSITIVE]
     outliers: bool
     outlier_share: Annotated[float, FRACTION]
     outlier_size: Annotated[float, NON_NEGATIVE]
@@ -79,13 +84,17 @@ def make_regression(config: RegressionConfig) -> Task:
     train, test = prepare(x_train, labels), prepare(x_test, y_test)
     mlp: nn.Module = MLP((*config.hidden_sizes, 2))
     likelihood = ngd.DiagonalGaussian(event_ndims=0)
+    floor = math.log(config.min_scale)
 
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
         return mlp.init(key, jnp.zeros((1, train["x"].shape[1])))["params"], {}
 
     def model_fn(params: PyTree, batch: PyTree) -> PyTree:
         outputs: jax.Array = mlp.apply({"params": params}, batch["x"])  # pyright: ignore[reportAssignmentType]
-        return {"mean": outputs[..., 0], "log_scale": outputs[..., 1]}
+        mean, excess = outputs[..., 0], outputs[..., 1]
+        # Smooth, close to the identity for σ well above the floor.
+        log_scale = floor + jax.nn.softplus(excess - floor)
+        return {"mean": mean, "log_scale": log_scale}
 
     def output_loss_fn(outputs: PyTree, batch: PyTree) -> jax.Array:
         return -jnp.mean(likelihood.log_prob(outputs, batch["y"]))

@@ -20,6 +20,12 @@ from tests.experiments.helpers import assert_same_bits, train_config
 
 # A few neurons for each.
 SMALL = {
+    "fashion_cnn": (
+        "task.channels=[2,3]",
+        "task.hidden_size=4",
+        "task.data_dir={data}",
+        "batch_size=16",
+    ),
     "fashion_mlp": ("task.hidden_sizes=[6]", "task.data_dir={data}", "batch_size=16"),
     "autoencoder": (
         "task.data=mnist5k",
@@ -199,3 +205,41 @@ class TestRegression:
         (error,) = task.metrics_fn(outputs, batch).values()
         _, y = concrete_like(60)
         assert float(error) == pytest.approx(y.std(), rel=0.3)
+
+    def test_no_error_bar_is_below_the_floor(self, data_dir):
+        config = configure("regression", data_dir, "task.min_scale=0.5")
+        task = make_task(config.task)
+        params, _ = task.init_fn(jax.random.key(0))
+        outputs = task.model_fn(jax.tree.map(lambda p: -50 * p, params), task.train)
+        assert float(outputs["log_scale"].min()) >= math.log(0.5) - 1e-6
+
+
+class TestFashionCNN:
+    def test_as_shipped_it_has_about_half_a_million_parameters(self, data_dir):
+        config = read_config(
+            compose_config(["task=fashion_cnn", f"task.data_dir={data_dir}"])
+        )
+        shapes, _ = jax.eval_shape(make_task(config.task).init_fn, jax.random.key(0))
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        assert 450_000 < count < 550_000
+
+    def test_training_mode_normalises_by_the_batch_alone(self, data_dir):
+        task = make_task(configure("fashion_cnn", data_dir).task)
+        params, _ = task.init_fn(jax.random.key(0))
+        seven, four = first_batch(task), first_batch(task, 4)
+        outputs = task.model_fn(params, seven)
+        assert not np.allclose(outputs[:4], task.model_fn(params, four), atol=1e-4)
+
+    def test_statistics_of_one_batch_repeated_predict_what_training_did(self, data_dir):
+        config = configure("fashion_cnn", data_dir, "task.statistics_decay=0.5")
+        task = make_task(config.task)
+        params, state = task.init_fn(jax.random.key(0))
+        batch = first_batch(task)
+        before = task.predict(params, state, batch)
+        for _ in range(30):
+            state = task.update_model_state(params, state, batch)
+        expected = task.model_fn(params, batch)
+        assert not np.allclose(before, expected, atol=1e-2)
+        np.testing.assert_allclose(
+            task.predict(params, state, batch), expected, rtol=1e-3, atol=1e-4
+        )
