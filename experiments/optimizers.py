@@ -193,6 +193,7 @@ def _make_natural_gradient(
         momentum=config.momentum,
         warm_start=config.warm_start,
         solver=solver,
+        weights_fn=task.weights_fn,
         metric_batch_fn=metric_batch_fn,
         output_loss_fn=task.output_loss_fn if is_used else None,
         microbatch_size=config.microbatch_size,

@@ -27,6 +27,10 @@ from experiments.tasks import Task, num_examples
 
 __all__ = ["TrainState", "init_state", "make_evaluate_fn", "make_train_chunk"]
 
+# Folded into the key of the order of the batches, which is told epochs apart by their
+# numbers: none comes near this one.
+NOISE_STREAM = 2**31 - 1
+
 PyTree = Any
 Records = dict[str, jax.Array]
 
@@ -163,13 +167,14 @@ def make_evaluate_fn(
 
     def evaluate(state: TrainState, data: PyTree) -> dict[str, float]:
         size = num_examples(data)
+        whole = task.count(data)
         totals: dict[str, float] = {}
         for start in range(0, size, batch_size):
             end = min(start + batch_size, size)
             batch = jax.tree.map(lambda leaf, i=start, j=end: leaf[i:j], data)
             means = evaluate_batch(state.params, state.model_state, batch)
+            weight = task.count(batch) / whole
             for name, mean in means.items():
-                weight = (end - start) / size
                 totals[name] = totals.get(name, 0.0) + weight * float(mean)
         return totals
 
@@ -188,6 +193,8 @@ def _train_step(
         return task.output_loss_fn(outputs, batch), task.metrics_fn(outputs, batch)
 
     params = state.params
+    noise_key = jax.random.fold_in(state.key, NOISE_STREAM)
+    batch = task.draw_fn(jax.random.fold_in(noise_key, state.step), batch)
     (value, metrics), grads = jax.value_and_grad(loss_and_metrics, has_aux=True)(params)
     updates, opt_state = tx.update(
         grads,
@@ -202,7 +209,12 @@ def _train_step(
     record = {"loss": value, **metrics, **read_step_info(opt_state)}
     if measure_kl and "measured_kl" not in record:
         record["measured_kl"] = ngd.mean_kl(
-            task.model_fn, params, new_params, batch, task.likelihood
+            task.model_fn,
+            params,
+            new_params,
+            batch,
+            task.likelihood,
+            weights=task.weights(batch),
         )
     new_state = TrainState(
         step=state.step + 1,

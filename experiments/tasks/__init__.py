@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.tasks.autoencoder import AutoencoderConfig, make_autoencoder
+from experiments.tasks.charlm import CharLMConfig, make_charlm
 from experiments.tasks.digits import DigitsConfig, make_digits
 from experiments.tasks.fashion_cnn import FashionCNNConfig, make_fashion_cnn
 from experiments.tasks.fashion_mlp import FashionMLPConfig, make_fashion_mlp
@@ -15,6 +16,7 @@ __all__ = ["TASKS", "TASK_CONFIGS", "Task", "make_task", "num_examples"]
 
 TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
     "autoencoder": (AutoencoderConfig, make_autoencoder),
+    "charlm": (CharLMConfig, make_charlm),
     "digits": (DigitsConfig, make_digits),
     "fashion_cnn": (FashionCNNConfig, make_fashion_cnn),
     "fashion_mlp": (FashionMLPConfig, make_fashion_mlp),

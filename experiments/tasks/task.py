@@ -29,6 +29,11 @@ def _no_metrics(outputs: PyTree, batch: PyTree) -> dict[str, jax.Array]:
     return {}
 
 
+def _draw_nothing(key: jax.Array, batch: PyTree) -> PyTree:
+    del key
+    return batch
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A learning problem.
@@ -47,6 +52,12 @@ class Task:
         mode; `model_fn` unless given.
       update_model_state: `(params, model_state, batch) -> model_state`, applied at the
         parameters before the step.
+      weights_fn: `weights_fn(batch) -> weights` of the examples in the KL, the metric
+        and, by the task's own doing, the loss; None for equal ones.
+      draw_fn: `draw_fn(key, batch) -> batch` with what a step draws by chance, such as
+        keys of dropout; nothing in evaluation.
+      count_fn: `count_fn(batch) -> float`, the weight of a batch among others in a mean
+        over all of them; the number of examples unless given.
     """
 
     name: str
@@ -59,6 +70,9 @@ class Task:
     metrics_fn: Callable[[PyTree, PyTree], dict[str, jax.Array]] = _no_metrics
     predict_fn: Callable[[PyTree, PyTree, PyTree], PyTree] | None = None
     update_model_state: Callable[[PyTree, PyTree, PyTree], PyTree] = _keep_model_state
+    weights_fn: Callable[[PyTree], PyTree] | None = None
+    draw_fn: Callable[[jax.Array, PyTree], PyTree] = _draw_nothing
+    count_fn: Callable[[PyTree], float] | None = None
 
     def loss_fn(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the mean training loss; the `value_fn` of line searches."""
@@ -69,6 +83,14 @@ class Task:
         if self.predict_fn is None:
             return self.model_fn(params, batch)
         return self.predict_fn(params, model_state, batch)
+
+    def weights(self, batch: PyTree) -> PyTree | None:
+        """Returns the weights of the examples of `batch`, None for equal ones."""
+        return None if self.weights_fn is None else self.weights_fn(batch)
+
+    def count(self, batch: PyTree) -> float:
+        """Returns the weight of `batch` in a mean over several of them."""
+        return (num_examples if self.count_fn is None else self.count_fn)(batch)
 
 
 def num_examples(data: PyTree) -> int:

@@ -10,16 +10,25 @@ import pytest
 
 from experiments.config import compose_config, read_config
 from experiments.data import fashion_mnist, mnist5k
+from experiments.optimizers import make_optimizer
 from experiments.run_folder import read_json_lines
 from experiments.settings import ConfigError
-from experiments.tasks import TASKS, make_task, regression
+from experiments.tasks import TASKS, charlm, make_task, regression
 from experiments.tasks.images import to_unit_interval
 from experiments.tasks.imbalance import load_imbalanced
+from experiments.training import init_state, make_evaluate_fn
 from tests.experiments.data_files import sum_of, write_fashion_mnist, write_mnist5k
 from tests.experiments.helpers import assert_same_bits, train_config
 
 # A few neurons for each.
 SMALL = {
+    "charlm": (
+        "task.num_layers=1",
+        "task.width=8",
+        "task.num_heads=2",
+        "task.context=12",
+        "batch_size=8",
+    ),
     "fashion_cnn": (
         "task.channels=[2,3]",
         "task.hidden_size=4",
@@ -36,6 +45,7 @@ SMALL = {
     "imbalance": ("task.hidden_sizes=[4]",),
     "regression": ("task.hidden_sizes=[4]", "task.data_dir={data}", "batch_size=16"),
 }
+DOCUMENTS = ["abcab cab. " * 30, "b", "ab", "cabbac" * 20]
 RUN = ("steps=3", "steps_per_dispatch=2", "eval_every=3", "checkpoint_every=2")
 
 
@@ -46,6 +56,7 @@ def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "SUMS", write_fashion_mnist(folder, 40, 20))
         patch.setattr(mnist5k, "SUM", sum_of(write_mnist5k(folder, 50)))
+        patch.setattr(charlm, "load_text", lambda *_: DOCUMENTS)
         patch.setattr(regression, "load_concrete", lambda _: concrete_like(60))
         yield folder
 
@@ -69,7 +80,9 @@ def concrete_like(count):
 
 
 def targets(batch):
-    """The labels, or the images themselves."""
+    """The labels, the next characters, or the images themselves."""
+    if "tokens" in batch:
+        return batch["tokens"][:, 1:]
     return batch["y"] if "y" in batch else to_unit_interval(batch["x"])
 
 
@@ -88,9 +101,8 @@ class TestEveryTask:
         batch = first_batch(task)
         outputs = task.model_fn(params, batch)
         log_prob = task.likelihood.log_prob(outputs, targets(batch))
-        np.testing.assert_allclose(
-            task.loss_fn(params, batch), -jnp.mean(log_prob), rtol=1e-5
-        )
+        mean = np.average(log_prob, weights=task.weights(batch))
+        np.testing.assert_allclose(task.loss_fn(params, batch), -mean, rtol=1e-5)
 
     def test_outputs_are_finite_and_as_many_as_the_examples(self, config):
         task = make_task(config.task)
@@ -243,3 +255,69 @@ class TestFashionCNN:
         np.testing.assert_allclose(
             task.predict(params, state, batch), expected, rtol=1e-3, atol=1e-4
         )
+
+
+class TestCharLM:
+    @pytest.fixture
+    def task(self, data_dir):
+        return make_task(configure("charlm", data_dir, "task.dropout=0.5").task)
+
+    def test_windows_predict_every_character_but_the_first_of_a_document_once(self):
+        windows, characters = charlm.cut_into_windows(DOCUMENTS, 12)
+        predicted = ""
+        for tokens, length in zip(windows["tokens"], windows["length"], strict=True):
+            assert 1 <= length <= 12
+            predicted += "".join(characters[token] for token in tokens[1 : length + 1])
+        assert predicted == "".join(document[1:] for document in DOCUMENTS)
+
+    def test_logits_depend_on_no_later_character_and_on_every_earlier_one(self, task):
+        params, _ = task.init_fn(jax.random.key(0))
+        tokens = jnp.zeros((1, 13), jnp.uint8)
+        before = task.model_fn(params, {"tokens": tokens})
+        after = task.model_fn(params, {"tokens": tokens.at[0, 5].set(1)})
+        differs = np.abs(before - after).max(-1)[0] > 1e-7
+        assert differs.tolist() == [False] * 5 + [True] * 7
+
+    def test_masked_characters_do_not_count(self, task):
+        params, _ = task.init_fn(jax.random.key(0))
+        batch = {"tokens": jnp.ones((2, 13), jnp.uint8), "length": jnp.array([12, 3])}
+        other = {**batch, "tokens": batch["tokens"].at[1, 4:].set(2)}
+        assert float(task.weights(batch).sum()) == 15
+        np.testing.assert_allclose(
+            task.loss_fn(params, batch), task.loss_fn(params, other), rtol=1e-6
+        )
+
+    def test_output_weights_are_the_embeddings(self, task):
+        params, _ = task.init_fn(jax.random.key(0))
+        width, characters = 8, len(set("".join(DOCUMENTS)))
+        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+        assert shapes.count((characters, width)) == 1
+        assert (width, characters) not in shapes
+        assert params["embedding"]["embedding"].shape == (characters, width)
+
+    def test_dropout_is_that_of_the_keys_and_of_each_window(self, task):
+        params, _ = task.init_fn(jax.random.key(0))
+        batch = first_batch(task)
+        drawn = task.draw_fn(jax.random.key(1), batch)
+        outputs = task.model_fn(params, drawn)
+        np.testing.assert_array_equal(outputs, task.model_fn(params, drawn))
+        part = jax.tree.map(lambda leaf: leaf[2:4], drawn)
+        np.testing.assert_allclose(
+            outputs[2:4], task.model_fn(params, part), rtol=1e-4, atol=1e-6
+        )
+        other = task.draw_fn(jax.random.key(2), batch)
+        assert not np.allclose(outputs, task.model_fn(params, other))
+        assert not np.allclose(outputs, task.model_fn(params, batch))
+
+    def test_evaluation_in_pieces_is_the_mean_over_all_characters(self, task):
+        config = configure("charlm", None)
+        tx = make_optimizer(config.optimizer, task)
+        state = init_state(task, tx, 0)
+        pieces = make_evaluate_fn(task, batch_size=5)(state, task.train)
+        whole = task.loss_fn(state.params, task.train)
+        np.testing.assert_allclose(pieces["loss"], whole, rtol=1e-5)
+
+    def test_heads_that_do_not_divide_the_width_are_an_error(self, data_dir):
+        config = configure("charlm", data_dir, "task.num_heads=3")
+        with pytest.raises(ConfigError, match=r"task.num_heads.*got 3 and 8"):
+            make_task(config.task)
