@@ -27,6 +27,7 @@ from experiments.distributed import DistributedConfig
 from experiments.optimizers import OPTIMIZER_CONFIGS
 from experiments.settings import (
     AT_LEAST_ONE,
+    NON_NEGATIVE,
     SEED,
     ConfigError,
     check_rules,
@@ -53,6 +54,7 @@ RESUMABLE_OVERRIDES = (
     "steps",
     "checkpoint_every",
     "log_every",
+    "prefetch",
     "task.data_dir",
     "task.cache_dir",
 )
@@ -77,6 +79,9 @@ class TrainConfig:
       log_every: steps between rows on the screen; the files hold every step.
       eval_batch_size: examples that go through the model at once in evaluation.
       eval_train_examples: of the training set, so many are evaluated; null for all.
+      stream_above: a training set of more MiB stays on the host, and its batches are
+        brought to the devices in advance; null for never.
+      prefetch: dispatches whose batches are then on the devices before their turn.
       measure_kl: measure the KL of steps also where the optimizer does not need it.
       runs_dir: the folder of all run folders.
       resume: a run folder to continue, or "latest"; null for a new run.
@@ -94,6 +99,8 @@ class TrainConfig:
     log_every: Annotated[int, AT_LEAST_ONE]
     eval_batch_size: Annotated[int, AT_LEAST_ONE]
     eval_train_examples: Annotated[int | None, AT_LEAST_ONE]
+    stream_above: Annotated[float | None, NON_NEGATIVE]
+    prefetch: Annotated[int, AT_LEAST_ONE]
     measure_kl: bool
     runs_dir: str
     resume: str | None

@@ -36,6 +36,7 @@ __all__ = [
     "check_same",
     "connect",
     "make_mesh",
+    "replicate",
     "replicated",
     "split_examples",
 ]
@@ -188,6 +189,22 @@ def make_mesh() -> Mesh:
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
     """Returns the sharding of what every device of `mesh` holds whole."""
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Brings host arrays, the same in every process, whole to each device of `mesh`.
+
+    Processes exchange nothing for it, so that threads may call it at any time.
+    """
+    sharding = replicated(mesh)
+    if sharding is None:
+        return jax.device_put(tree)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: leaf[index]
+        ),
+        tree,
+    )
 
 
 def split_examples(batch: PyTree, mesh: Mesh | None) -> PyTree:

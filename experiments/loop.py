@@ -6,8 +6,11 @@ At a checkpoint the logs are on the disk up to that step, so that killing the pr
 any moment loses only steps that a resumed run takes again.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from experiments.optimizers import make_optimizer
 from experiments.report import Report, SilentReport
 from experiments.run_folder import describe_resumption
 from experiments.settings import ConfigError
+from experiments.streaming import HostBatches, size_in_mib, stream
 from experiments.tasks import make_task, num_examples
 from experiments.training import (
     TrainState,
@@ -34,6 +38,7 @@ from experiments.training import (
 
 __all__ = ["Result", "describe_result", "next_stop", "run_training"]
 
+PyTree = Any
 Row = dict[str, Any]
 
 
@@ -132,13 +137,15 @@ class _Run:
             )
         tx = make_optimizer(config.optimizer, task)
         mesh = make_mesh()
-        data = {"train": task.train, "test": task.test}
-        self._data = jax.device_put(data, replicated(mesh))
+        self._mesh, self._batch_size = mesh, batch_size
+        limit = config.stream_above
+        self._is_streamed = limit is not None and size_in_mib(task.train) > limit
+        self._train, test = task.train, jax.device_put(task.test, replicated(mesh))
+        if not self._is_streamed:
+            self._train = jax.device_put(task.train, replicated(mesh))
         evaluated = slice(config.eval_train_examples)
-        self._evaluated = {
-            "train": jax.tree.map(lambda leaf: leaf[evaluated], self._data["train"]),
-            "test": self._data["test"],
-        }
+        train = jax.tree.map(lambda leaf: leaf[evaluated], self._train)
+        self._evaluated = {"train": train, "test": test}
         self._train_chunk = make_train_chunk(
             task,
             tx,
@@ -146,6 +153,7 @@ class _Run:
             steps_per_dispatch=config.steps_per_dispatch,
             measure_kl=config.measure_kl,
             mesh=mesh,
+            is_streamed=self._is_streamed,
         )
         self._evaluate = make_evaluate_fn(
             task, batch_size=config.eval_batch_size, mesh=mesh
@@ -160,29 +168,32 @@ class _Run:
         report: SilentReport,
     ) -> Result:
         """Takes the steps that are left, until `stop` is requested."""
-        config, data = self._config, self._data["train"]
+        config = self._config
         step = saved_step = int(state.step)
         seconds, metrics = report.seconds, {}
         train_chunk, compile_seconds = self._train_chunk, 0.0
         if step < config.steps:
             started = time.perf_counter()
-            train_chunk = train_chunk.lower(state, data, np.int32(0)).compile()
+            train_chunk = train_chunk.lower(state, self._like_data(), np.int32(0))
+            train_chunk = train_chunk.compile()
             compile_seconds = time.perf_counter() - started
-        while step < config.steps and not any_process(stop.requested):
-            num_steps = next_stop(step, config) - step
-            started = time.perf_counter()
-            state, records = train_chunk(state, data, np.int32(num_steps))
-            records = jax.device_get(records)
-            seconds += time.perf_counter() - started
-            rows = self._rows(records, step, num_steps)
-            step += num_steps
-            if step % config.eval_every == 0 or step == config.steps:
-                metrics = self._evaluate_all(state)
-                rows[-1].update(metrics)
-            report.show(rows, seconds)
-            if step % config.checkpoint_every == 0:
-                _save(state, checkpoints, report)
-                saved_step = step
+        with self._data_of_dispatches(state) as data_of_dispatches:
+            while step < config.steps and not any_process(stop.requested):
+                num_steps = next_stop(step, config) - step
+                started = time.perf_counter()
+                data = next(data_of_dispatches)
+                state, records = train_chunk(state, data, np.int32(num_steps))
+                records = jax.device_get(records)
+                seconds += time.perf_counter() - started
+                rows = self._rows(records, step, num_steps)
+                step += num_steps
+                if step % config.eval_every == 0 or step == config.steps:
+                    metrics = self._evaluate_all(state)
+                    rows[-1].update(metrics)
+                report.show(rows, seconds)
+                if step % config.checkpoint_every == 0:
+                    _save(state, checkpoints, report)
+                    saved_step = step
         if saved_step != step:
             _save(state, checkpoints, report)
         finished = step == config.steps
@@ -195,6 +206,42 @@ class _Run:
             seconds=seconds,
             compile_seconds=compile_seconds,
             state=state,
+        )
+
+    def _like_data(self) -> PyTree:
+        """What a dispatch is given as data, or its shape."""
+        if not self._is_streamed:
+            return self._train
+        stacked = (self._config.steps_per_dispatch, self._batch_size)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                (*stacked, *leaf.shape[1:]), leaf.dtype, sharding=replicated(self._mesh)
+            ),
+            self._train,
+        )
+
+    def _data_of_dispatches(
+        self, state: TrainState
+    ) -> contextlib.AbstractContextManager[Iterator[PyTree]]:
+        """The data of each dispatch from `state` on, one after the other."""
+        config = self._config
+        if not self._is_streamed:
+            return contextlib.nullcontext(itertools.repeat(self._train))
+        batches = HostBatches(
+            self._train,
+            state.key,
+            batch_size=self._batch_size,
+            capacity=config.steps_per_dispatch,
+        )
+
+        def plan(step: int) -> Iterator[tuple[int, int]]:
+            while step < config.steps:
+                end = next_stop(step, config)
+                yield step, end - step
+                step = end
+
+        return stream(
+            batches, plan(int(state.step)), prefetch=config.prefetch, mesh=self._mesh
         )
 
     def _rows(self, records: dict[str, Any], step: int, num_steps: int) -> list[Row]:

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 import ngd_jax as ngd
 from experiments.batches import epoch_and_position, epoch_permutation, take_batch
-from experiments.distributed import replicated, split_examples
+from experiments.distributed import replicate, replicated, split_examples
 from experiments.optimizers import read_step_info
 from experiments.tasks import Task, num_examples
 
@@ -90,6 +91,7 @@ def make_train_chunk(
     steps_per_dispatch: int,
     measure_kl: bool,
     mesh: Mesh | None = None,
+    is_streamed: bool = False,
 ) -> jax.stages.Wrapped:
     """Builds the jitted function that takes up to `steps_per_dispatch` steps.
 
@@ -102,6 +104,8 @@ def make_train_chunk(
         report it themselves (two more forward passes).
       mesh: the devices among which the examples of a batch are split, evenly or not;
         None for the one that holds the arguments.
+      is_streamed: whether `data` is the stacked batches of the steps,
+        `[steps_per_dispatch, batch_size, ...]`, and not the training set.
 
     Returns:
       `train_chunk(state, data, num_steps) -> (state, records)`. It donates `state`,
@@ -115,13 +119,12 @@ def make_train_chunk(
         state: TrainState, data: PyTree, num_steps: jax.Array
     ) -> tuple[TrainState, Records]:
         size = num_examples(data)
-        first_epoch, _ = epoch_and_position(state.step, size, batch_size)
-        permutation = epoch_permutation(state.key, first_epoch, size)
 
-        def take_step(
-            carry: tuple[TrainState, jax.Array],
-        ) -> tuple[tuple[TrainState, jax.Array], Records]:
-            state, permutation = carry
+        def next_batch(
+            state: TrainState, permutation: jax.Array, index: jax.Array
+        ) -> tuple[PyTree, jax.Array]:
+            if is_streamed:
+                return jax.tree.map(lambda leaf: leaf[index], data), permutation
             epoch, position = epoch_and_position(state.step, size, batch_size)
             # Sorting is dear: a new order only where a new epoch begins.
             permutation = jax.lax.cond(
@@ -129,17 +132,30 @@ def make_train_chunk(
                 lambda: epoch_permutation(state.key, epoch, size),
                 lambda: permutation,
             )
-            batch = take_batch(data, permutation, position, batch_size)
+            return take_batch(data, permutation, position, batch_size), permutation
+
+        def take_step(
+            carry: tuple[TrainState, jax.Array], index: jax.Array
+        ) -> tuple[tuple[TrainState, jax.Array], Records]:
+            state, permutation = carry
+            batch, permutation = next_batch(state, permutation, index)
             batch = split_examples(batch, mesh)
             state, record = train_step(state, batch)
             return (state, permutation), record
 
+        permutation = jnp.zeros(0, jnp.int32)
+        if not is_streamed:
+            first_epoch, _ = epoch_and_position(state.step, size, batch_size)
+            permutation = epoch_permutation(state.key, first_epoch, size)
         carry = (state, permutation)
-        _, record = jax.eval_shape(take_step, carry)
+        _, record = jax.eval_shape(take_step, carry, jnp.int32(0))
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), record)
         (state, _), records = jax.lax.scan(
             lambda carry, index: jax.lax.cond(
-                index < num_steps, take_step, lambda carry: (carry, blank), carry
+                index < num_steps,
+                lambda carry: take_step(carry, index),
+                lambda carry: (carry, blank),
+                carry,
             ),
             carry,
             jnp.arange(steps_per_dispatch, dtype=jnp.int32),
@@ -172,6 +188,8 @@ def make_evaluate_fn(
         for start in range(0, size, batch_size):
             end = min(start + batch_size, size)
             batch = jax.tree.map(lambda leaf, i=start, j=end: leaf[i:j], data)
+            if isinstance(jax.tree.leaves(batch)[0], np.ndarray):
+                batch = replicate(batch, mesh)
             means = evaluate_batch(state.params, state.model_state, batch)
             weight = task.count(batch) / whole
             for name, mean in means.items():
