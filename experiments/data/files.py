@@ -78,6 +78,7 @@ def memory_mapped(
         try:
             with os.fdopen(handle, "wb") as file:
                 np.save(file, array)
+            Path(unfinished).chmod(0o644)
             Path(unfinished).replace(path)
         finally:
             Path(unfinished).unlink(missing_ok=True)
