@@ -115,6 +115,8 @@ class TestFashionMNIST:
     @pytest.mark.parametrize(
         "content",
         [b"", gzip.compress(b"\0\0"), gzip.compress(b"\0\0\x0d\1\0\0\0\1?"), b"text"],
+        # Names of their own: compressed bytes hold the time.
+        ids=["empty", "short", "wrong size", "not compressed"],
     )
     def test_file_of_another_format_is_an_error_of_one_line(self, tmp_path, content):
         with pytest.raises(ConfigError, match="cannot be read"):
