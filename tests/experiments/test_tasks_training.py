@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ngd_jax as ngd
 from experiments.config import compose_config, read_config
 from experiments.data import fashion_mnist, mnist5k
 from experiments.optimizers import make_optimizer
@@ -321,3 +322,24 @@ class TestCharLM:
         config = configure("charlm", data_dir, "task.num_heads=3")
         with pytest.raises(ConfigError, match=r"task.num_heads.*got 3 and 8"):
             make_task(config.task)
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"fashion_cnn"}))
+def test_microbatches_change_the_steps_by_round_off_alone(name, data_dir, tmp_path):
+    if name == "imbalance":
+        pytest.skip("raw columns amplify round-off within a step")
+    losses = []
+    for size in ("null", "3"):
+        config = configure(name, data_dir, *RUN, f"optimizer.microbatch_size={size}")
+        losses.append(train_config(config, tmp_path / size).metrics["train_loss"])
+    np.testing.assert_allclose(*losses, rtol=2e-3)
+
+
+def test_solver_on_rows_says_that_batch_normalisation_mixes_examples(
+    data_dir, tmp_path
+):
+    config = configure("fashion_cnn", data_dir, *RUN, "optimizer.solver=sample_space")
+    train_config(config, tmp_path)
+    rows = read_json_lines(tmp_path / "metrics.jsonl")
+    assert {row["solver_status"] for row in rows} == {ngd.SolverStatus.NOT_SEPARABLE}
+    assert ngd.StepStatus.TAKEN not in {row["status"] for row in rows}
