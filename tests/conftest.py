@@ -5,6 +5,10 @@ import os
 import shutil
 import tempfile
 
+# Programs that another worker has compiled are loaded with an error message about the
+# very machine that compiled them.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 import jaxtyping
 
 # Before the first import of the library: annotations are checked in every call. Not
