@@ -30,12 +30,17 @@ _OWN_MAPPED = "random start, λ = 1e-3 in the mapped metric"
 _BOUND = f"{STEPS} steps × ε × condition number"
 
 
+def _power(value: float) -> str:
+    """1e-9, not 1e-09."""
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
 def _plain(damping: float) -> str:
-    return f"λI, λ = {damping:.0e}"
+    return f"λI, λ = {_power(damping)}"
 
 
 def _mapped(damping: float) -> str:
-    return f"λ = {damping:.0e} in the mapped metric"
+    return f"λ = {_power(damping)} in the mapped metric"
 
 
 def demonstrate(quick: bool) -> Evidence:

@@ -22,13 +22,14 @@ def test_figures_of_the_full_experiment_are_as_expected():
     assert_as_expected(run(step_size.STEP_SIZE, quick=False))
 
 
-def test_steps_of_another_length_than_that_measured_are_found_out(monkeypatch):
+@pytest.fixture(scope="module")
+def altered_steps():
+    """One run with steps half as long as the library says, one twice, one as it is."""
     natural_gradient = ngd.natural_gradient
 
     def altered(*args, max_kl, **kwargs):
         tx = natural_gradient(*args, max_kl=max_kl, **kwargs)
-        # Half as long at the larger radius, twice as long at the smaller one.
-        scale = jnp.where(max_kl(0) > 5e-4, 0.5, 2.0)
+        scale = jnp.where(max_kl(0) > 5e-4, 0.5, jnp.where(max_kl(0) > 5e-6, 2.0, 1.0))
 
         def update(*args, **kwargs):
             updates, state = tx.update(*args, **kwargs)
@@ -36,22 +37,23 @@ def test_steps_of_another_length_than_that_measured_are_found_out(monkeypatch):
 
         return tx._replace(update=update)
 
-    monkeypatch.setattr(ngd, "natural_gradient", altered)
-    monkeypatch.setattr(step_size, "_STEPS", 3)
-    with jax.enable_x64(True):
-        steps = step_size._to_the_radius([(1e-3, 1e-3), (1e-4, 1e-3)], digits(50))
-    assert steps.kl[0].max() < step_size.FILL * 1e-3
-    assert steps.kl[1].min() > 1e-4
+    runs = [(1e-3, 1e-3), (1e-4, 1e-3), (1e-7, 1.0)]
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
+        patch.setattr(ngd, "natural_gradient", altered)
+        patch.setattr(step_size, "_STEPS", 3)
+        return step_size._to_the_radius(runs, digits(50))
 
 
-def test_guess_of_a_damped_step_is_close_and_its_kl_is_that_of_the_step(monkeypatch):
-    monkeypatch.setattr(step_size, "_STEPS", 3)
-    with jax.enable_x64(True):
-        steps = step_size._to_the_radius([(1e-7, 1.0)], digits(50))
-    # So short a step, so much damping: the quadratic model holds to round figures.
-    np.testing.assert_allclose(steps.guess, 1e-7, rtol=1e-2)
-    np.testing.assert_array_less(steps.kl, 1e-7)
-    np.testing.assert_array_less(step_size.FILL * 1e-7, steps.kl)
+def test_steps_of_another_length_than_that_measured_are_found_out(altered_steps):
+    half, double, _ = altered_steps.kl
+    assert half.max() < step_size.FILL * 1e-3
+    assert double.min() > 1e-4
+
+
+def test_guess_of_a_short_and_damped_step_is_right(altered_steps):
+    np.testing.assert_allclose(altered_steps.guess[2], 1e-7, rtol=1e-2)
+    np.testing.assert_array_less(altered_steps.kl[2], 1e-7)
+    np.testing.assert_array_less(step_size.FILL * 1e-7, altered_steps.kl[2])
 
 
 def test_rank_is_at_most_what_dark_pixels_and_softmax_leave():
