@@ -8,6 +8,8 @@ import tempfile
 # Programs that another worker has compiled are loaded with an error message about the
 # very machine that compiled them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The threads of two workers would wait for each other in every small factorisation.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jaxtyping
 

@@ -13,6 +13,7 @@ from experiments.evidence.invariance import INVARIANCE
 from experiments.evidence.order import ORDER
 from experiments.evidence.outliers import OUTLIERS
 from experiments.evidence.spaces import SPACES
+from experiments.evidence.step_size import STEP_SIZE
 
 __all__ = ["CLAIMS"]
 
@@ -20,6 +21,7 @@ CLAIMS: dict[str, Claim] = {
     claim.name: claim
     for claim in (
         DIVERGENCE,
+        STEP_SIZE,
         OUTLIERS,
         INVARIANCE,
         COST,

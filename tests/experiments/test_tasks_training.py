@@ -47,6 +47,8 @@ SMALL = {
     "regression": ("task.hidden_sizes=[4]", "task.data_dir={data}", "batch_size=16"),
 }
 DOCUMENTS = ["abcab cab. " * 30, "b", "ab", "cabbac" * 20]
+# Their steps take long to compile.
+LARGE = {"charlm", "fashion_cnn"}
 RUN = ("steps=3", "steps_per_dispatch=2", "eval_every=3", "checkpoint_every=2")
 
 
@@ -67,6 +69,14 @@ def configure(name, data_dir, *overrides):
     return read_config(
         compose_config([f"task={name}", "optimizer.cg.max_steps=3", *small, *overrides])
     )
+
+
+def names_of(*names):
+    """Parameters; those that take long are for the slow tests."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+        for name in sorted(names)
+    ]
 
 
 @pytest.fixture(params=sorted(SMALL))
@@ -113,6 +123,7 @@ class TestEveryTask:
             assert leaf.shape[0] == 7
             assert jnp.isfinite(leaf).all()
 
+    @pytest.mark.parametrize("config", names_of(*SMALL), indirect=True)
     def test_trains_with_finite_numbers_and_resumes_to_the_same_bits(
         self, config, tmp_path
     ):
@@ -310,6 +321,7 @@ class TestCharLM:
         assert not np.allclose(outputs, task.model_fn(params, other))
         assert not np.allclose(outputs, task.model_fn(params, batch))
 
+    @pytest.mark.slow
     def test_evaluation_in_pieces_is_the_mean_over_all_characters(self, task):
         config = configure("charlm", None)
         tx = make_optimizer(config.optimizer, task)
@@ -324,7 +336,7 @@ class TestCharLM:
             make_task(config.task)
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL) - {"fashion_cnn"}))
+@pytest.mark.parametrize("name", names_of(*set(SMALL) - {"fashion_cnn"}))
 def test_microbatches_change_the_steps_by_round_off_alone(name, data_dir, tmp_path):
     if name == "imbalance":
         pytest.skip("raw columns amplify round-off within a step")
