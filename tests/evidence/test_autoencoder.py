@@ -10,6 +10,7 @@ from experiments.evidence import autoencoder
 from tests.evidence.helpers import assert_as_expected, run
 
 
+@pytest.mark.slow
 def test_figures_are_as_expected():
     evidence = run(autoencoder.AUTOENCODER)
     assert_as_expected(evidence)

@@ -6,6 +6,7 @@ from experiments.evidence import cost
 from tests.evidence.helpers import assert_as_expected, run
 
 
+@pytest.mark.slow
 def test_figures_are_as_expected():
     evidence = run(cost.COST)
     assert_as_expected(evidence)

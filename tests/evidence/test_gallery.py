@@ -58,6 +58,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 def test_figures_are_as_expected_and_the_report_shows_the_calls():
     evidence = run(GALLERY)
     assert_as_expected(evidence)

@@ -8,6 +8,7 @@ from experiments.evidence import order
 from tests.evidence.helpers import assert_as_expected, run
 
 
+@pytest.mark.slow
 def test_figures_are_as_expected():
     evidence = run(order.ORDER)
     assert_as_expected(evidence)

@@ -11,6 +11,7 @@ from experiments.evidence.networks import digits
 from tests.evidence.helpers import assert_as_expected, run
 
 
+@pytest.mark.slow
 def test_figures_are_as_expected():
     evidence = run(step_size.STEP_SIZE)
     assert_as_expected(evidence)

@@ -233,6 +233,7 @@ def precision_errors(*dtypes):
     }
 
 
+@pytest.mark.slow
 def test_table_of_precision_has_a_row_for_each_solver_and_damping():
     assert max(precision_errors("float32")["float32"]) < 1e-3
 

@@ -48,7 +48,7 @@ SMALL = {
 }
 DOCUMENTS = ["abcab cab. " * 30, "b", "ab", "cabbac" * 20]
 # Their steps take long to compile.
-LARGE = {"charlm", "fashion_cnn"}
+LARGE = {"autoencoder", "charlm", "fashion_cnn"}
 RUN = ("steps=3", "steps_per_dispatch=2", "eval_every=3", "checkpoint_every=2")
 
 
@@ -347,6 +347,7 @@ def test_microbatches_change_the_steps_by_round_off_alone(name, data_dir, tmp_pa
     np.testing.assert_allclose(*losses, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_solver_on_rows_says_that_batch_normalisation_mixes_examples(
     data_dir, tmp_path
 ):

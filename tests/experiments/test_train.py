@@ -86,6 +86,7 @@ def test_mistake_is_one_line_and_leaves_no_folder(command, tmp_path, mistake):
     assert not list(tmp_path.glob("runs/*"))
 
 
+@pytest.mark.slow
 def test_multirun_sweeps_over_seeds_and_radii(command, tmp_path):
     status, _, _ = command(
         "--multirun", *SMALL, "seed=0,1", "optimizer.max_kl=0.01,0.1", "steps=2"
@@ -151,6 +152,7 @@ def assert_same_run(folder, other):
     assert metrics.read_bytes() == other_metrics.read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_to_the_same_bits(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = start_program(*LONG, f"hydra.run.dir={folder}")
