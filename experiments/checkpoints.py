@@ -9,17 +9,19 @@ killed while it writes leaves the previous one as the latest.
 
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Self, TypeVar, cast
 
 import jax
 import orbax.checkpoint as ocp
 
+from experiments.learner import State
 from experiments.settings import ConfigError
-from experiments.training import TrainState
 
 __all__ = ["Checkpoints"]
 
 NUM_KEPT = 3
+
+AnyState = TypeVar("AnyState", bound=State)
 
 
 class Checkpoints:
@@ -53,13 +55,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: State) -> None:
         """Saves `state` under its step, unless that step is there already."""
         step = int(state.step)
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
-    def restore_latest(self, template: TrainState) -> TrainState | None:
+    def restore_latest(self, template: AnyState) -> AnyState | None:
         """Returns the newest state that can be read, or None where none was saved.
 
         Damaged checkpoints that are newer than it are deleted.
@@ -81,7 +83,7 @@ class Checkpoints:
                 continue
             for damaged in steps[:number]:
                 self._manager.delete(damaged)
-            return cast("TrainState", restored)
+            return cast("AnyState", restored)
         if steps:
             raise ConfigError(
                 f"None of the checkpoints in {self._manager.directory} can be read as "

@@ -1,4 +1,4 @@
-"""The curves of a run as one PNG: loss, accuracy, KL and radius, solver steps."""
+"""The curves of a run as one PNG: loss, a metric, KL and radius, solver steps."""
 
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,22 @@ SETS = (
 )
 
 
-def plot_curves(records: Records, path: Path, title: str) -> None:
-    """Draws the records of a run (the lines of `metrics.jsonl`) into `path`."""
+def plot_curves(
+    records: Records, path: Path, title: str, *, metric: str | None = "accuracy"
+) -> None:
+    """Draws the records of a run (the lines of `metrics.jsonl`) into `path`.
+
+    Args:
+      records: one for each step.
+      path: of the picture.
+      title: what the run is.
+      metric: which value is drawn beside the loss, of batches and of the sets.
+    """
     figure = Figure(figsize=(11.0, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     figure.suptitle(title)
     _draw_loss(axes[0, 0], records)
-    _draw_accuracy(axes[0, 1], records)
+    _draw_metric(axes[0, 1], records, metric)
     _draw_kl(axes[1, 0], records)
     _draw_solver(axes[1, 1], records)
     for axis in axes.flat:
@@ -42,23 +51,38 @@ def plot_curves(records: Records, path: Path, title: str) -> None:
 
 
 def _draw_loss(axis: Axes, records: Records) -> None:
-    axis.set(title="Loss", ylabel="mean loss per example (nats)", yscale="log")
-    for name, style, color, label in SETS:
-        steps, values = _curve(records, name.format("loss"))
-        axis.plot(steps, _positive(values), style, ms=4, color=color, label=label)
+    axis.set(title="Loss", ylabel="mean loss per example (nats)")
+    is_positive = _draw_sets(axis, records, "loss")
+    # A density may be above one, and its loss then is below zero.
+    axis.set_yscale("log" if is_positive else "linear")
 
 
-def _draw_accuracy(axis: Axes, records: Records) -> None:
-    axis.set(title="Accuracy", ylabel="accuracy (%)")
-    for name, style, color, label in SETS:
-        steps, values = _curve(records, name.format("accuracy"))
-        axis.plot(steps, 100.0 * values, style, ms=4, color=color, label=label)
+def _draw_metric(axis: Axes, records: Records, metric: str | None) -> None:
+    if metric is None:
+        axis.set_title("Metric")
+        _write_across(axis, "no metric in this task")
+        return
+    name = metric.replace("_", " ")
+    axis.set(title=name.capitalize(), ylabel=name)
+    if metric != "accuracy":
+        _draw_sets(axis, records, metric)
+        return
+    axis.set_ylabel("accuracy (%)")
+    _draw_sets(axis, records, metric, scale=100.0)
     _, tested = _curve(records, "test_accuracy")
     if tested.size:
         # The interesting part is near the top.
         axis.set_ylim(max(0.0, 100.0 * np.nanmin(tested) - 10.0), 101.0)
-    else:
-        _write_across(axis, "no accuracy in this task")
+
+
+def _draw_sets(axis: Axes, records: Records, name: str, scale: float = 1.0) -> bool:
+    """Draws `name` of batches and of both sets; returns whether all is positive."""
+    is_positive = True
+    for form, style, color, label in SETS:
+        steps, values = _curve(records, form.format(name))
+        axis.plot(steps, scale * values, style, ms=4, color=color, label=label)
+        is_positive &= not np.any(values <= 0.0)
+    return is_positive
 
 
 def _draw_kl(axis: Axes, records: Records) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes and after it: its files, and rows on the screen.
+"""What a run tells while it goes: its files, and rows on the screen.
 
 In a run of several processes the first one tells; the report of the others is silent.
 """
@@ -12,14 +12,8 @@ from rich.console import Console
 
 from experiments.config import TrainConfig
 from experiments.logs import RunLogs
-from experiments.plots import plot_curves
-from experiments.run_folder import (
-    read_json_lines,
-    write_config,
-    write_environment,
-    write_json,
-)
-from experiments.screen import Screen
+from experiments.run_folder import write_config, write_environment
+from experiments.screen import Column, Screen
 
 __all__ = ["Report", "SilentReport"]
 
@@ -54,19 +48,25 @@ class SilentReport:
     def sync(self) -> None:
         """Makes the files durable, as they must be before a checkpoint."""
 
-    def finish(self, summary: Row | None) -> None:
-        """Draws the curves; writes the result of a run that reached its end."""
-
 
 class Report(SilentReport):
     """Tells of a run in `folder` and on `console`, from after `step` on."""
 
-    def __init__(self, config: TrainConfig, folder: Path, console: Console, step: int):
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        console: Console,
+        step: int,
+        title: str,
+        columns: tuple[Column, ...],
+    ):
         self._config = config
         self._folder = folder
         self._console = console
         self._step = step
-        self._title = f"{config.task.name}, {config.optimizer.name}, seed {config.seed}"
+        self._title = title
+        self._columns = columns
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -75,6 +75,7 @@ class Report(SilentReport):
         screen = Screen(
             self._console,
             title=self._title,
+            columns=self._columns,
             first_step=self._step,
             last_step=self._config.steps,
             log_every=self._config.log_every,
@@ -108,10 +109,3 @@ class Report(SilentReport):
     def sync(self) -> None:
         """Makes the logs durable, as they must be before a checkpoint."""
         self._logs.sync()
-
-    def finish(self, summary: Row | None) -> None:
-        """Draws the curves; writes the result of a run that reached its end."""
-        if summary is not None:
-            write_json(self._folder / "result.json", summary)
-        records = read_json_lines(self._folder / "metrics.jsonl")
-        plot_curves(records, self._folder / "curves.png", self._title)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 import ngd_jax as ngd
 
-__all__ = ["Screen"]
+__all__ = ["Column", "Screen"]
 
 
 class Column(NamedTuple):
@@ -43,10 +43,7 @@ COLUMNS = (
     Column("CG", "solver_steps", "d"),
     Column("search", "linesearch_steps", "d"),
     Column("damping", "damping", ".2e"),
-    Column("train loss", "train_loss", ".2e"),
-    Column("test acc", "test_accuracy", ".1%"),
 )
-EVALUATIONS = ("train_loss", "test_accuracy")
 MIN_WIDTH = 8
 # Short enough for a terminal of 80 columns.
 BAR_COLUMNS = (
@@ -76,6 +73,7 @@ class Screen:
     Args:
       console: where to print.
       title: what the run is.
+      columns: those that follow the common ones; they need not be known at every step.
       first_step: steps done before.
       last_step: steps of the whole run.
       log_every: steps between rows.
@@ -86,6 +84,7 @@ class Screen:
         console: Console,
         *,
         title: str,
+        columns: tuple[Column, ...],
         first_step: int,
         last_step: int,
         log_every: int,
@@ -93,6 +92,7 @@ class Screen:
         self._console = console
         self._log_every = log_every
         self._last_step = last_step
+        self._last_columns = columns
         self._columns: list[Column] = []
         # Without a terminal the rows alone tell how far the run is.
         self._progress = Progress(
@@ -126,8 +126,8 @@ class Screen:
     def show_step(self, record: dict[str, Any]) -> None:
         """Prints the row of a step where one is due, and a heading above the first."""
         if not self._columns:
-            names = {*record, *EVALUATIONS}
-            self._columns = [column for column in COLUMNS if column.name in names]
+            common = [column for column in COLUMNS if column.name in record]
+            self._columns = [*common, *self._last_columns]
             titles = (f"{column.title:>{_width(column)}}" for column in self._columns)
             self.say(" ".join(titles))
         step = record["step"]

@@ -1,4 +1,8 @@
-"""The tasks by name; a new one is a module here and a line in `TASKS`."""
+"""The tasks by name; a new one is a module here and a line in `TASKS`.
+
+A task that is not a data set with a loss (a policy in an environment, a wave function)
+has its settings in `OTHER_TASK_CONFIGS` and what it does in `experiments.learners`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +16,14 @@ from experiments.tasks.imbalance import ImbalanceConfig, make_imbalance
 from experiments.tasks.regression import RegressionConfig, make_regression
 from experiments.tasks.task import Task, num_examples
 
-__all__ = ["TASKS", "TASK_CONFIGS", "Task", "make_task", "num_examples"]
+__all__ = [
+    "OTHER_TASK_CONFIGS",
+    "TASKS",
+    "TASK_CONFIGS",
+    "Task",
+    "make_task",
+    "num_examples",
+]
 
 TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
     "autoencoder": (AutoencoderConfig, make_autoencoder),
@@ -23,7 +34,11 @@ TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
     "imbalance": (ImbalanceConfig, make_imbalance),
     "regression": (RegressionConfig, make_regression),
 }
-TASK_CONFIGS = {name: config_class for name, (config_class, _) in TASKS.items()}
+OTHER_TASK_CONFIGS: dict[str, type] = {}
+TASK_CONFIGS = {
+    **{name: config_class for name, (config_class, _) in TASKS.items()},
+    **OTHER_TASK_CONFIGS,
+}
 
 
 def make_task(config: Any) -> Task:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from experiments.config import compose_config, read_config
-from experiments.loop import describe_result, next_stop, run_training
+from experiments.loop import describe_result, run_training
 from experiments.optimizers import OPTIMIZER_CONFIGS
 from experiments.run_folder import read_json_lines
+from experiments.schedule import next_stop
 from experiments.settings import ConfigError
 from tests.experiments.helpers import (
     assert_same_bits,

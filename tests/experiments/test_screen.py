@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from experiments.screen import Screen
+from experiments.screen import Column, Screen
 
 RECORD = {
     "step": 1,
@@ -17,11 +17,22 @@ RECORD = {
 }
 
 
+COLUMNS = (
+    Column("train loss", "train_loss", ".2e"),
+    Column("test acc", "test_accuracy", ".1%"),
+)
+
+
 def show(records, *, terminal=False, log_every=1, last_step=4):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=80)
     with Screen(
-        console, title="run", first_step=0, last_step=last_step, log_every=log_every
+        console,
+        title="run",
+        columns=COLUMNS,
+        first_step=0,
+        last_step=last_step,
+        log_every=log_every,
     ) as screen:
         for record in records:
             screen.show_step(record)
