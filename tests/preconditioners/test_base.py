@@ -1,9 +1,8 @@
-"""Preconditioners: M as the formulas say, positive definite, kept and built anew."""
+"""Every preconditioner: its state, what parameters it takes, its errors."""
 
 import dataclasses
 import functools
 import inspect
-import itertools
 from typing import Any
 
 import jax
@@ -11,249 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from tests import reference
+from tests.preconditioners.problems import (
+    KEY,
+    Matrix,
+    linearize,
+    matrix_of,
+    network_problem,
+)
 from tests.solvers import systems
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
-KEY = jax.random.key(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrix(systems.Matrix):
-    """With what the preconditioners ask for besides."""
-
-    @property
-    def params(self):
-        return self.like
-
-
-def matrix_of(values, dtype="float64"):
-    values = jnp.asarray(values, dtype)
-    return Matrix(values, systems.tree_like(np.zeros(len(values)), dtype))
-
-
-def network_problem(rng, dtype="float64"):
-    """A small classifier, and its Fisher by NumPy."""
-    params = reference.network_params(rng, 3, dtype=dtype)
-    x = jnp.asarray(rng.normal(size=(9, 2)), dtype)
-    outputs, jacobian = reference.jacobian(reference.network, params, x)
-    fisher = reference.fisher_of(
-        reference.categorical_metric(outputs), jacobian, np.full(9, 1 / 9)
-    )
-    return params, x, fisher
-
-
-def linearize(params, x, **options):
-    return ngd.linearize_fisher(
-        reference.network, params, x, ngd.Categorical(), **options
-    )
-
-
-def dense(matvec, like):
-    """The matrix of a map on trees, float64."""
-    flat, unravel = ravel_pytree(like)
-    rows = jax.vmap(lambda row: ravel_pytree(matvec(unravel(row)))[0])(
-        jnp.eye(flat.size, dtype=flat.dtype)
-    )
-    return np.asarray(rows, float)
-
-
-# --- Jacobi.
-
-
-@pytest.mark.parametrize("power", [1.0, 0.75])
-def test_jacobi_is_the_formula(dtype, power, rng):
-    params, x, truth = network_problem(rng, dtype)
-    diagonal = np.diag(truth) + 0.1
-    inverse = (diagonal / diagonal.max()) ** -power
-
-    @jax.jit
-    def apply(params):
-        return ngd.Jacobi(power=power)(linearize(params, x), 0.1)(params)
-
-    rtol = 1e-4 if dtype == "float32" else 1e-10
-    expected = inverse * reference.flat(params)
-    np.testing.assert_allclose(reference.flat(apply(params)), expected, rtol=rtol)
-
-
-@functools.partial(jax.jit, static_argnames=("num_probes", "options"))
-def estimates(params, x, keys, num_probes, options=()):
-    def one(key):
-        fisher = linearize(params, x, **dict(options))
-        jacobi = ngd.Jacobi(num_probes=num_probes, key=key)
-        return ravel_pytree(jacobi.update(fisher, jacobi.init(params)).diagonal)[0]
-
-    return jax.vmap(one)(keys)
-
-
-@pytest.mark.parametrize("options", [(), (("microbatch_size", 4),)])
-def test_probes_estimate_the_diagonal_within_their_variance(options, rng, x64):
-    params, x, truth = network_problem(rng)
-    drawn = estimates(params, x, jax.random.split(KEY, 400), 5, options)
-    drawn, diagonal = np.asarray(drawn), np.diag(truth)
-    assert (drawn >= 0).all()
-    # Var = 2 (Fᵢᵢ² - Σₖ aₖᵢ⁴) for one probe.
-    deviation = np.sqrt(2 / 5) * diagonal
-    assert (drawn.std(0) <= 1.3 * deviation + 1e-15).all()
-    error = np.abs(drawn.mean(0) - diagonal)
-    assert (error <= 5 * deviation / np.sqrt(400) + 1e-15).all()
-
-
-def test_probes_of_a_sampled_fisher_estimate_its_own_diagonal(rng, x64):
-    params, x, _ = network_problem(rng)
-    options = (("kind", "sampled"), ("key", jax.random.key(3)))
-    fisher = linearize(params, x, **dict(options))
-    jacobi = ngd.Jacobi(num_probes=2000, key=KEY)
-    state = jax.jit(lambda: jacobi.update(fisher, jacobi.init(params)))()
-    np.testing.assert_allclose(
-        reference.flat(state.diagonal), fisher.diagonal(), rtol=0.2, atol=1e-12
-    )
-
-
-def test_a_parameter_that_nothing_depends_on_is_harmless_without_damping():
-    fisher = matrix_of(np.diag([4.0, 1.0, 0.0, 0.0]), "float32")
-    precondition = ngd.Jacobi(power=1.0)(fisher, 0.0)
-    inverse = systems.flat(precondition(systems.tree_like(np.ones(4), "float32")))
-    assert np.isfinite(inverse).all()
-    np.testing.assert_allclose(inverse[:2], [1.0, 4.0])
-    zero = ngd.Jacobi()(matrix_of(np.zeros((2, 2)), "float32"), 0.0)
-    assert np.isfinite(systems.flat(zero(systems.tree_like([1.0, 2.0], "f4")))).all()
-
-
-def test_cg_with_jacobi_takes_the_textbook_iterates(rng, x64):
-    matrix = systems.spectrum(rng, np.logspace(-2, 1, 14))
-    scale = np.logspace(0, 2, 14)
-    matrix = scale[:, None] * matrix * scale
-    rhs, damping = rng.normal(size=14), 0.3
-    system, inverse = matrix + damping * np.eye(14), 1 / (np.diag(matrix) + damping)
-
-    x, r = np.zeros(14), rhs.copy()
-    p = z = inverse * r
-    for steps in range(1, 9):
-        alpha = (r @ z) / (p @ system @ p)
-        x, r_next = x + alpha * p, r - alpha * system @ p
-        z_next = inverse * r_next
-        p = z_next + (r_next @ z_next) / (r @ z) * p
-        r, z = r_next, z_next
-        if steps not in (1, 8):
-            continue
-        solver = ngd.CG(steps, rtol=0.0, preconditioner=ngd.Jacobi(power=1.0))
-        ours, _ = jax.jit(
-            lambda matrix, rhs, solver=solver: solver(
-                matrix_of(matrix), rhs, damping=damping
-            )
-        )(jnp.asarray(matrix), systems.tree_like(rhs, "float64"))
-        np.testing.assert_allclose(systems.flat(ours), x, rtol=1e-7, atol=1e-12)
-
-
-# --- Nyström.
-
-
-@functools.partial(jax.jit, static_argnames=("rank", "size"))
-def nystrom_of(matrix, damping, key, rank, size):
-    """The state and M⁻¹ as a matrix."""
-    fisher = matrix_of(matrix, matrix.dtype)
-    nystrom = ngd.Nystrom(rank, key)
-    state = nystrom.update(fisher, nystrom.init(fisher.params))
-    precondition = nystrom.matvec(state, damping)
-    flat, unravel = ravel_pytree(fisher.params)
-    eye = jnp.eye(size, dtype=flat.dtype)
-    return state, jax.vmap(lambda v: ravel_pytree(precondition(unravel(v)))[0])(eye)
-
-
-def approximation(state):
-    vectors = [
-        np.asarray(leaf, float).reshape(len(leaf), -1)
-        for leaf in jax.tree.leaves(state.eigenvectors)
-    ]
-    basis = np.concatenate(vectors, axis=1)
-    return (basis.T * np.asarray(state.eigenvalues, float)) @ basis, basis
-
-
-SPECTRA = {
-    "fast decay": np.logspace(0, -12, 40),
-    "slow decay": np.linspace(1, 0.1, 40),
-    "low rank": np.r_[np.logspace(0, -2, 5), np.zeros(35)],
-    "zero": np.zeros(40),
-    "identity": np.ones(40),
-    "small": 1e-22 * np.logspace(0, -6, 40),
-    "large": 1e18 * np.logspace(0, -6, 40),
-}
-
-
-@pytest.mark.parametrize("rank", [3, 40])
-def test_nystrom_is_symmetric_positive_definite(dtype, rank, rng):
-    for values, relative_damping in itertools.product(SPECTRA.values(), (0.0, 1e-5)):
-        matrix = jnp.asarray(systems.spectrum(rng, values), dtype)
-        damping = jnp.asarray(relative_damping * max(values.max(), 1e-30), dtype)
-        state, inverse = nystrom_of(matrix, damping, KEY, rank, 40)
-        inverse = np.asarray(inverse, float)
-        eps = np.finfo(dtype).eps
-        np.testing.assert_allclose(inverse, inverse.T, atol=20 * eps)
-        spectrum = np.linalg.eigvalsh((inverse + inverse.T) / 2)
-        assert spectrum[0] > eps
-        assert spectrum[-1] <= 1 + 100 * eps
-        _, basis = approximation(state)
-        assert np.linalg.norm(basis, 2) <= 1 + 100 * eps
-
-
-def test_nystrom_is_below_the_matrix_and_near_it(x64, rng):
-    values = np.logspace(0, -8, 40)
-    matrix = systems.spectrum(rng, values)
-    for rank in (5, 20):
-        state, _ = nystrom_of(jnp.asarray(matrix), 0.0, KEY, rank, 40)
-        estimate, basis = approximation(state)
-        np.testing.assert_allclose(basis @ basis.T, np.eye(rank), atol=1e-12)
-        assert (np.diff(state.eigenvalues) <= 0).all()
-        error = np.linalg.eigvalsh(matrix - estimate)
-        assert error[0] >= -1e-14
-        assert error[-1] <= 20 * values[rank - rank // 4]
-
-
-@pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6])
-def test_preconditioned_condition_number_is_within_the_bound(damping, x64, rng):
-    # Proposition 5.3 of Frangella, Tropp and Udell: κ ≤ (λᵣ + λ + ‖F - F̂‖) / λ.
-    matrix = systems.spectrum(rng, np.logspace(0, -10, 40))
-    for rank in (4, 12):
-        state, inverse = nystrom_of(jnp.asarray(matrix), damping, KEY, rank, 40)
-        estimate, _ = approximation(state)
-        error = np.linalg.norm(matrix - estimate, 2)
-        root = np.linalg.cholesky(np.asarray(inverse))
-        spectrum = np.linalg.eigvalsh(root.T @ (matrix + damping * np.eye(40)) @ root)
-        bound = (state.eigenvalues[-1] + damping + error) / damping
-        assert spectrum[-1] / spectrum[0] <= bound * (1 + 1e-8)
-
-
-def test_nystrom_of_full_rank_is_the_inverse_up_to_a_factor(x64, rng):
-    matrix = systems.spectrum(rng, np.linspace(0.1, 2.0, 12))
-    # More vectors than there are dimensions: cut to those.
-    state, inverse = nystrom_of(jnp.asarray(matrix), 0.5, KEY, 99, 12)
-    assert state.eigenvalues.shape == (12,)
-    np.testing.assert_allclose(state.eigenvalues, np.linspace(2.0, 0.1, 12))
-    np.testing.assert_allclose(
-        inverse @ (matrix + 0.5 * np.eye(12)), 0.6 * np.eye(12), atol=1e-10
-    )
-
-
-def test_rank_of_the_matrix_is_enough_for_two_steps(dtype, rng):
-    params, x, _ = network_problem(rng, dtype)
-    rhs = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), params)
-
-    @jax.jit
-    def solve(params, rhs):
-        # Two outputs that matter for each of 9 examples: rank 18 of 22 parameters.
-        solver = ngd.CG(50, rtol=1e-3, preconditioner=ngd.Nystrom(19, KEY))
-        return solver(linearize(params, x), rhs, damping=1e-3)
-
-    _, info = solve(params, rhs)
-    assert int(info.status) == ngd.SolverStatus.CONVERGED
-    assert int(info.num_steps) <= 2
-
-
-# --- State.
 
 EVERY_KIND = pytest.mark.parametrize(
     "make",
