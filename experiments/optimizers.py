@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import jax
 import optax
+import optax.contrib
 
 import ngd_jax as ngd
 from experiments.settings import (
@@ -101,6 +102,19 @@ class NaturalGradientConfig:
 
 
 @dataclasses.dataclass
+class NaturalGradientDefaultsConfig:
+    """`ngd_jax.natural_gradient(1.0, ..., max_kl=max_kl)` without any other word.
+
+    Attributes:
+      name: "natural_gradient_defaults".
+      max_kl: trust-region radius in nats per example.
+    """
+
+    name: str
+    max_kl: Annotated[float, POSITIVE]
+
+
+@dataclasses.dataclass
 class AdamConfig:
     """Settings of `optax.adam`."""
 
@@ -108,6 +122,34 @@ class AdamConfig:
     learning_rate: Annotated[float, POSITIVE]
     b1: Annotated[float, FRACTION]
     b2: Annotated[float, FRACTION]
+
+
+@dataclasses.dataclass
+class AdamWConfig:
+    """Settings of `optax.adamw`; the weight decay spares nothing."""
+
+    name: str
+    learning_rate: Annotated[float, POSITIVE]
+    b1: Annotated[float, FRACTION]
+    b2: Annotated[float, FRACTION]
+    weight_decay: Annotated[float, NON_NEGATIVE]
+
+
+@dataclasses.dataclass
+class MuonConfig:
+    """Settings of `optax.contrib.muon`: matrices by Muon, all else by Adam.
+
+    Attributes:
+      name: "muon".
+      learning_rate: of the matrices, whose steps are orthogonal matrices times this.
+      momentum: of the matrices, Nesterov's.
+      adam_learning_rate: of everything that is no matrix.
+    """
+
+    name: str
+    learning_rate: Annotated[float, POSITIVE]
+    momentum: Annotated[float, FRACTION]
+    adam_learning_rate: Annotated[float, POSITIVE]
 
 
 @dataclasses.dataclass
@@ -136,7 +178,10 @@ class LBFGSConfig:
 
 OPTIMIZER_CONFIGS = {
     "natural_gradient": NaturalGradientConfig,
+    "natural_gradient_defaults": NaturalGradientDefaultsConfig,
     "adam": AdamConfig,
+    "adamw": AdamWConfig,
+    "muon": MuonConfig,
     "sgd": SGDConfig,
     "lbfgs": LBFGSConfig,
 }
@@ -147,8 +192,29 @@ def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtra
     match config:
         case NaturalGradientConfig():
             return _make_natural_gradient(config, task)
+        case NaturalGradientDefaultsConfig():
+            return ngd.natural_gradient(
+                1.0,
+                task.model_fn,
+                task.likelihood,
+                max_kl=config.max_kl,
+                weights_fn=task.weights_fn,  # which examples there are, no setting
+            )
         case AdamConfig():
             tx = optax.adam(config.learning_rate, b1=config.b1, b2=config.b2)
+        case AdamWConfig():
+            tx = optax.adamw(
+                config.learning_rate,
+                b1=config.b1,
+                b2=config.b2,
+                weight_decay=config.weight_decay,
+            )
+        case MuonConfig():
+            tx = optax.contrib.muon(
+                config.learning_rate,
+                beta=config.momentum,
+                adam_learning_rate=config.adam_learning_rate,
+            )
         case SGDConfig():
             tx = optax.sgd(
                 config.learning_rate, momentum=config.momentum, nesterov=True

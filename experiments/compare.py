@@ -1,0 +1,50 @@
+"""The race: `python -m experiments.compare task=... seeds=3 budget=60s`.
+
+Optimizers train the same model from the same initial parameters on the same batches;
+every peer is tuned over its grid. Writes a table and two plots into `output`, and goes
+on from what is there. `only=[adam,muon]` runs a part.
+The library part is `experiments.race`; `configs/compare.yaml` and `configs/race/` have
+the settings.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from experiments.measure.clocks import use_one_thread
+
+use_one_thread()  # before JAX starts its threads
+
+from experiments.config import CONFIG_DIR, run_program  # noqa: E402
+from experiments.race.racing import Race  # noqa: E402
+from experiments.race.report import write_report  # noqa: E402
+from experiments.race.settings import read_compare  # noqa: E402
+from experiments.settings import ConfigError  # noqa: E402
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="compare")
+def compare(tree: DictConfig) -> None:
+    """Runs the race that the composed configuration `tree` describes."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    try:
+        config, entrants = read_compare(tree)
+        results = Race(config, entrants, console.print).run()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")  # Hydra would print a line of its own before
+    if not results:
+        sys.exit("error: no entrant could run")
+    folder = Path(config.output)
+    console.print(write_report(results, config, entrants, folder))
+    console.print(f"{folder / 'race.md'}, race.json, loss_steps.png, loss_seconds.png")
+
+
+def main() -> None:
+    """Runs the command line."""
+    run_program(compare)
+
+
+if __name__ == "__main__":
+    main()

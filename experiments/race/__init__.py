@@ -1,0 +1,1 @@
+"""The library part of `experiments.compare`: optimizers against each other."""

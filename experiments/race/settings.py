@@ -1,0 +1,201 @@
+"""The configuration of a race, from Hydra's tree to checked dataclasses.
+
+An entrant is an optimizer with the settings that it starts from, and a grid of values
+that its tuning tries: `grid={learning_rate: [0.1, 0.3]}`.
+"""
+
+import dataclasses
+import itertools
+from typing import Annotated, Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from experiments.config import read_as
+from experiments.optimizers import OPTIMIZER_CONFIGS
+from experiments.race.kfac import KFACConfig
+from experiments.settings import (
+    AT_LEAST_ONE,
+    POSITIVE,
+    SEED,
+    ConfigError,
+    Rule,
+    one_of,
+)
+from experiments.tasks import TASK_CONFIGS
+
+__all__ = ["CompareConfig", "Entrant", "TuningConfig", "candidates", "read_compare"]
+
+ENTRANT_CONFIGS = {**OPTIMIZER_CONFIGS, "kfac_jax": KFACConfig}
+SHARE = Rule("in (0, 1]", lambda value: 0.0 < value <= 1.0)
+
+# What a task file says about runs of `experiments.train`, where a race has its own way.
+TRAINING_SETTINGS = ("eval_every", "steps", "steps_per_dispatch")
+
+
+@dataclasses.dataclass
+class TuningConfig:
+    """How the settings of an entrant are chosen from its grid.
+
+    Attributes:
+      share: of the budget, which each candidate gets.
+      seed: of those runs; none of the race's own.
+    """
+
+    share: Annotated[float, SHARE]
+    seed: Annotated[int, SEED]
+
+
+@dataclasses.dataclass
+class CompareConfig:
+    """Settings of a race.
+
+    Attributes:
+      task: what is learned; a group, `task=...`.
+      seeds: so many, 0, 1, 2 and on; each gives initial parameters and batches.
+      budget: seconds of training of each run, "60" or "60s"; compiling and evaluating
+        are left out.
+      clock: "cpu", the seconds of this process, or "wall".
+      target: the loss on the training set that is to be reached; null for none.
+      tuning: how settings are chosen.
+      only: names of the entrants that run; null for all.
+      batch_size: examples in a batch; null for the whole training set.
+      eval_batch_size: examples that go through the model at once in evaluation.
+      eval_train_examples: the loss is that of the first so many of the training set;
+        null for all.
+      turns: into so many turns is a budget cut, in which the entrants alternate.
+      max_dispatch: steps at most for which Python does not look.
+      output: the folder of the results.
+      entrants: by name; see `Entrant`.
+    """
+
+    task: Any
+    seeds: Annotated[int, AT_LEAST_ONE]
+    budget: str
+    clock: Annotated[str, one_of("cpu", "wall")]
+    target: float | None
+    tuning: TuningConfig
+    only: list[str] | None
+    batch_size: Annotated[int | None, AT_LEAST_ONE]
+    eval_batch_size: Annotated[int, AT_LEAST_ONE]
+    eval_train_examples: Annotated[int | None, AT_LEAST_ONE]
+    turns: Annotated[int, AT_LEAST_ONE]
+    max_dispatch: Annotated[int, AT_LEAST_ONE]
+    output: str
+    entrants: Any
+
+    @property
+    def seconds(self) -> float:
+        """The budget as a number."""
+        return _read_seconds(self.budget)
+
+
+@dataclasses.dataclass
+class Entrant:
+    """An optimizer that takes part.
+
+    Attributes:
+      name: in the table.
+      optimizer: its settings, as they are before tuning.
+      grid: values to try, by setting; empty for none.
+      batch_size: where it is not the race's; null for the whole training set.
+    """
+
+    name: str
+    optimizer: Any
+    grid: dict[str, list[Any]]
+    batch_size: int | None
+
+
+def candidates(entrant: Entrant) -> list[dict[str, Any]]:
+    """All combinations of the values of the grid, the settings that they change."""
+    return [
+        dict(zip(entrant.grid, values, strict=True))
+        for values in itertools.product(*entrant.grid.values())
+    ]
+
+
+def read_compare(tree: DictConfig) -> tuple[CompareConfig, list[Entrant]]:
+    """Turns an untyped tree into checked dataclasses; the entrants that run, in order.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, a wrong type, or a broken rule.
+    """
+    kept = [str(name) for name in tree if name not in TRAINING_SETTINGS]
+    tree = OmegaConf.masked_copy(tree, kept)
+    name = OmegaConf.select(tree, "task.name")
+    if name not in TASK_CONFIGS:
+        raise ConfigError(
+            f"`task.name` must be one of {', '.join(TASK_CONFIGS)}, got {name!r}."
+        )
+    schema = OmegaConf.structured(CompareConfig)
+    schema.task = OmegaConf.structured(TASK_CONFIGS[name])
+    config = read_as(schema, tree)
+    _read_seconds(config.budget)
+    if config.tuning.seed < config.seeds:
+        raise ConfigError(
+            f"`tuning.seed` must not be one of the race's {config.seeds} seeds, got "
+            f"{config.tuning.seed}."
+        )
+    chosen = list(config.entrants) if config.only is None else config.only
+    if unknown := [name for name in chosen if name not in config.entrants]:
+        raise ConfigError(
+            f"`only` must name entrants, {', '.join(config.entrants)}, got "
+            f"{', '.join(unknown)}."
+        )
+    return config, [_read_entrant(name, tree, config.batch_size) for name in chosen]
+
+
+def _read_entrant(name: str, tree: DictConfig, batch_size: int | None) -> Entrant:
+    place = f"entrants.{name}"
+    kind = OmegaConf.select(tree, f"{place}.optimizer.name")
+    if kind not in ENTRANT_CONFIGS:
+        raise ConfigError(
+            f"`{place}.optimizer.name` must be one of {', '.join(ENTRANT_CONFIGS)}, "
+            f"got {kind!r}."
+        )
+    given = OmegaConf.select(tree, place)
+    if unknown := set(given) - {"optimizer", "grid", "batch_size"}:
+        raise ConfigError(f"`{place}.{unknown.pop()}` is not a setting.")
+    settings = OmegaConf.structured(ENTRANT_CONFIGS[kind])
+    entrant = Entrant(
+        name,
+        read_as(settings, given.optimizer),
+        OmegaConf.to_object(given.get("grid") or OmegaConf.create({})),  # pyright: ignore[reportArgumentType]
+        given.get("batch_size", batch_size),
+    )
+    for setting, values in entrant.grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(
+                f"`{place}.grid.{setting}` must be a list of values, got {values!r}."
+            )
+    for candidate in candidates(entrant):
+        with_settings(entrant.optimizer, candidate)
+    return entrant
+
+
+def with_settings(optimizer: Any, changes: dict[str, Any]) -> Any:
+    """Returns checked settings with some of them changed; `cg.max_steps` names one.
+
+    Raises:
+      ConfigError: for a name that is none, or a value that breaks its rule.
+    """
+    schema = OmegaConf.structured(type(optimizer))
+    tree = OmegaConf.create(dataclasses.asdict(optimizer))
+    for name, value in changes.items():
+        if OmegaConf.select(tree, name, default=MISSING) == MISSING:
+            raise ConfigError(f"`{name}` in a grid is not a setting of the optimizer.")
+        OmegaConf.update(tree, name, value)
+    return read_as(schema, tree)
+
+
+def _read_seconds(text: str) -> float:
+    try:
+        seconds = float(text.removesuffix("s"))
+    except ValueError:
+        seconds = 0.0
+    if not POSITIVE.holds(seconds):
+        raise ConfigError(
+            f"`budget` must be seconds such as 60 or 60s, positive and finite, got "
+            f"{text}."
+        )
+    return seconds

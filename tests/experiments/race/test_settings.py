@@ -1,0 +1,88 @@
+"""What the command line of a race may say."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments.config import CONFIG_DIR
+from experiments.race.settings import candidates, read_compare, with_settings
+from experiments.settings import ConfigError
+
+
+def read(*overrides):
+    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        return read_compare(compose("compare", overrides=list(overrides)))
+
+
+def entrant(name, *overrides):
+    _, (one,) = read(f"only=[{name}]", *overrides)
+    return one
+
+
+def test_a_task_brings_its_batches_and_its_target():
+    config, entrants = read("task=imbalance", "seeds=2", "budget=7s")
+    assert config.seconds == 7.0
+    assert config.batch_size is None
+    assert config.target is not None
+    assert [one.name for one in entrants] == config.only
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["fashion_mlp", "fashion_cnn", "autoencoder", "regression", "charlm", "imbalance"],
+)
+def test_every_task_has_a_race_of_its_own(task):
+    config, _ = read(f"task={task}")
+    assert config.target is not None
+
+
+def test_budgets_are_seconds_with_or_without_a_unit():
+    assert read("budget=2.5")[0].seconds == 2.5
+    assert read("budget=2.5s")[0].seconds == 2.5
+
+
+def test_lbfgs_sees_the_whole_training_set():
+    assert entrant("lbfgs").batch_size is None
+    assert entrant("adam").batch_size == 256
+    assert entrant("lbfgs", "entrants.lbfgs.batch_size=100").batch_size == 100
+
+
+def test_a_grid_is_all_combinations():
+    one = entrant(
+        "adam",
+        "entrants.adam.grid.learning_rate=[0.1,0.2]",
+        "+entrants.adam.grid.b1=[0.5,0.9]",
+    )
+    rates = [with_settings(one.optimizer, some) for some in candidates(one)]
+    assert [(some.learning_rate, some.b1) for some in rates] == [
+        (0.1, 0.5),
+        (0.1, 0.9),
+        (0.2, 0.5),
+        (0.2, 0.9),
+    ]
+    assert candidates(entrant("natural_gradient", "task=digits")) == [{}]
+
+
+def test_a_grid_reaches_settings_inside_of_others():
+    one = entrant("natural_gradient")
+    assert with_settings(one.optimizer, {"cg.max_steps": 3}).cg.max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["budget=fast"], "`budget` must be seconds"),
+        (["budget=-1s"], "`budget` must be seconds"),
+        (["only=[adam,magic]"], "`only` must name entrants, .* got magic"),
+        (["seeds=5", "tuning.seed=4"], "`tuning.seed` must not be one of"),
+        (["+entrants.adam.rate=1"], "`entrants.adam.rate` is not a setting"),
+        (["entrants.adam.optimizer.name=x"], "`entrants.adam.optimizer.name` must be"),
+        (["entrants.adam.grid.learning_rate=1"], "must be a list of values, got 1"),
+        (["+entrants.adam.grid.b3=[1]"], "`b3` in a grid is not a setting"),
+        (["entrants.adam.grid.learning_rate=[-1]"], "`learning_rate` must be positive"),
+        (["clock=sun"], "`clock` must be one of cpu, wall"),
+        (["task.name=x"], "`task.name` must be one of"),
+    ],
+)
+def test_mistakes_are_told(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        read(*overrides)
