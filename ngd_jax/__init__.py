@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 from ngd_jax import presets as presets
+from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import (
     Fisher,
@@ -97,6 +98,7 @@ __all__ = [
     "SolverStatus",
     "StatefulSolver",
     "StepStatus",
+    "SufficientDecrease",
     "TrustRegionResult",
     "conjugate_gradient",
     "dense_fisher",

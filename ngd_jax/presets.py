@@ -12,6 +12,7 @@ What a preset takes from its source and what it does otherwise is said in its do
 from collections.abc import Callable
 from typing import Any
 
+from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.damping import LevenbergMarquardt
 from ngd_jax.preconditioners import Jacobi
 from ngd_jax.quadratic_model import QuadraticModelRate
@@ -24,11 +25,10 @@ __all__ = ["hessian_free", "kfac_schedule", "pascanu_bengio", "trpo"]
 def trpo() -> dict[str, Any]:
     """Trust region policy optimization: KL radius 0.01, 10 CG steps, λ = 1e-3.
 
-    The gradient is that of the surrogate, and `update` needs it as `value_fn` too: a
-    step is refused where it gains less than a tenth of what the quadratic model
-    foretold. The original shortens a step by halves, at most 10 times, until surrogate
-    and KL agree; here the length comes from the measured KL, and the surrogate accepts
-    or refuses.
+    The gradient is that of the surrogate, and `update` needs it as `value_fn` too: as
+    in the original, a step is halved, at most 10 times, until the surrogate gains a
+    tenth of what its gradient promises. It starts from the measured radius, where the
+    original starts from the quadratic model's and halves for the KL too.
 
     References:
       Schulman et al., Trust region policy optimization, 2015, appendix C, and its
@@ -37,13 +37,8 @@ def trpo() -> dict[str, Any]:
     return {
         "learning_rate": None,
         "max_kl": 1e-2,
-        "damping": LevenbergMarquardt(
-            # λ stays where it is; only the acceptance is of use.
-            initial=1e-3,
-            minimum=1e-3,
-            maximum=1e-3,
-            reject=0.1,
-        ),
+        "damping": 1e-3,
+        "acceptance": SufficientDecrease(fraction=0.1, max_halvings=10),
         "solver": CG(max_steps=10, rtol=0.0),
         "max_kl_evaluations": 10,
     }

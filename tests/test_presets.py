@@ -55,8 +55,8 @@ def test_the_numbers_are_those_of_the_sources():
     """As in CLAIMS, and the papers there."""
     trpo = ngd.presets.trpo()
     assert (trpo["max_kl"], trpo["solver"].max_steps) == (0.01, 10)
-    assert trpo["damping"].initial == trpo["damping"].maximum == 1e-3
-    assert trpo["damping"].reject == 0.1
+    assert trpo["damping"] == 1e-3
+    assert trpo["acceptance"] == ngd.SufficientDecrease(0.1, max_halvings=10)
 
     free = ngd.presets.hessian_free()
     rule, solver = free["damping"], free["solver"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.arguments import check_count
 from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import Kind
@@ -31,6 +32,7 @@ def check_options(options: Any) -> None:
         )
     _check_numbers(options)
     _check_kind(options)
+    _check_acceptance(options.acceptance)
     _check_uses(options)
 
 
@@ -59,6 +61,13 @@ def _check_numbers(options: Any) -> None:
         check_count("microbatch_size", options.microbatch_size, hint)
 
 
+def _check_acceptance(acceptance: Any) -> None:
+    if acceptance is not None and not isinstance(acceptance, SufficientDecrease):
+        raise TypeError(
+            f"`acceptance` must be None or SufficientDecrease(...), got {acceptance!r}."
+        )
+
+
 def _check_kind(options: Any) -> None:
     if options.kind not in get_args(Kind):
         raise ValueError(
@@ -77,19 +86,19 @@ def _check_kind(options: Any) -> None:
 def _check_uses(options: Any) -> None:
     """Refuses what would be accepted and ignored."""
     solver, momentum = options.solver, options.momentum
-    adapts = isinstance(options.rule, LevenbergMarquardt)
+    weighs = isinstance(options.rule, LevenbergMarquardt) or options.acceptance
     with_metric_batch = options.metric_batch_fn is not None
     in_output_space = getattr(solver, "uses_coefficients", False)
     if options.output_loss_fn is not None and not (
-        adapts
+        weighs
         or getattr(solver, "uses_objective", False)
         or (in_output_space and not with_metric_batch)
     ):
         raise ValueError(
-            f"`output_loss_fn` is for damping=LevenbergMarquardt(...), which weighs "
-            f"actual against foretold reduction, and for solvers in the space of "
-            f"outputs (SampleSpace, LSMR) without `metric_batch_fn`; got "
-            f"damping={options.damping!r}, solver={solver!r}."
+            f"`output_loss_fn` is for damping=LevenbergMarquardt(...) and "
+            f"`acceptance`, which weigh actual against foretold reduction, and for "
+            f"solvers in the space of outputs (SampleSpace, LSMR) without "
+            f"`metric_batch_fn`; got damping={options.damping!r}, solver={solver!r}."
         )
     has_momentum = not (isinstance(momentum, int | float) and momentum == 0)
     if isinstance(options.learning_rate, QuadraticModelRate) and has_momentum:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import optax
 
+from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.fisher import Kind
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.solvers import CG, Solver
@@ -38,6 +39,7 @@ def natural_gradient(
     output_loss_fn: Callable[[Outputs, Batch], Scalar] | None = None,
     microbatch_size: int | None = None,
     max_kl_evaluations: int = 10,
+    acceptance: SufficientDecrease | None = None,
     key: KeyArray | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient descent: θ ← θ - s d with (F + λI) d = g.
@@ -85,13 +87,16 @@ def natural_gradient(
         labels. The KL of the step is measured on that batch too.
       output_loss_fn: (outputs, batch) -> loss, whose gradient is g. Gives solvers in
         the space of outputs (`SampleSpace`, `LSMR`) their right-hand side there, so
-        that small damping does not lose it to round-off; and `LevenbergMarquardt` the
-        loss, where `update` is not given a `value_fn`.
+        that small damping does not lose it to round-off; and `LevenbergMarquardt` and
+        `acceptance` the loss, where `update` is not given a `value_fn`.
       microbatch_size: examples in memory at once, for the metric and for the KL. Use
         this instead of `optax.MultiSteps`, which would take the metric from the last
         micro-batch only.
       max_kl_evaluations: forward passes at most in search of the radius. Two or three
         do for smooth models.
+      acceptance: None, or `SufficientDecrease`: a step is halved, or refused, where the
+        loss does not fall by enough of what the gradient promises; needs the loss, as
+        `output_loss_fn` or as `value_fn` of `update`.
       key: for kind "sampled"; the draws of step n come from `fold_in(key, n)`.
 
     Returns:
@@ -149,6 +154,7 @@ def natural_gradient(
         output_loss_fn=output_loss_fn,
         microbatch_size=microbatch_size,
         max_kl_evaluations=max_kl_evaluations,
+        acceptance=acceptance,
         key=key,
     ).transformation()
 
@@ -169,6 +175,7 @@ def scale_by_natural_gradient(
     output_loss_fn: Callable[[Outputs, Batch], Scalar] | None = None,
     microbatch_size: int | None = None,
     max_kl_evaluations: int = 10,
+    acceptance: SufficientDecrease | None = None,
     key: KeyArray | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces a gradient g by the natural one, d = (F + λI)⁻¹ g: no sign, no rate.
@@ -180,7 +187,7 @@ def scale_by_natural_gradient(
     Args:
       model_fn, likelihood, max_kl, damping, solver, kind, momentum, warm_start,
         weights_fn, targets_fn, metric_batch_fn, output_loss_fn, microbatch_size,
-        max_kl_evaluations, key: as for `natural_gradient`.
+        max_kl_evaluations, acceptance, key: as for `natural_gradient`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `NaturalGradientState`.
@@ -214,5 +221,6 @@ def scale_by_natural_gradient(
         output_loss_fn=output_loss_fn,
         microbatch_size=microbatch_size,
         max_kl_evaluations=max_kl_evaluations,
+        acceptance=acceptance,
         key=key,
     ).transformation()

@@ -59,8 +59,8 @@ _MESSAGES = {
     ),
     StepStatus.NON_FINITE_VALUE: "Refused: the loss handed in as value is not finite.",
     StepStatus.NO_REDUCTION: (
-        "Refused by LevenbergMarquardt: the loss did not fall as foretold. The damping "
-        "has been raised."
+        "Refused: the loss did not fall as foretold. LevenbergMarquardt has raised the "
+        "damping; SufficientDecrease leaves all as it was."
     ),
 }
 
@@ -93,8 +93,8 @@ class NaturalGradientInfo(NamedTuple):
 class NaturalGradientState(NamedTuple):
     """What the next update needs.
 
-    A refused step changes only `info`; if `LevenbergMarquardt` refused it for the loss,
-    also `damping` and `solver_state`.
+    A refused step changes only `info`; if it was refused for the loss, also `damping`
+    (under `LevenbergMarquardt`) and `solver_state`.
 
     Attributes:
       count: int32, steps taken; what schedules are evaluated at.

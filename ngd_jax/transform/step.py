@@ -2,7 +2,7 @@
 
     1. linearise the model            F at θ
     2. solve                          (F + λI) d = g
-    3. measure                        s, by the KL of θ - s d
+    3. measure                        s, by the KL of θ - s d, and by the loss on demand
     4. judge                          refuse the step if anything is not finite
 
 Nothing here iterates in Python, calls back to the host or raises at run time.
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import Fisher, Kind, linearize_fisher
 from ngd_jax.fisher.functions import model_on
@@ -77,6 +78,7 @@ class NaturalGradientStep:
     output_loss_fn: Callable[[Outputs, Batch], Scalar] | None
     microbatch_size: int | None
     max_kl_evaluations: int
+    acceptance: SufficientDecrease | None
     key: KeyArray | None
 
     def __post_init__(self) -> None:
@@ -159,19 +161,30 @@ class NaturalGradientStep:
         course = unpack(tree.divide(packed, unit))
         quadratic = fisher.quadratic(course)
 
-        # 3. The length, by the KL of the very parameters that it leads to.
-        step = self._step_size(
-            lambda scale: fisher.kl(moved(emit(scale, course))),
-            quadratic,
-            unit,
-            largest == 0,
-            state.count,
-        )
+        # 3. The length, by the KL of the very parameters that it leads to; and, where
+        #    a rule asks for it, by their loss.
+        def kl_fn(scale: Scalar) -> Scalar:
+            return fisher.kl(moved(emit(scale, course)))
+
+        step = self._step_size(kl_fn, quadratic, unit, largest == 0, state.count)
+        accepted = jnp.asarray(True)
+        if self.acceptance is not None:
+            max_kl = jnp.inf if self.max_kl is None else _at(self.max_kl, state.count)
+            here = self._loss_here(fisher, params, batch, loss_fn, value)
+            step, accepted = self.acceptance.shorten(
+                step,
+                decrease_fn=lambda scale: here - loss_fn(moved(emit(scale, course))),
+                slope=tree.vdot(gradient, course),
+                kl_fn=kl_fn,
+                max_kl=max_kl,
+            )
         emitted = emit(step.scale, course)
 
         # 4. Whether to take it.
         gradient_size = tree.max_abs(tree.pack(gradient)[0])
         status = self._status(gradient_size, largest == 0, found.info, step, value)
+        failed = (status == StepStatus.TAKEN) & ~accepted
+        status = jnp.where(failed, StepStatus.NO_REDUCTION, status).astype(jnp.int32)
         next_damping = damping
         if isinstance(self.rule, LevenbergMarquardt):
             old = self._loss_here(fisher, params, batch, loss_fn, value)
@@ -277,6 +290,8 @@ class NaturalGradientStep:
     def _who_needs_the_loss(self) -> str:
         if isinstance(self.rule, LevenbergMarquardt):
             return "damping=LevenbergMarquardt(...)"
+        if self.acceptance is not None:
+            return f"acceptance={self.acceptance!r}"
         return f"solver={self.solver!r}"
 
     def _solve(

@@ -1,0 +1,161 @@
+"""Steps that are halved or refused by what they do to the loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ngd_jax as ngd
+from tests.test_transform import flat, grad_fn, kl_fn, make_problem, model_fn, step_of
+from tests.test_transform import wide_loss_fn as loss_fn
+
+MAX_KL = 0.1
+
+
+def make(acceptance, **options):
+    settings = {"max_kl": MAX_KL, "damping": 1e-2, **options}
+    return ngd.natural_gradient(
+        None, model_fn, ngd.Categorical(), acceptance=acceptance, **settings
+    )
+
+
+@functools.cache
+def problem():
+    """A problem in 64 bits, its gradient and the whole step to the radius."""
+    params, batch = make_problem(dtype=jnp.float64)
+    grads = grad_fn(params, batch)
+    updates, state = step_of(make(None), params, batch)
+    return params, batch, grads, updates, state
+
+
+def penalized(weight):
+    """A loss with the same gradient at the start, and a price for leaving it."""
+    start = problem()[0]
+
+    def value_fn(params, batch):
+        moved = optax.tree.sub(params, start)
+        return loss_fn(params, batch) + weight * optax.tree.vdot(moved, moved)
+
+    return value_fn
+
+
+def halvings_by_hand(value_fn, fraction, max_halvings):
+    """The first of 1, 1/2, 1/4, ... of the whole step that is good enough."""
+    params, batch, grads, updates, _ = problem()
+    before = float(value_fn(params, batch))
+    for count in range(max_halvings + 1):
+        step = 0.5**count * flat(updates)
+        moved = jax.tree.map(lambda p, u, k=count: p + 0.5**k * u, params, updates)
+        promised = -float(np.dot(flat(grads), step))
+        if before - float(value_fn(moved, batch)) >= fraction * promised:
+            return count
+    return None
+
+
+def update(tx, value_fn, **extra):
+    params, batch, grads, _, _ = problem()
+    arguments = {"batch": batch, "value_fn": value_fn, **extra}
+    return jax.jit(
+        lambda grads, state, params: tx.update(grads, state, params, **arguments)
+    )(grads, tx.init(params), params)
+
+
+@pytest.mark.parametrize(("weight", "fraction"), [(1.0, 0.1), (5.0, 0.1), (0.3, 0.9)])
+def test_step_is_the_longest_halving_that_decreases_enough(x64, weight, fraction):
+    params, batch, _, whole, whole_state = problem()
+    expected = halvings_by_hand(penalized(weight), fraction, 10)
+    assert expected is not None
+    assert expected >= 1
+    rule = ngd.SufficientDecrease(fraction)
+    updates, state = update(make(rule), penalized(weight))
+    assert state.info.status == ngd.StepStatus.TAKEN
+    np.testing.assert_allclose(flat(updates), 0.5**expected * flat(whole), rtol=1e-12)
+    scale = 0.5**expected * whole_state.info.step_scale
+    np.testing.assert_allclose(state.info.step_scale, scale, rtol=1e-12)
+    measured = kl_fn(params, optax.apply_updates(params, updates), batch)
+    np.testing.assert_allclose(state.info.measured_kl, measured, rtol=1e-9)
+    evaluations = whole_state.info.num_kl_evaluations + expected
+    assert state.info.num_kl_evaluations == evaluations
+
+
+def test_good_step_is_left_as_it_is(x64):
+    *_, whole, whole_state = problem()
+    assert halvings_by_hand(loss_fn, 0.1, 0) == 0
+    updates, state = update(make(ngd.SufficientDecrease(0.1)), loss_fn)
+    np.testing.assert_array_equal(flat(updates), flat(whole))
+    assert state.info.measured_kl == whole_state.info.measured_kl
+
+
+@pytest.mark.parametrize("max_halvings", [0, 2])
+def test_step_that_never_decreases_enough_is_refused(x64, max_halvings):
+    assert halvings_by_hand(penalized(1e3), 0.1, max_halvings) is None
+    tx = make(ngd.SufficientDecrease(0.1, max_halvings=max_halvings))
+    updates, state = update(tx, penalized(1e3))
+    assert state.info.status == ngd.StepStatus.NO_REDUCTION
+    assert not flat(updates).any()
+    assert (state.count, state.info.measured_kl, state.info.step_scale) == (0, 0, 0)
+    assert not flat(state.direction).any()
+
+
+def test_loss_that_is_not_a_number_refuses(x64):
+    tx = make(ngd.SufficientDecrease(0.0, max_halvings=1))
+    start = loss_fn(*problem()[:2])
+    updates, state = update(tx, lambda *_: jnp.nan, value=start)
+    assert state.info.status == ngd.StepStatus.NO_REDUCTION
+    assert not flat(updates).any()
+
+
+def test_halved_step_beyond_the_radius_is_not_taken(x64):
+    """KL need not grow along a direction: the shorter step is measured too."""
+    rule = ngd.SufficientDecrease(0.0, max_halvings=3)
+    start = ngd.TrustRegionResult(
+        jnp.float64(1.0), jnp.float64(0.01), jnp.int32(1), jnp.asarray(True)
+    )
+    step, accepted = rule.shorten(
+        start,
+        decrease_fn=lambda s: 0.6 - s,
+        slope=jnp.float64(1.0),
+        kl_fn=lambda s: jnp.where(s == 0.5, 1.0, 0.001),
+        max_kl=0.01,
+    )
+    assert accepted
+    assert (step.scale, step.kl, step.num_kl_evaluations) == (0.25, 0.001, 3)
+
+
+def test_the_loss_may_be_one_of_outputs():
+    params, batch = make_problem()
+
+    def output_loss_fn(outputs, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            outputs, batch["y"]
+        ).mean()
+
+    tx = make(ngd.SufficientDecrease(), output_loss_fn=output_loss_fn)
+    updates, state = step_of(tx, params, batch)
+    assert state.info.status == ngd.StepStatus.TAKEN
+    assert loss_fn(optax.apply_updates(params, updates), batch) < loss_fn(params, batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fraction": 1.0}, ValueError, r"`fraction` must be in \[0, 1\), got 1.0"),
+        ({"fraction": -0.1}, ValueError, "`fraction`"),
+        ({"max_halvings": -1}, ValueError, "`max_halvings` must not be negative"),
+        ({"max_halvings": 2.0}, TypeError, "`max_halvings` must be an integer"),
+    ],
+)
+def test_bad_settings_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        ngd.SufficientDecrease(**options)
+
+
+def test_mistakes_name_the_argument():
+    with pytest.raises(TypeError, match="`acceptance` must be None or SufficientDec"):
+        make(0.1)
+    params, batch = make_problem()
+    with pytest.raises(ValueError, match=r"acceptance=.* needs the loss"):
+        step_of(make(ngd.SufficientDecrease()), params, batch)
