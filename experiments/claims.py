@@ -29,7 +29,7 @@ use_one_thread()
 from experiments.config import CONFIG_DIR, read_as, run_program  # noqa: E402
 from experiments.evidence import CLAIMS  # noqa: E402
 from experiments.evidence.claim import Claim  # noqa: E402
-from experiments.evidence.report import Outcome, write_report  # noqa: E402
+from experiments.evidence.report import Outcome, save_plots, write_report  # noqa: E402
 from experiments.settings import ConfigError, one_of  # noqa: E402
 
 
@@ -94,6 +94,7 @@ def claims(tree: DictConfig) -> None:
         task = progress.add_task("claims", total=len(chosen))
         for outcome in demonstrate_all(chosen, quick=config.quick):
             outcomes[outcome.claim.name] = outcome
+            save_plots(outcome, folder)  # while others run
             progress.advance(task)
             mark = "as expected" if outcome.evidence.holds else "NOT as expected"
             line = f"{outcome.claim.name} ({outcome.seconds:.0f} s): {mark}. "

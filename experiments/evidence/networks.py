@@ -15,11 +15,16 @@ Layers = list[dict[str, jax.Array]]
 
 def mlp_params(key: jax.Array, widths: list[int]) -> Layers:
     """Weights N(0, 1 / inputs) and zero biases, a dict for each layer."""
-    layers = []
-    for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        layer_key = jax.random.fold_in(key, index)
-        w = jax.random.normal(layer_key, (inputs, outputs)) / jnp.sqrt(inputs)
+    # One draw for all: every shape that is drawn is a program to compile.
+    weights = jax.random.normal(
+        key, (sum(a * b for a, b in itertools.pairwise(widths)),)
+    )
+    layers, start = [], 0
+    for inputs, outputs in itertools.pairwise(widths):
+        end = start + inputs * outputs
+        w = weights[start:end].reshape(inputs, outputs) / np.sqrt(inputs)
         layers.append({"w": w, "b": jnp.zeros(outputs)})
+        start = end
     return layers
 
 

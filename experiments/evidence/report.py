@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from experiments.evidence.claim import Claim, Evidence
 from experiments.markdown import Table, describe_environment, write_table
 
-__all__ = ["Outcome", "write_report"]
+__all__ = ["Outcome", "save_plots", "write_report"]
 
 
 class Outcome(NamedTuple):
@@ -33,13 +33,16 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def write_report(outcomes: Sequence[Outcome], folder: Path, *, quick: bool) -> None:
-    """Writes `report.md`, `report.html`, `plots/*.png` and `figures.json`."""
+def save_plots(outcome: Outcome, folder: Path) -> None:
+    """Writes `plots/*.png` of one claim, where `write_report` looks for them."""
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    for outcome in outcomes:
-        for plot in outcome.evidence.plots:
-            plot.figure.savefig(plots / f"{plot.name}.png")
+    for plot in outcome.evidence.plots:
+        plot.figure.savefig(plots / f"{plot.name}.png")
+
+
+def write_report(outcomes: Sequence[Outcome], folder: Path, *, quick: bool) -> None:
+    """Writes `report.md`, `report.html` and `figures.json`, after `save_plots`."""
     markdown = _write_markdown(outcomes, quick=quick)
     (folder / "report.md").write_text(markdown, encoding="utf-8")
     (folder / "report.html").write_text(_to_html(markdown, folder), encoding="utf-8")

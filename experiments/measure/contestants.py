@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from hydra.core.global_hydra import GlobalHydra
 
@@ -79,27 +80,36 @@ class _Perceptron(nn.Module):
 
 def make_problem(widths: Sequence[int], batch_size: int) -> Problem:
     """A tanh network of the given widths, inputs first and outputs last."""
-    key = jax.random.key(0)
-    init_key, x_key, y_key, vector_key = jax.random.split(key, 4)
+    # By NumPy: every shape that JAX draws is a program to compile.
+    rng = np.random.default_rng(0)
     module = _Perceptron(tuple(widths[1:]))
-    x = jax.random.normal(x_key, (batch_size, widths[0]))
+    x = jnp.asarray(rng.normal(size=(batch_size, widths[0])), jnp.float32)
     if widths[-1] == 1:
-        likelihood, y = ngd.Gaussian(), jax.random.normal(y_key, (batch_size, 1))
+        likelihood, y = ngd.Gaussian(), rng.normal(size=(batch_size, 1))
+        y = y.astype(np.float32)
     else:
         likelihood = ngd.Categorical()
-        y = jax.random.randint(y_key, (batch_size,), 0, widths[-1])
-    params = module.init(init_key, x)["params"]
+        y = rng.integers(widths[-1], size=batch_size, dtype=np.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    vector, draws = (
+        jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes
+        )
+        for _ in range(2)
+    )
+    params = jax.tree.map(
+        lambda leaf: leaf / np.sqrt(len(leaf)) if leaf.ndim == 2 else 0 * leaf, draws
+    )
 
     def output_loss_fn(outputs: jax.Array, batch: Any) -> jax.Array:
         return -likelihood.log_prob(outputs, batch["y"]).mean()
 
-    vector = optax.tree.random_like(vector_key, params)
     return Problem(
         model_fn=linen_model_fn(module),
         likelihood=likelihood,
         output_loss_fn=output_loss_fn,
         params=params,
-        batch={"x": x, "y": y},
+        batch={"x": x, "y": jnp.asarray(y)},
         vector=vector,
     )
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import sys
-import time
+import threading
 
 import pytest
 from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ from experiments.evidence.claim import (
     between,
     exactly,
 )
-from experiments.evidence.report import Outcome, write_report
+from experiments.evidence.report import Outcome, save_plots, write_report
 from experiments.markdown import Table
 from tests.experiments.helpers import run_program
 
@@ -71,8 +71,14 @@ def test_ranges_read_as_they_are_meant(check, text):
     assert check.expected == text
 
 
+def report(outcomes, folder, *, quick):
+    for each in outcomes:
+        save_plots(each, folder)
+    write_report(outcomes, folder, quick=quick)
+
+
 def test_report_tells_all_of_a_claim(tmp_path):
-    write_report([outcome(GOOD)], tmp_path, quick=False)
+    report([outcome(GOOD)], tmp_path, quick=False)
     markdown = (tmp_path / "report.md").read_text()
     for text in (
         "1 of 1 figures are in the range",
@@ -93,7 +99,7 @@ def test_report_tells_all_of_a_claim(tmp_path):
 
 
 def test_report_shows_a_figure_out_of_its_range(tmp_path):
-    write_report([outcome(GOOD, BAD)], tmp_path, quick=True)
+    report([outcome(GOOD, BAD)], tmp_path, quick=True)
     markdown = (tmp_path / "report.md").read_text()
     assert "1 of 2 figures are in the range" in markdown
     assert "**1 of 2**" in markdown
@@ -105,7 +111,7 @@ def test_report_shows_a_figure_out_of_its_range(tmp_path):
 
 
 def test_page_needs_nothing_but_itself(tmp_path):
-    write_report([outcome(GOOD, BAD)], tmp_path, quick=False)
+    report([outcome(GOOD, BAD)], tmp_path, quick=False)
     page = (tmp_path / "report.html").read_text()
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 1
@@ -121,32 +127,33 @@ def test_claims_have_names_of_their_own():
     assert len({claim.title for claim in CLAIMS.values()}) == len(CLAIMS)
 
 
-def fake_claim(name, running, *, is_timed):
-    """A claim that notes which others run beside it."""
-    evidence = outcome(GOOD).evidence
-
-    def demonstrate(_quick):
-        running.add(name)
-        time.sleep(0.05)
-        seen = set(running)
-        running.remove(name)
-        return evidence._replace(headline=",".join(sorted(seen)))
-
-    return outcome(GOOD).claim._replace(
-        name=name, demonstrate=demonstrate, is_timed=is_timed
-    )
-
-
 def test_claims_that_tell_times_run_alone_and_the_others_two_by_two():
-    running = set()
-    claims = [fake_claim(name, running, is_timed=name in "bd") for name in "abcdef"]
-    done = list(demonstrate_all(claims, quick=True))
-    beside = {each.claim.name: each.evidence.headline.split(",") for each in done}
-    assert sorted(beside) == list("abcdef")
-    assert beside["b"] == ["b"]
-    assert beside["d"] == ["d"]
-    assert all(len(names) <= 2 for names in beside.values())
-    assert any(len(names) == 2 for names in beside.values())
+    evidence = outcome(GOOD).evidence
+    running: set[str] = set()
+    alone: dict[str, set[str]] = {}
+    # Each of the others waits for one beside it: it would end in an error without.
+    pair = threading.Barrier(2, timeout=60)
+
+    def claim(name, *, is_timed):
+        def demonstrate(_quick):
+            running.add(name)
+            if is_timed:
+                alone[name] = set(running)
+            else:
+                pair.wait()
+                assert len(running) <= 2
+                pair.wait()
+            running.remove(name)
+            return evidence
+
+        return outcome(GOOD).claim._replace(
+            name=name, demonstrate=demonstrate, is_timed=is_timed
+        )
+
+    claims = [claim(name, is_timed=name in "bd") for name in "abcdef"]
+    done = [each.claim.name for each in demonstrate_all(claims, quick=True)]
+    assert sorted(done) == list("abcdef")
+    assert alone == {"b": {"b"}, "d": {"d"}}
 
 
 def test_an_error_in_one_claim_ends_the_run():

@@ -97,7 +97,7 @@ def reweighting() -> tuple[Identity, Descent]:
     found = np.asarray(compiled(natural_newton)(start, batch))
     truth = reweighted_least_squares(np.zeros(x.shape[1]), x, y)
 
-    norms = _descents(found, x, y, start, batch)
+    norms = _descents(found, x, np.asarray(y), start, batch)
     below = int(np.argmax(norms.plain < _SMALL))
     tuned_below = int(np.argmax(norms.tuned < _SMALL))
     hessian, fisher = compiled(_with_another_link)(0.1 * found[0], batch)
