@@ -316,7 +316,8 @@ def _draw(
     figure, (left, right) = new_figure(2, width=9.0, height=4.2)
     blue, orange = COLORS["natural gradient"], COLORS["SGD"]
     steps = np.arange(1, _STEPS + 1)
-    for radius, kl in zip(_RADII, natural, strict=False):
+    first = sum(damping == _DAMPING for _, damping in runs)
+    for (radius, _), kl in zip(runs[:first], natural[:first], strict=True):
         left.axhline(radius, color=COLORS["theory"], ls="--", lw=1)
         label = "natural gradient to a radius" if radius == _RADII[0] else None
         left.loglog(steps, kl, ".-", color=blue, label=label)
@@ -330,7 +331,6 @@ def _draw(
         )
     left.set_ylim(top=sgd.max() * 1000)
     finish(left, title="KL of each step", x="step", y="mean KL per example (nats)")
-    first = len(_RADII)
     shades, styles = ("#a63603", "#e6550d", "#fd8d3c", "#969696"), ("-", "--", ":", "-")
     for (radius, damping), ratio, color, style in zip(
         runs[first:], ratios[first:], shades, styles, strict=False
