@@ -24,7 +24,7 @@ from omegaconf.errors import (
 )
 
 from experiments.distributed import DistributedConfig
-from experiments.optimizers import OPTIMIZER_CONFIGS
+from experiments.optimizers import ALL_OPTIMIZER_CONFIGS
 from experiments.settings import (
     AT_LEAST_ONE,
     NON_NEGATIVE,
@@ -119,7 +119,7 @@ def read_config(tree: DictConfig) -> TrainConfig:
     Raises:
       ConfigError: an unknown key, a missing one, a wrong type, or a broken rule.
     """
-    choices = {"task": TASK_CONFIGS, "optimizer": OPTIMIZER_CONFIGS}
+    choices = {"task": TASK_CONFIGS, "optimizer": ALL_OPTIMIZER_CONFIGS}
     schema = OmegaConf.structured(TrainConfig)
     for group, classes in choices.items():
         name = OmegaConf.select(tree, f"{group}.name")

@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 from experiments.config import TrainConfig
 from experiments.learner import Learner
+from experiments.policy.learner import PolicyLearner
 from experiments.supervised import SupervisedLearner
 from experiments.tasks import make_task
 
 __all__ = ["make_learner"]
 
 # By the name of the task, for those in `experiments.tasks.OTHER_TASK_CONFIGS`.
-OTHER_LEARNERS: dict[str, Callable[[TrainConfig], Learner]] = {}
+OTHER_LEARNERS: dict[str, Callable[[TrainConfig], Learner]] = {
+    "trpo": PolicyLearner,
+}
 
 
 def make_learner(config: TrainConfig) -> Learner:

@@ -20,17 +20,23 @@ from experiments.settings import (
     NON_NEGATIVE,
     POSITIVE,
     ConfigError,
+    Rule,
     one_of,
 )
 from experiments.tasks import Task
 
 __all__ = [
+    "ALL_OPTIMIZER_CONFIGS",
     "OPTIMIZER_CONFIGS",
+    "POLICY_OPTIMIZER_CONFIGS",
+    "PPOConfig",
     "make_optimizer",
     "read_step_info",
 ]
 
 PyTree = Any
+
+ZERO_OR_MORE = Rule("zero or more", lambda value: value >= 0)
 
 
 @dataclasses.dataclass
@@ -70,7 +76,7 @@ class NaturalGradientConfig:
     """Settings of `ngd_jax.natural_gradient`.
 
     Attributes:
-      name: "natural_gradient".
+      name: "natural_gradient", or what policies call it with settings of their own.
       learning_rate: length of the step in natural gradients; null to go to the radius
         at every step.
       max_kl: trust-region radius in nats per example; null for none.
@@ -85,6 +91,9 @@ class NaturalGradientConfig:
       solver: "cg", "lsmr", "sample_space", "cholesky" or "auto".
       cg: settings of cg, which auto falls back on.
       lsmr: settings of lsmr.
+      min_decrease: a step is taken only where the loss falls by this part of what the
+        gradient promises; null takes all.
+      max_halvings: so often a step that fails this is halved before it is refused.
     """
 
     name: str
@@ -99,6 +108,8 @@ class NaturalGradientConfig:
     solver: Annotated[str, one_of("cg", "lsmr", "sample_space", "cholesky", "auto")]
     cg: CGConfig
     lsmr: LSMRConfig
+    min_decrease: Annotated[float | None, FRACTION] = None
+    max_halvings: Annotated[int, ZERO_OR_MORE] = 10
 
 
 @dataclasses.dataclass
@@ -176,6 +187,25 @@ class LBFGSConfig:
     max_linesearch_steps: Annotated[int, AT_LEAST_ONE]
 
 
+@dataclasses.dataclass
+class PPOConfig:
+    """Settings of proximal policy optimization by Adam; for policies only.
+
+    Attributes:
+      name: "ppo".
+      learning_rate: of Adam.
+      clip: a ratio of probabilities gains nothing by going further from 1.
+      epochs: passes over a rollout.
+      minibatch_size: environment steps in a minibatch; divides `batch_size`.
+    """
+
+    name: str
+    learning_rate: Annotated[float, POSITIVE]
+    clip: Annotated[float, POSITIVE]
+    epochs: Annotated[int, AT_LEAST_ONE]
+    minibatch_size: Annotated[int, AT_LEAST_ONE]
+
+
 OPTIMIZER_CONFIGS = {
     "natural_gradient": NaturalGradientConfig,
     "natural_gradient_defaults": NaturalGradientDefaultsConfig,
@@ -185,6 +215,13 @@ OPTIMIZER_CONFIGS = {
     "sgd": SGDConfig,
     "lbfgs": LBFGSConfig,
 }
+# What goes by names of its own where policies learn.
+POLICY_OPTIMIZER_CONFIGS = {
+    "trpo": NaturalGradientConfig,  # to the radius, or not at all
+    "npg": NaturalGradientConfig,  # with a fixed rate
+    "ppo": PPOConfig,
+}
+ALL_OPTIMIZER_CONFIGS = {**OPTIMIZER_CONFIGS, **POLICY_OPTIMIZER_CONFIGS}
 
 
 def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtraArgs:
@@ -227,6 +264,11 @@ def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtra
                     initial_guess_strategy="one",
                 ),
             )
+        case PPOConfig():
+            raise ConfigError(
+                f"`optimizer=ppo` is for policies (task=trpo), not for the task "
+                f"{task.name}."
+            )
         case _:
             raise TypeError(f"No optimizer is built from {config!r}.")
     return optax.with_extra_args_support(tx)
@@ -247,8 +289,13 @@ def _make_natural_gradient(
         metric_batch_fn = functools.partial(_first_examples, config.metric_examples)
     # The loss as a function of the outputs, for those who have a use for it.
     in_output_space = getattr(solver, "uses_coefficients", False)
-    is_used = isinstance(damping, ngd.LevenbergMarquardt) or (
-        in_output_space and metric_batch_fn is None
+    acceptance = None
+    if config.min_decrease is not None:
+        acceptance = ngd.SufficientDecrease(config.min_decrease, config.max_halvings)
+    is_used = (
+        isinstance(damping, ngd.LevenbergMarquardt)
+        or acceptance is not None
+        or (in_output_space and metric_batch_fn is None)
     )
     return ngd.natural_gradient(
         config.learning_rate,
@@ -263,6 +310,7 @@ def _make_natural_gradient(
         metric_batch_fn=metric_batch_fn,
         output_loss_fn=task.output_loss_fn if is_used else None,
         microbatch_size=config.microbatch_size,
+        acceptance=acceptance,
     )
 
 

@@ -7,6 +7,7 @@ has its settings in `OTHER_TASK_CONFIGS` and what it does in `experiments.learne
 from collections.abc import Callable
 from typing import Any
 
+from experiments.policy.settings import PolicyConfig
 from experiments.tasks.autoencoder import AutoencoderConfig, make_autoencoder
 from experiments.tasks.charlm import CharLMConfig, make_charlm
 from experiments.tasks.digits import DigitsConfig, make_digits
@@ -34,7 +35,9 @@ TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
     "imbalance": (ImbalanceConfig, make_imbalance),
     "regression": (RegressionConfig, make_regression),
 }
-OTHER_TASK_CONFIGS: dict[str, type] = {}
+OTHER_TASK_CONFIGS: dict[str, type] = {
+    "trpo": PolicyConfig,
+}
 TASK_CONFIGS = {
     **{name: config_class for name, (config_class, _) in TASKS.items()},
     **OTHER_TASK_CONFIGS,

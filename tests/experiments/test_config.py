@@ -10,7 +10,7 @@ from experiments.config import (
     merge_resumed,
     read_config,
 )
-from experiments.optimizers import OPTIMIZER_CONFIGS
+from experiments.optimizers import ALL_OPTIMIZER_CONFIGS
 from experiments.settings import ConfigError
 from experiments.tasks import TASK_CONFIGS
 
@@ -20,7 +20,7 @@ def read(*overrides):
 
 
 @pytest.mark.parametrize(
-    ("group", "classes"), [("task", TASK_CONFIGS), ("optimizer", OPTIMIZER_CONFIGS)]
+    ("group", "classes"), [("task", TASK_CONFIGS), ("optimizer", ALL_OPTIMIZER_CONFIGS)]
 )
 def test_every_choice_of_a_group_has_a_file_and_a_class(group, classes):
     files = {path.stem for path in (CONFIG_DIR / group).glob("*.yaml")}
