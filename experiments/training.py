@@ -4,10 +4,6 @@
 
 On a mesh of devices, each takes its part of the examples of every batch; parameters and
 everything else are on all of them. XLA's partitioner adds the sums between devices.
-
-The number of steps of a dispatch is an argument, not a shape: any cut of a run into
-dispatches runs the same compiled program. That is what lets a run stop anywhere and
-continue to the same numbers, bit for bit.
 """
 
 import functools
@@ -22,6 +18,7 @@ from jax.sharding import Mesh
 
 import ngd_jax as ngd
 from experiments.batches import epoch_and_position, epoch_permutation, take_batch
+from experiments.dispatch import fix_types, match_types, take_steps
 from experiments.distributed import replicate, replicated, split_examples
 from experiments.optimizers import read_step_info
 from experiments.tasks import Task, num_examples
@@ -80,7 +77,7 @@ def init_state(
     # Under jit every leaf gets a buffer of its own, as donation demands; weak types
     # go, since a checkpoint would not bring them back.
     init = jax.jit(init, out_shardings=replicated(mesh))
-    return jax.tree.map(_strip_weak_type, init(init_key, data_key))
+    return fix_types(init(init_key, data_key))
 
 
 def make_train_chunk(
@@ -148,17 +145,8 @@ def make_train_chunk(
             first_epoch, _ = epoch_and_position(state.step, size, batch_size)
             permutation = epoch_permutation(state.key, first_epoch, size)
         carry = (state, permutation)
-        _, record = jax.eval_shape(take_step, carry, jnp.int32(0))
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), record)
-        (state, _), records = jax.lax.scan(
-            lambda carry, index: jax.lax.cond(
-                index < num_steps,
-                lambda carry: take_step(carry, index),
-                lambda carry: (carry, blank),
-                carry,
-            ),
-            carry,
-            jnp.arange(steps_per_dispatch, dtype=jnp.int32),
+        (state, _), records = take_steps(
+            take_step, carry, num_steps, steps_per_dispatch
         )
         return state, records
 
@@ -242,16 +230,4 @@ def _train_step(
         opt_state=opt_state,
     )
     # The loop over steps needs types that do not change.
-    return jax.tree.map(_match_dtype, new_state, state), record
-
-
-def _strip_weak_type(leaf: jax.Array) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    return jax.lax.convert_element_type(leaf, leaf.dtype)
-
-
-def _match_dtype(leaf: Any, old_leaf: jax.Array) -> jax.Array:
-    if jnp.issubdtype(old_leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    return jax.lax.convert_element_type(leaf, old_leaf.dtype)
+    return match_types(new_state, state), record
