@@ -36,9 +36,11 @@ from ngd_jax.likelihoods import (
 )
 from ngd_jax.preconditioners import Jacobi, Nystrom, Preconditioner
 from ngd_jax.quadratic_model import QuadraticModelRate
+from ngd_jax.relative_radius import RelativeRadius
 from ngd_jax.solvers import (
     CG,
     LSMR,
+    SVD,
     Auto,
     Cholesky,
     Lineax,
@@ -68,6 +70,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "LSMR",
+    "SVD",
     "Auto",
     "Bernoulli",
     "Categorical",
@@ -92,6 +95,7 @@ __all__ = [
     "Product",
     "QuadraticModelRate",
     "RelativeDamping",
+    "RelativeRadius",
     "SampleSpace",
     "Solver",
     "SolverInfo",

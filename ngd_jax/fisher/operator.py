@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from ngd_jax import tree
 from ngd_jax.fisher import average, root
+from ngd_jax.fisher.dense_root import dense_root
 from ngd_jax.fisher.gram import Gram, gram_matrix
 from ngd_jax.fisher.linearization import (
     Chunks,
@@ -227,6 +228,16 @@ class Fisher:
         )
         # Row i is F eᵢ, a column of F: the same thing but for round-off.
         return (rows.T + jnp.conj(rows)) / 2
+
+    def dense_root(self) -> Array:
+        """A as a matrix, `[M, P]`, with F = Aᵀ A: what `sqrt_matvec` multiplies by.
+
+        M real coefficients as in `gram`, P real parameters, both in the order of
+        `ravel_pytree`; complex entries count as two, all real parts of a leaf before
+        all imaginary ones. From per-example rows of the Jacobian; where a model mixes
+        its examples, from one `jvp` for each parameter.
+        """
+        return dense_root(self)
 
     def diagonal(self) -> Float[Array, " P"]:
         """The diagonal of F, in the order of `jax.flatten_util.ravel_pytree(params)`.

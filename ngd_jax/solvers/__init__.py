@@ -19,10 +19,12 @@ from ngd_jax.solvers.interface import (
 from ngd_jax.solvers.least_squares import LSMR, lsmr
 from ngd_jax.solvers.lineax_adapter import Lineax
 from ngd_jax.solvers.sample_space import SampleSpace
+from ngd_jax.solvers.singular_values import SVD
 
 __all__ = [
     "CG",
     "LSMR",
+    "SVD",
     "Auto",
     "Choice",
     "Cholesky",

@@ -13,6 +13,7 @@ from ngd_jax.arguments import check_count
 from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import Kind
 from ngd_jax.quadratic_model import QuadraticModelRate
+from ngd_jax.relative_radius import RelativeRadius
 from ngd_jax.types import Params
 
 __all__ = ["check_options", "check_params", "refuse_multi_steps"]
@@ -43,7 +44,13 @@ def _check_numbers(options: Any) -> None:
         )
     if not isinstance(options.learning_rate, QuadraticModelRate):
         _check_scalar("learning_rate", options.learning_rate, may_be_zero=True)
-    _check_scalar("max_kl", options.max_kl, may_be_zero=False)
+    if not isinstance(options.max_kl, RelativeRadius):
+        _check_scalar("max_kl", options.max_kl, may_be_zero=False)
+    elif options.learning_rate is None:
+        raise ValueError(
+            "`learning_rate` must be given where max_kl=RelativeRadius(...), which "
+            "first tries a step of that rate, got None."
+        )
     if not isinstance(options.rule, RelativeDamping | LevenbergMarquardt):
         if options.rule is None:
             raise TypeError("`damping` must be a number or a rule, got None.")
@@ -86,7 +93,15 @@ def _check_kind(options: Any) -> None:
 def _check_uses(options: Any) -> None:
     """Refuses what would be accepted and ignored."""
     solver, momentum = options.solver, options.momentum
-    weighs = isinstance(options.rule, LevenbergMarquardt) or options.acceptance
+    is_relative = isinstance(options.max_kl, RelativeRadius)
+    if is_relative and options.acceptance is not None:
+        raise ValueError(
+            f"`acceptance` refuses steps that do not lower the loss, which "
+            f"max_kl=RelativeRadius(...) takes on purpose: leave it None, got "
+            f"{options.acceptance!r}."
+        )
+    weighs = is_relative or options.acceptance
+    weighs = weighs or isinstance(options.rule, LevenbergMarquardt)
     with_metric_batch = options.metric_batch_fn is not None
     in_output_space = getattr(solver, "uses_coefficients", False)
     if options.output_loss_fn is not None and not (
@@ -95,10 +110,11 @@ def _check_uses(options: Any) -> None:
         or (in_output_space and not with_metric_batch)
     ):
         raise ValueError(
-            f"`output_loss_fn` is for damping=LevenbergMarquardt(...) and "
-            f"`acceptance`, which weigh actual against foretold reduction, and for "
-            f"solvers in the space of outputs (SampleSpace, LSMR) without "
-            f"`metric_batch_fn`; got damping={options.damping!r}, solver={solver!r}."
+            f"`output_loss_fn` is for damping=LevenbergMarquardt(...), "
+            f"max_kl=RelativeRadius(...) and `acceptance`, which weigh actual against "
+            f"foretold reduction, and for solvers in the space of outputs "
+            f"(SampleSpace, LSMR, SVD) without `metric_batch_fn`; got "
+            f"damping={options.damping!r}, solver={solver!r}."
         )
     has_momentum = not (isinstance(momentum, int | float) and momentum == 0)
     if isinstance(options.learning_rate, QuadraticModelRate) and has_momentum:

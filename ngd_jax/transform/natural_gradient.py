@@ -7,8 +7,9 @@ import optax
 from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.fisher import Kind
 from ngd_jax.likelihoods import Likelihood
+from ngd_jax.relative_radius import RelativeRadius
 from ngd_jax.solvers import CG, Solver
-from ngd_jax.transform.step import Damping, NaturalGradientStep, Rate
+from ngd_jax.transform.step import Damping, NaturalGradientStep, Radius, Rate
 from ngd_jax.types import (
     Batch,
     KeyArray,
@@ -27,7 +28,7 @@ def natural_gradient(
     model_fn: ModelFn,
     likelihood: Likelihood,
     *,
-    max_kl: ScalarOrSchedule | None = None,
+    max_kl: Radius = None,
     damping: Damping = 1e-3,
     solver: Solver = CG(),
     kind: Kind = "exact",
@@ -66,12 +67,14 @@ def natural_gradient(
         is made of. What must not be differentiated (running statistics, dropout keys)
         goes through `batch`.
       likelihood: what the outputs mean; see `ngd_jax.likelihoods`.
-      max_kl: the radius in nats per example: a number, a schedule, or None. TRPO uses
+      max_kl: the radius in nats per example: a number, a schedule, None, or
+        `RelativeRadius`: a part of the loss, for losses that tend to zero. TRPO uses
         1e-2.
       damping: λ ≥ 0 in units of F, a mean over examples: a number, a schedule, a
         `RelativeDamping`, `LevenbergMarquardt`, or a `CovariantDamping` around one of
         them. F is singular for most networks, so 0 is for special cases.
-      solver: `CG`, `SampleSpace`, `LSMR`, `Cholesky`, `Auto`, `Lineax` or any `Solver`.
+      solver: `CG`, `SampleSpace`, `LSMR`, `SVD`, `Cholesky`, `Auto`, `Lineax` or any
+        `Solver`.
       kind: "exact", "sampled" (needs `key`) or "empirical" (needs `targets_fn`); see
         `linearize_fisher`.
       momentum: proximal momentum μ in [0, 1): (F + λI) d = g + λ μ d_previous, started
@@ -86,9 +89,10 @@ def natural_gradient(
         `lambda batch: jax.tree.map(lambda x: x[:500], batch)`. The metric needs no
         labels. The KL of the step is measured on that batch too.
       output_loss_fn: (outputs, batch) -> loss, whose gradient is g. Gives solvers in
-        the space of outputs (`SampleSpace`, `LSMR`) their right-hand side there, so
-        that small damping does not lose it to round-off; and `LevenbergMarquardt` and
-        `acceptance` the loss, where `update` is not given a `value_fn`.
+        the space of outputs (`SampleSpace`, `LSMR`, `SVD`) their right-hand side there,
+        so that small damping does not lose it to round-off; and `LevenbergMarquardt`,
+        `RelativeRadius` and `acceptance` the loss, where `update` is not given a
+        `value_fn`.
       microbatch_size: examples in memory at once, for the metric and for the KL. Use
         this instead of `optax.MultiSteps`, which would take the metric from the last
         micro-batch only.
@@ -163,7 +167,7 @@ def scale_by_natural_gradient(
     model_fn: ModelFn,
     likelihood: Likelihood,
     *,
-    max_kl: ScalarOrSchedule | None = None,
+    max_kl: Radius = None,
     damping: Damping = 1e-3,
     solver: Solver = CG(),
     kind: Kind = "exact",
@@ -207,7 +211,9 @@ def scale_by_natural_gradient(
     return NaturalGradientStep(
         model_fn=model_fn,
         likelihood=likelihood,
-        learning_rate=1.0 if max_kl is None else None,
+        learning_rate=(
+            1.0 if max_kl is None or isinstance(max_kl, RelativeRadius) else None
+        ),
         sign=1.0,
         max_kl=max_kl,
         damping=damping,

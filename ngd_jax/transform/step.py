@@ -24,6 +24,7 @@ from ngd_jax.fisher.functions import model_on
 from ngd_jax.fisher.linearization import adjoint
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.quadratic_model import QuadraticModelRate
+from ngd_jax.relative_radius import RelativeRadius
 from ngd_jax.solvers import Solver, SolverInfo, SolverStatus, StatefulSolver
 from ngd_jax.solvers.interface import forward_only
 from ngd_jax.transform.arguments import (
@@ -52,9 +53,10 @@ from ngd_jax.types import (
     ScalarOrSchedule,
 )
 
-__all__ = ["Damping", "NaturalGradientStep", "Rate"]
+__all__ = ["Damping", "NaturalGradientStep", "Radius", "Rate"]
 
 Damping = ScalarOrSchedule | RelativeDamping | LevenbergMarquardt | CovariantDamping
+Radius = ScalarOrSchedule | RelativeRadius | None
 Rate = ScalarOrSchedule | QuadraticModelRate | None
 
 
@@ -66,7 +68,7 @@ class NaturalGradientStep:
     likelihood: Likelihood
     learning_rate: Rate
     sign: float
-    max_kl: ScalarOrSchedule | None
+    max_kl: Radius
     damping: Damping
     solver: Solver
     kind: Kind
@@ -166,9 +168,22 @@ class NaturalGradientStep:
         def kl_fn(scale: Scalar) -> Scalar:
             return fisher.kl(moved(emit(scale, course)))
 
-        step = self._step_size(kl_fn, quadratic, unit, largest == 0, state.count)
+        if isinstance(self.max_kl, RelativeRadius):
+            rate = self._rate(unit, state.count)
+            step = self.max_kl.search(
+                kl_fn,
+                lambda scale: loss_fn(moved(emit(scale, course))),
+                loss=self._loss_here(fisher, params, batch, loss_fn, value),
+                slope=tree.vdot(gradient, course),
+                quadratic=quadratic,
+                kl_curvature=self._kl_curvature,
+                upper=jnp.where(largest == 0, 0.0, rate),
+                max_evaluations=self.max_kl_evaluations,
+            )
+        else:
+            step = self._step_size(kl_fn, quadratic, unit, largest == 0, state.count)
         accepted = jnp.asarray(True)
-        if self.acceptance is not None:
+        if self.acceptance is not None and not isinstance(self.max_kl, RelativeRadius):
             max_kl = jnp.inf if self.max_kl is None else _at(self.max_kl, state.count)
             here = self._loss_here(fisher, params, batch, loss_fn, value)
             step, accepted = self.acceptance.shorten(
@@ -290,6 +305,8 @@ class NaturalGradientStep:
     def _who_needs_the_loss(self) -> str:
         if isinstance(self.rule, LevenbergMarquardt):
             return "damping=LevenbergMarquardt(...)"
+        if isinstance(self.max_kl, RelativeRadius):
+            return f"max_kl={self.max_kl!r}"
         if self.acceptance is not None:
             return f"acceptance={self.acceptance!r}"
         return f"solver={self.solver!r}"
@@ -366,7 +383,7 @@ class NaturalGradientStep:
 
     def _first_trial(self, quadratic: Scalar, unit: ArrayLike, count: Array) -> Array:
         rate = self._rate(jnp.asarray(unit, quadratic.dtype), count)
-        if self.max_kl is None:
+        if self.max_kl is None or isinstance(self.max_kl, RelativeRadius):
             return rate
         max_kl = jnp.asarray(_at(self.max_kl, count)).astype(quadratic.dtype)
         return first_trial(self._kl_curvature * quadratic, max_kl, rate)
