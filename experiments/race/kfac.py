@@ -110,6 +110,7 @@ class KFACContestant:
             use_adaptive_momentum=True,
             use_adaptive_damping=True,
             initial_damping=optimizer.initial_damping,
+            num_burnin_steps=0,  # those of its README raise without an iterator
             multi_device=False,
         )
         start = time.process_time()

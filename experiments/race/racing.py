@@ -202,8 +202,14 @@ class Race:
         self, entrant: Entrant, changes: dict[str, Any]
     ) -> dict[str, Any]:
         optimizer = with_settings(entrant.optimizer, changes)
+        # Not what is as its class has it: a setting may come new into the world.
+        told = {
+            field.name: value
+            for field in dataclasses.fields(optimizer)
+            if (value := dataclasses.asdict(optimizer)[field.name]) != field.default
+        }
         return {
-            **dataclasses.asdict(optimizer),
+            **told,
             "batch_size": batch_size_of(entrant.batch_size, self._data),
         }
 

@@ -21,7 +21,7 @@ from experiments.settings import (
     Rule,
     one_of,
 )
-from experiments.tasks import TASK_CONFIGS
+from experiments.tasks import TASKS
 
 __all__ = ["CompareConfig", "Entrant", "TuningConfig", "candidates", "read_compare"]
 
@@ -123,12 +123,13 @@ def read_compare(tree: DictConfig) -> tuple[CompareConfig, list[Entrant]]:
     kept = [str(name) for name in tree if name not in TRAINING_SETTINGS]
     tree = OmegaConf.masked_copy(tree, kept)
     name = OmegaConf.select(tree, "task.name")
-    if name not in TASK_CONFIGS:
+    if name not in TASKS:
         raise ConfigError(
-            f"`task.name` must be one of {', '.join(TASK_CONFIGS)}, got {name!r}."
+            f"`task.name` must be one of {', '.join(TASKS)}, got {name!r}: a race is "
+            f"between optimizers of one training loss."
         )
     schema = OmegaConf.structured(CompareConfig)
-    schema.task = OmegaConf.structured(TASK_CONFIGS[name])
+    schema.task = OmegaConf.structured(TASKS[name][0])
     config = read_as(schema, tree)
     _read_seconds(config.budget)
     if config.tuning.seed < config.seeds:

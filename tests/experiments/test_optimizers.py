@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import ngd_jax as ngd
 from experiments.optimizers import make_optimizer, read_step_info
 from experiments.settings import ConfigError
 from experiments.tasks import make_task
@@ -66,3 +67,37 @@ def test_a_rule_that_needs_damping_says_so():
         ConfigError, match=r"`optimizer\.damping` must be positive with"
     ):
         make_optimizer(config.optimizer, make_task(config.task))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_peer_lowers_the_loss(name):
+    losses = descend(make_config(f"optimizer={name}"), num_steps=4)
+    assert losses[-1] < losses[0]
+
+
+def test_defaults_are_those_of_the_library():
+    config = make_config("optimizer=natural_gradient_defaults", "optimizer.max_kl=0.1")
+
+    def plainly(_, task):
+        return ngd.natural_gradient(1.0, task.model_fn, task.likelihood, max_kl=0.1)
+
+    assert descend(config, num_steps=2) == descend(config, 2, plainly)
+
+
+def descend(config, num_steps, make=make_optimizer):
+    task = make_task(config.task)
+    tx = make(config.optimizer, task)
+    params, _ = task.init_fn(jax.random.key(0))
+    batch = jax.tree.map(lambda leaf: leaf[:64], task.train)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(task.loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    state, losses = tx.init(params), []
+    for _ in range(num_steps):
+        params, state = step(params, state)
+        losses.append(float(task.loss_fn(params, batch)))
+    return losses
