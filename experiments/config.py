@@ -38,6 +38,7 @@ __all__ = [
     "CONFIG_DIR",
     "RESUMABLE_OVERRIDES",
     "TrainConfig",
+    "check_without_data",
     "compose_config",
     "describe_error",
     "merge_resumed",
@@ -143,6 +144,25 @@ def read_as(schema: DictConfig, tree: DictConfig) -> Any:
         raise ConfigError(_explain(error)) from error
     check_rules(config)
     return config
+
+
+def check_without_data(config: TrainConfig) -> None:
+    """Holds the settings of a task that makes its own data to what it can do.
+
+    Raises:
+      ConfigError: a setting about a training set, or several processes.
+    """
+    for name in ("eval_train_examples", "stream_above"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"`{name}` is about a training set, and task={config.task.name} has "
+                f"none: it must be null, got {value}."
+            )
+    if config.distributed.num_processes > 1:
+        raise ConfigError(
+            f"`distributed.num_processes` must be 1 for task={config.task.name}, got "
+            f"{config.distributed.num_processes}."
+        )
 
 
 def run_program(program: Callable[[], None]) -> None:

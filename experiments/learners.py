@@ -7,12 +7,14 @@ from experiments.learner import Learner
 from experiments.policy.learner import PolicyLearner
 from experiments.supervised import SupervisedLearner
 from experiments.tasks import make_task
+from experiments.wave_functions.learner import WaveFunctionLearner
 
 __all__ = ["make_learner"]
 
 # By the name of the task, for those in `experiments.tasks.OTHER_TASK_CONFIGS`.
 OTHER_LEARNERS: dict[str, Callable[[TrainConfig], Learner]] = {
     "trpo": PolicyLearner,
+    "vmc": WaveFunctionLearner,
 }
 
 

@@ -8,7 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["plot_curves"]
+__all__ = [
+    "CONTRAST",
+    "DARK",
+    "LIGHT",
+    "draw_kl",
+    "plot_curves",
+    "save_figure",
+    "series",
+]
 
 Records = list[dict[str, Any]]
 
@@ -36,8 +44,13 @@ def plot_curves(
     figure.suptitle(title)
     _draw_loss(axes[0, 0], records)
     _draw_metric(axes[0, 1], records, metric)
-    _draw_kl(axes[1, 0], records)
+    draw_kl(axes[1, 0], records)
     _draw_solver(axes[1, 1], records)
+    save_figure(figure, axes, path)
+
+
+def save_figure(figure: Figure, axes: np.ndarray, path: Path) -> None:
+    """Gives the panels `[2, 2]` grid, legends and the step below, and writes `path`."""
     for axis in axes.flat:
         axis.grid(visible=True, which="major", alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
@@ -69,7 +82,7 @@ def _draw_metric(axis: Axes, records: Records, metric: str | None) -> None:
         return
     axis.set_ylabel("accuracy (%)")
     _draw_sets(axis, records, metric, scale=100.0)
-    _, tested = _curve(records, "test_accuracy")
+    _, tested = series(records, "test_accuracy")
     if tested.size:
         # The interesting part is near the top.
         axis.set_ylim(max(0.0, 100.0 * np.nanmin(tested) - 10.0), 101.0)
@@ -79,22 +92,23 @@ def _draw_sets(axis: Axes, records: Records, name: str, scale: float = 1.0) -> b
     """Draws `name` of batches and of both sets; returns whether all is positive."""
     is_positive = True
     for form, style, color, label in SETS:
-        steps, values = _curve(records, form.format(name))
+        steps, values = series(records, form.format(name))
         axis.plot(steps, scale * values, style, ms=4, color=color, label=label)
         is_positive &= not np.any(values <= 0.0)
     return is_positive
 
 
-def _draw_kl(axis: Axes, records: Records) -> None:
+def draw_kl(axis: Axes, records: Records) -> None:
+    """Draws the KL of each step, measured and as the model has it, and the radius."""
     axis.set(title="KL of the step", ylabel="mean KL per example (nats)", yscale="log")
-    steps, measured = _curve(records, "measured_kl")
+    steps, measured = series(records, "measured_kl")
     axis.plot(steps, _positive(measured), ".-", ms=4, color=DARK, label="measured")
-    steps, predicted = _curve(records, "predicted_kl")
+    steps, predicted = series(records, "predicted_kl")
     if steps.size:
         axis.plot(
             steps, _positive(predicted), color=LIGHT, zorder=1, label="quadratic model"
         )
-    steps, radius = _curve(records, "max_kl")
+    steps, radius = series(records, "max_kl")
     if steps.size:
         axis.plot(steps, radius, "--", color=CONTRAST, label="radius (max_kl)")
 
@@ -104,7 +118,7 @@ def _draw_solver(axis: Axes, records: Records) -> None:
         ("solver_steps", "Solver", "conjugate-gradient steps"),
         ("linesearch_steps", "Line search", "line-search steps"),
     ):
-        steps, values = _curve(records, name)
+        steps, values = series(records, name)
         if steps.size:
             axis.set(title=title, ylabel=label)
             axis.step(steps, values, where="mid", color=DARK, label=label)
@@ -114,7 +128,7 @@ def _draw_solver(axis: Axes, records: Records) -> None:
     else:
         axis.set(title="Solver")
         _write_across(axis, "no inner solver")
-    steps, damping = _curve(records, "damping")
+    steps, damping = series(records, "damping")
     if steps.size:
         twin = axis.twinx()
         twin.plot(steps, _positive(damping), ":", color=CONTRAST)
@@ -127,7 +141,7 @@ def _write_across(axis: Axes, text: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
 
 
-def _curve(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the steps at which `name` is known, and its values, NaN where null."""
     known = [record for record in records if name in record]
     values = [np.nan if record[name] is None else record[name] for record in known]

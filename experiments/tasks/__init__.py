@@ -16,6 +16,7 @@ from experiments.tasks.fashion_mlp import FashionMLPConfig, make_fashion_mlp
 from experiments.tasks.imbalance import ImbalanceConfig, make_imbalance
 from experiments.tasks.regression import RegressionConfig, make_regression
 from experiments.tasks.task import Task, num_examples
+from experiments.wave_functions.settings import WaveFunctionConfig
 
 __all__ = [
     "OTHER_TASK_CONFIGS",
@@ -37,6 +38,7 @@ TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
 }
 OTHER_TASK_CONFIGS: dict[str, type] = {
     "trpo": PolicyConfig,
+    "vmc": WaveFunctionConfig,
 }
 TASK_CONFIGS = {
     **{name: config_class for name, (config_class, _) in TASKS.items()},

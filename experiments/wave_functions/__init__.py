@@ -1,0 +1,1 @@
+"""Ground states of spin chains by variational Monte Carlo: the task `vmc`."""

@@ -1,0 +1,114 @@
+"""Hamiltonians of rings of spins, by what a local energy asks of them.
+
+    (Hψ)(s) = D(s) ψ(s) + Σ_m H(s, s_m) ψ(s_m)
+
+Spins are ±1, `[..., L]`; s_m are the configurations that H connects s with.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["CHAINS", "SpinChain", "local_energies", "make_heisenberg", "make_ising"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpinChain:
+    """A Hamiltonian H of L spins on a ring.
+
+    Attributes:
+      name: as in the configuration.
+      num_spins: L.
+      diagonal: D: `[..., L]` to `[...]`.
+      connected: `[..., L]` to configurations `[..., M, L]` and the elements of H
+        `[..., M]` that lead there; an element may be zero.
+      conserves_magnetisation: whether H, and so its samples, keep to Σs = 0.
+    """
+
+    name: str
+    num_spins: int
+    diagonal: Callable[[jax.Array], jax.Array]
+    connected: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    conserves_magnetisation: bool
+
+
+def make_ising(num_spins: int, field: float) -> SpinChain:
+    """The transverse-field Ising ring: H = -Σ σᶻᵢ σᶻᵢ₊₁ - h Σ σˣᵢ.
+
+    All its ground state's amplitudes are positive.
+    """
+
+    def diagonal(spins: jax.Array) -> jax.Array:
+        return -_bonds(spins).sum(-1)
+
+    def connected(spins: jax.Array) -> tuple[jax.Array, jax.Array]:
+        flips = 1 - 2 * jnp.eye(num_spins, dtype=spins.dtype)
+        return spins[..., None, :] * flips, jnp.full(spins.shape, -field, spins.dtype)
+
+    return SpinChain("ising", num_spins, diagonal, connected, False)
+
+
+def make_heisenberg(num_spins: int, field: float) -> SpinChain:
+    """The antiferromagnetic Heisenberg ring: H = Σ σᵢ·σᵢ₊₁ + h Σ σᶻᵢ, at Σs = 0.
+
+    Every second spin is turned by π around z, which leaves the spectrum and makes all
+    amplitudes of the ground state positive (Marshall's rule); so L is even. At Σs = 0
+    the field adds nothing, and must be 0.
+
+    Raises:
+      ValueError: L is odd, or there is a field.
+    """
+    if num_spins % 2 or field:
+        raise ValueError(
+            f"The Heisenberg ring takes an even number of spins and field=0, got "
+            f"{num_spins} spins and field={field}."
+        )
+
+    def diagonal(spins: jax.Array) -> jax.Array:
+        return _bonds(spins).sum(-1)
+
+    def connected(spins: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Where two neighbours are equal, exchanging them leads nowhere.
+        site = jnp.arange(num_spins)
+        order = jnp.broadcast_to(site, (num_spins, num_spins))
+        order = order.at[site, site].set((site + 1) % num_spins)
+        order = order.at[site, (site + 1) % num_spins].set(site)
+        return spins[..., order], _bonds(spins) - 1
+
+    return SpinChain("heisenberg", num_spins, diagonal, connected, True)
+
+
+CHAINS: dict[str, Callable[[int, float], SpinChain]] = {
+    "ising": make_ising,
+    "heisenberg": make_heisenberg,
+}
+
+
+def local_energies(
+    chain: SpinChain,
+    log_psi_fn: Callable[[jax.Array], jax.Array],
+    spins: jax.Array,
+    log_psi: jax.Array,
+) -> jax.Array:
+    """E(s) = (Hψ)(s) / ψ(s) = D(s) + Σ_m H(s, s_m) exp(log ψ(s_m) - log ψ(s)).
+
+    Args:
+      chain: H.
+      log_psi_fn: `[N, L]` to log ψ `[N]`, real or complex.
+      spins: `[N, L]`.
+      log_psi: log ψ there, `[N]`.
+
+    Returns:
+      `[N]`, of the dtype of log ψ.
+    """
+    others, elements = chain.connected(spins)
+    there = log_psi_fn(others.reshape(-1, chain.num_spins)).reshape(elements.shape)
+    ratios = jnp.exp(there - log_psi[:, None])
+    return chain.diagonal(spins) + jnp.sum(elements * ratios, axis=-1)
+
+
+def _bonds(spins: jax.Array) -> jax.Array:
+    """sᵢ sᵢ₊₁ around the ring, `[..., L]`."""
+    return spins * jnp.roll(spins, -1, axis=-1)

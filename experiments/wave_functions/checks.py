@@ -1,0 +1,86 @@
+"""Which settings of the task `vmc` fit each other."""
+
+from experiments.config import TrainConfig, check_without_data
+from experiments.settings import ConfigError
+from experiments.wave_functions.exact import MAX_SPINS
+from experiments.wave_functions.settings import (
+    ModelConfig,
+    SamplerConfig,
+    WaveFunctionConfig,
+)
+
+__all__ = ["check"]
+
+
+def check(config: TrainConfig) -> None:
+    """Holds the settings to each other.
+
+    Raises:
+      ConfigError: names the one that does not fit.
+    """
+    check_without_data(config)
+    task: WaveFunctionConfig = config.task
+    if task.hamiltonian == "heisenberg" and (task.num_spins % 2 or task.field):
+        raise ConfigError(
+            f"`task.num_spins` must be even and `task.field` 0 with "
+            f"hamiltonian=heisenberg, got {task.num_spins} and {task.field}."
+        )
+    if config.batch_size is None:
+        raise ConfigError(
+            "`batch_size` must be the number of samples of a step, got null."
+        )
+    _check_model(task.model)
+    if task.sampler.name == "exact":
+        _check_exact(task)
+    else:
+        _check_metropolis(task.sampler, config.batch_size)
+
+
+def _check_model(model: ModelConfig) -> None:
+    if (model.kernel_size is None) == (model.name == "cnn"):
+        raise ConfigError(
+            f"`task.model.kernel_size` is for model=cnn, and null for the others, got "
+            f"{model.kernel_size} with model={model.name}."
+        )
+    if model.name == "rbm" and len(model.features) != 1:
+        raise ConfigError(
+            f"`task.model.features` must be one number of hidden units with model=rbm, "
+            f"got {model.features}."
+        )
+    if model.name != "rbm" and model.complex_parameters:
+        raise ConfigError(
+            f"`task.model.complex_parameters` is for model=rbm, got model={model.name}."
+        )
+
+
+def _check_exact(task: WaveFunctionConfig) -> None:
+    if task.num_spins > MAX_SPINS:
+        raise ConfigError(
+            f"`task.num_spins` must be at most {MAX_SPINS} with sampler=exact, got "
+            f"{task.num_spins}; sampler=metropolis takes more."
+        )
+    for name in ("num_chains", "sweeps", "burn_in", "eval_samples"):
+        if (value := getattr(task.sampler, name)) is not None:
+            raise ConfigError(
+                f"`task.sampler.{name}` is for sampler=metropolis: it must be null "
+                f"with sampler=exact, got {value}."
+            )
+
+
+def _check_metropolis(sampler: SamplerConfig, batch_size: int) -> None:
+    for name in ("num_chains", "sweeps", "burn_in", "eval_samples"):
+        if getattr(sampler, name) is None:
+            raise ConfigError(
+                f"`task.sampler.{name}` must be a number with sampler=metropolis, got "
+                f"null."
+            )
+    sizes = {
+        "batch_size": batch_size,
+        "task.sampler.eval_samples": sampler.eval_samples,
+    }
+    for name, size in sizes.items():
+        if size % sampler.num_chains:
+            raise ConfigError(
+                f"`{name}` must be a multiple of the task.sampler.num_chains="
+                f"{sampler.num_chains} Markov chains, got {size}."
+            )

@@ -1,0 +1,121 @@
+"""The task `vmc` by its program: quality, resumption, pictures, mistakes."""
+
+import shutil
+
+import matplotlib.image
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.config import compose_config, read_config
+from experiments.loop import run_training
+from experiments.run_folder import read_json_lines
+from experiments.settings import ConfigError
+from tests.experiments.helpers import assert_same_bits
+
+SMALL = (
+    "task=vmc",
+    "task.num_spins=6",
+    "task.model.features=[6]",
+    "batch_size=64",
+    "steps=4",
+    "steps_per_dispatch=2",
+    "eval_every=2",
+    "checkpoint_every=2",
+)
+METROPOLIS = (
+    "sampler=metropolis",
+    "task.sampler.num_chains=16",
+    "task.sampler.burn_in=5",
+    "task.sampler.eval_samples=64",
+)
+
+
+def train(folder, *overrides):
+    config = read_config(compose_config([*SMALL, *overrides]))
+    return run_training(config, folder, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=rbm", "steps=20", "optimizer.max_kl=0.05", "optimizer.learning_rate=1"),
+        pytest.param(
+            ("model=rbm", *METROPOLIS, "task.hamiltonian=heisenberg", "task.field=0"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["exact", "metropolis"],
+)
+def test_finds_the_ground_state_and_resumes_to_the_same_bits(tmp_path, overrides):
+    whole = train(tmp_path / "whole", *overrides)
+    records = read_json_lines(tmp_path / "whole" / "metrics.jsonl")
+    errors = [r["test_energy_error"] for r in records if "test_energy_error" in r]
+    assert 0 < errors[-1] < errors[0]
+    if "steps=20" in overrides:
+        assert errors[-1] < 0.02
+        assert all(record["measured_kl"] <= 0.05 for record in records)
+    picture = matplotlib.image.imread(tmp_path / "whole" / "curves.png")
+    assert picture.shape[:2] == (900, 1320)
+
+    folder = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole", folder)
+    shutil.rmtree(folder / "checkpoints" / str(whole.steps))
+    again = train(folder, *overrides)
+    assert_same_bits(again.state, whole.state)
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    assert metrics == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=cnn", "task.model.features=[4,4]", "optimizer=adam"),
+        ("model=rbm", "task.model.complex_parameters=true"),
+        ("model=rbm", "task.precision=float32", "optimizer.solver=cg"),
+        ("model=rbm", "optimizer.damping_rule=levenberg_marquardt"),
+        ("model=rbm", "task.num_spins=18", *METROPOLIS),
+    ],
+    ids=["cnn", "complex", "float32", "levenberg_marquardt", "large"],
+)
+def test_every_choice_lowers_the_energy(tmp_path, overrides):
+    train(tmp_path, "steps=30", "eval_every=2", *overrides)
+    records = read_json_lines(tmp_path / "metrics.jsonl")
+    energies = [r["test_energy"] for r in records if "test_energy" in r]
+    assert energies[-1] < energies[0]
+    assert np.isfinite([record["measured_kl"] for record in records]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("momentum", "bound"), [(0.0, 4e-4), (0.8, 9e-5)])
+@pytest.mark.parametrize("seed", range(3))
+def test_shipped_settings_reach_the_quality_of_netket(tmp_path, momentum, bound, seed):
+    """NetKet, measured before: 2.2e-4 to 4e-4, with momentum 5.5e-5 to 8.4e-5."""
+    overrides = ["task=vmc", f"seed={seed}", f"optimizer.momentum={momentum}"]
+    config = read_config(compose_config([*overrides, "eval_every=300"]))
+    result = run_training(config, tmp_path, Console(quiet=True))
+    assert result.metrics["test_energy_error"] <= bound
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("task.num_spins=18",), "`task.num_spins` must be at most 16 with sampler="),
+        (("task.hamiltonian=heisenberg",), "`task.field` 0 with hamiltonian=heisen"),
+        (("batch_size=null",), "`batch_size` must be the number of samples"),
+        (("task.sampler.sweeps=2",), "`task.sampler.sweeps` is for sampler=metrop"),
+        (
+            ("sampler=metropolis", "task.sampler.burn_in=null"),
+            "`task.sampler.burn_in` must be a number",
+        ),
+        ((*METROPOLIS, "batch_size=60"), "`batch_size` must be a multiple of the"),
+        (("model=cnn", "task.model.kernel_size=null"), "`task.model.kernel_size` is"),
+        (("model=rbm", "task.model.features=[2,2]"), "must be one number of hidden"),
+        (("task.model.complex_parameters=true",), "is for model=rbm, got model=mlp"),
+        (("stream_above=1",), "`stream_above` is about a training set, and task=vmc"),
+    ],
+)
+def test_settings_that_do_not_fit_are_errors(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match="^.*" + message):
+        train(tmp_path, *overrides)
