@@ -1,8 +1,8 @@
 """What natural gradient costs: `python -m experiments.benchmark [table=name ...]`.
 
 Ratios to one gradient of the same network, interleaved in one process, as Markdown.
-The tables are products (what runs without a word), solvers, memory, scaling, precision
-and preconditioners; `table=all` for all of them.
+The tables are products (what runs without a word), solvers, memory, scaling, precision,
+preconditioners and trpo; `table=all` for all of them.
 The library part is `experiments.measure`; `configs/benchmark.yaml` has the settings.
 """
 

@@ -9,6 +9,7 @@ __all__ = [
     "TABLES",
     "BenchmarkConfig",
     "MemorySettings",
+    "PoliciesSettings",
     "PrecisionSettings",
     "PreconditionersSettings",
     "ProductsSettings",
@@ -16,7 +17,15 @@ __all__ = [
     "SolversSettings",
 ]
 
-TABLES = ("products", "solvers", "memory", "scaling", "precision", "preconditioners")
+TABLES = (
+    "products",
+    "solvers",
+    "memory",
+    "scaling",
+    "precision",
+    "preconditioners",
+    "trpo",
+)
 
 TABLE = Rule(
     f"all or one of {', '.join(TABLES)}", lambda name: name in (*TABLES, "all")
@@ -171,13 +180,40 @@ class PreconditionersSettings:
 
 
 @dataclasses.dataclass
+class PoliciesSettings:
+    """Settings of the tables of policies.
+
+    Attributes:
+      environments: with the threshold of the mean return for each.
+      seeds: runs in each.
+      peer_seeds: runs of the peer in each, of which one takes a minute.
+      peer_python: the interpreter that has stable-baselines3-contrib; null for this
+        one.
+      num_agents: so many under `vmap` are timed in the first environment; 1 for none.
+      dampings: λ of the table of residuals; an empty list leaves it out.
+      solver_steps: its budgets of conjugate gradients.
+      overrides: of `experiments.train`, as on its command line.
+    """
+
+    environments: dict[str, float]
+    seeds: Annotated[int, AT_LEAST_ONE]
+    peer_seeds: Annotated[int, AT_LEAST_ONE]
+    peer_python: str | None
+    num_agents: Annotated[int, AT_LEAST_ONE]
+    dampings: Annotated[list[float], NON_NEGATIVE]
+    solver_steps: Annotated[list[int], AT_LEAST_ONE]
+    overrides: list[str]
+
+
+@dataclasses.dataclass
 class BenchmarkConfig:
     """Settings of `experiments.benchmark`.
 
     Attributes:
       table: which one, or "all".
       output: Markdown file to write; null prints only.
-      products, solvers, memory, scaling, precision, preconditioners: of each table.
+      products, solvers, memory, scaling, precision, preconditioners, trpo: of each
+        table.
     """
 
     table: Annotated[str, TABLE]
@@ -188,3 +224,4 @@ class BenchmarkConfig:
     scaling: ScalingSettings
     precision: PrecisionSettings
     preconditioners: PreconditionersSettings
+    trpo: PoliciesSettings

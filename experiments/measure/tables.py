@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.markdown import Table, describe_environment, write_table
 from experiments.measure.memory import memory_tables
+from experiments.measure.policies import policy_tables
 from experiments.measure.precision import precision_tables
 from experiments.measure.preconditioning import (
     HEAD,
@@ -33,6 +34,7 @@ def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
         "scaling": lambda: scaling_tables(config.scaling),
         "precision": lambda: precision_tables(config.precision),
         "preconditioners": lambda: preconditioner_tables(config.preconditioners),
+        "trpo": lambda: policy_tables(config.trpo),
     }
     return measure[name]()
 

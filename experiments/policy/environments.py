@@ -42,7 +42,7 @@ class Transition(NamedTuple):
     next_observation: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # an array has no hash
 class Environment:
     """One environment of gymnax with its parameters.
 

@@ -3,8 +3,7 @@
     agent, key --iterate--> agent, records        num_steps times, for every agent
 
 One agent, or many under `vmap`, each with its own parameters, environments and random
-numbers. The number of steps of a dispatch is an argument, not a shape, so that any cut
-of a run into dispatches runs the same compiled program.
+numbers.
 """
 
 import dataclasses
@@ -15,13 +14,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.dispatch import fix_types, match_types, take_steps
 from experiments.policy.advantages import generalized_advantages, normalize
 from experiments.policy.environments import Environment
 from experiments.policy.rollouts import Actors, collect, start_actors, window_quantiles
 from experiments.policy.updates import PolicyUpdate, entropy
 from experiments.policy.values import ValueFit, explained_variance
 
-__all__ = ["Agent", "Parts", "PolicyState", "init_state", "iterate", "make_train_chunk"]
+__all__ = [
+    "Agent",
+    "Experience",
+    "Parts",
+    "PolicyState",
+    "gather",
+    "init_state",
+    "iterate",
+    "make_train_chunk",
+]
 
 PyTree = Any
 Records = dict[str, jax.Array]
@@ -112,24 +121,30 @@ def init_agent(parts: Parts, key: jax.Array) -> Agent:
     )
 
 
-def iterate(parts: Parts, agent: Agent, key: jax.Array) -> tuple[Agent, Records]:
-    """One rollout and what is learned from it."""
-    rollout_key, update_key, fit_key = jax.random.split(key, 3)
-    environment = parts.environment
-    likelihood = environment.likelihood
+class Experience(NamedTuple):
+    """A rollout, prepared for learning; N = T E environment steps.
 
-    # 1. Act.
+    Attributes:
+      policy: "observations", "actions", "log_probs" and normalised "advantages".
+      value: "observations" and "targets".
+      actors: the environments after it.
+      records: what it tells by itself.
+    """
+
+    policy: PyTree
+    value: PyTree
+    actors: Actors
+    records: Records
+
+
+def gather(parts: Parts, agent: Agent, key: jax.Array) -> Experience:
+    """Lets the policy act, and weighs what came of it by the value function."""
+    environment = parts.environment
     rollout, actors = collect(
-        environment,
-        parts.policy_fn,
-        agent.params,
-        agent.actors,
-        rollout_key,
-        parts.num_steps,
+        environment, parts.policy_fn, agent.params, agent.actors, key, parts.num_steps
     )
     flat = jax.tree.map(_merge_axes, rollout)
 
-    # 2. Advantages, by the value function as it is.
     def values_of(observations: jax.Array) -> jax.Array:
         values = parts.value_fn(agent.value_params, {"observations": observations})
         return values.reshape(rollout.rewards.shape)
@@ -144,36 +159,36 @@ def iterate(parts: Parts, agent: Agent, key: jax.Array) -> tuple[Agent, Records]
         discount=parts.discount,
         trace_decay=parts.trace_decay,
     )
-    targets = advantages + values
-
-    # 3. The policy.
+    targets = (advantages + values).ravel()
     batch = {"observations": flat.observations, "actions": flat.actions}
     outputs = parts.policy_fn(agent.params, batch)
     batch["advantages"] = normalize(advantages.ravel())
-    batch["log_probs"] = likelihood.log_prob(outputs, flat.actions)
-    params, opt_state, records = parts.update(
-        agent.params, agent.opt_state, batch, update_key
-    )
-
-    # 4. The value function.
-    value_params, value_opt_state = parts.fit(
-        agent.value_params,
-        agent.value_opt_state,
-        {"observations": flat.observations, "targets": targets.ravel()},
-        fit_key,
-    )
+    batch["log_probs"] = environment.likelihood.log_prob(outputs, flat.actions)
     quantiles = window_quantiles(actors, tuple(QUANTILES.values()))
     records = {
         "return": jnp.nanmean(actors.finished),
         **dict(zip(QUANTILES, quantiles, strict=True)),
         "episodes": actors.num_finished,
-        "entropy": entropy(likelihood, outputs),
-        "explained_variance": explained_variance(values, targets),
-        **records,
+        "entropy": entropy(environment.likelihood, outputs),
+        "explained_variance": explained_variance(values.ravel(), targets),
     }
-    new = Agent(params, opt_state, value_params, value_opt_state, actors)
+    value_batch = {"observations": flat.observations, "targets": targets}
+    return Experience(batch, value_batch, actors, records)
+
+
+def iterate(parts: Parts, agent: Agent, key: jax.Array) -> tuple[Agent, Records]:
+    """One rollout and what is learned from it."""
+    rollout_key, update_key, fit_key = jax.random.split(key, 3)
+    experience = gather(parts, agent, rollout_key)
+    params, opt_state, records = parts.update(
+        agent.params, agent.opt_state, experience.policy, update_key
+    )
+    value_params, value_opt_state = parts.fit(
+        agent.value_params, agent.value_opt_state, experience.value, fit_key
+    )
+    new = Agent(params, opt_state, value_params, value_opt_state, experience.actors)
     # The loop over steps needs types that do not change.
-    return jax.tree.map(_match_dtype, new, agent), records
+    return match_types(new, agent), {**experience.records, **records}
 
 
 def init_state(parts: Parts, seed: int, num_agents: int) -> PolicyState:
@@ -186,25 +201,27 @@ def init_state(parts: Parts, seed: int, num_agents: int) -> PolicyState:
 
     # Under jit every leaf gets a buffer of its own, as donation demands; weak types
     # go, since a checkpoint would not bring them back.
-    return jax.tree.map(_strip_weak_type, jax.jit(init)(jax.random.key(seed)))
+    return fix_types(jax.jit(init)(jax.random.key(seed)))
 
 
 def make_train_chunk(
-    parts: Parts, num_agents: int, capacity: int
+    parts: Parts, num_agents: int, capacity: int, *, is_merged: bool = True
 ) -> jax.stages.Wrapped:
     """Builds `train_chunk(state, num_steps) -> (state, records)`, jitted.
 
     It donates `state`, takes `num_steps <= capacity` steps, and returns records with a
     leading axis of length `capacity`, of which the first `num_steps` count. With more
     than one agent, `name` is the mean over them of what each records, of counts the
-    largest; `name_min` and `name_max` are the bounds.
+    largest; `name_min` and `name_max` are the bounds. Unless `is_merged`: then records
+    have a second axis, of agents.
     """
     step_fn = _for_agents(functools.partial(iterate, parts), num_agents)
 
-    def take_step(state: PolicyState) -> tuple[PolicyState, Records]:
+    def take_step(state: PolicyState, index: jax.Array) -> tuple[PolicyState, Records]:
+        del index  # of the dispatch
         keys = _agent_keys(state.key, num_agents, state.step + 1)
         agents, records = step_fn(state.agents, keys)
-        if num_agents > 1:
+        if num_agents > 1 and is_merged:
             records = _over_agents(records)
         return PolicyState(state.step + 1, state.key, agents), records
 
@@ -212,15 +229,7 @@ def make_train_chunk(
     def train_chunk(
         state: PolicyState, num_steps: jax.Array
     ) -> tuple[PolicyState, Records]:
-        _, record = jax.eval_shape(take_step, state)
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), record)
-        return jax.lax.scan(
-            lambda state, index: jax.lax.cond(
-                index < num_steps, take_step, lambda state: (state, blank), state
-            ),
-            state,
-            jnp.arange(capacity, dtype=jnp.int32),
-        )
+        return take_steps(take_step, state, num_steps, capacity)
 
     return train_chunk
 
@@ -251,13 +260,3 @@ def _over_agents(records: Records) -> Records:
 
 def _merge_axes(leaf: jax.Array) -> jax.Array:
     return leaf.reshape(-1, *leaf.shape[2:])
-
-
-def _strip_weak_type(leaf: jax.Array) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    return jax.lax.convert_element_type(leaf, leaf.dtype)
-
-
-def _match_dtype(leaf: Any, old_leaf: jax.Array) -> jax.Array:
-    return jax.lax.convert_element_type(leaf, old_leaf.dtype)
