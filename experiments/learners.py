@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from experiments.config import TrainConfig
 from experiments.learner import Learner
+from experiments.physics.learner import PhysicsLearner
 from experiments.policy.learner import PolicyLearner
 from experiments.supervised import SupervisedLearner
 from experiments.tasks import make_task
@@ -13,6 +14,7 @@ __all__ = ["make_learner"]
 
 # By the name of the task, for those in `experiments.tasks.OTHER_TASK_CONFIGS`.
 OTHER_LEARNERS: dict[str, Callable[[TrainConfig], Learner]] = {
+    "pinn": PhysicsLearner,
     "trpo": PolicyLearner,
     "vmc": WaveFunctionLearner,
 }

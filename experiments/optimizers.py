@@ -88,12 +88,16 @@ class NaturalGradientConfig:
       metric_examples: the metric is that of the first so many examples of a batch;
         null for all.
       microbatch_size: examples in memory at once; null for all.
-      solver: "cg", "lsmr", "sample_space", "cholesky" or "auto".
+      solver: "cg", "lsmr", "svd", "sample_space", "cholesky" or "auto".
       cg: settings of cg, which auto falls back on.
       lsmr: settings of lsmr.
       min_decrease: a step is taken only where the loss falls by this part of what the
         gradient promises; null takes all.
       max_halvings: so often a step that fails this is halved before it is refused.
+      relative_radius: the radius in units of the loss, for losses that tend to zero, in
+        place of `max_kl`; null for none. See `ngd_jax.RelativeRadius`.
+      rcond: of svd: singular values below this part of the largest count as zero; null
+        for those that round-off cannot tell from it.
     """
 
     name: str
@@ -105,11 +109,15 @@ class NaturalGradientConfig:
     warm_start: Annotated[float, FRACTION]
     metric_examples: Annotated[int | None, AT_LEAST_ONE]
     microbatch_size: Annotated[int | None, AT_LEAST_ONE]
-    solver: Annotated[str, one_of("cg", "lsmr", "sample_space", "cholesky", "auto")]
+    solver: Annotated[
+        str, one_of("cg", "lsmr", "svd", "sample_space", "cholesky", "auto")
+    ]
     cg: CGConfig
     lsmr: LSMRConfig
     min_decrease: Annotated[float | None, FRACTION] = None
     max_halvings: Annotated[int, ZERO_OR_MORE] = 10
+    relative_radius: Annotated[float | None, POSITIVE] = None
+    rcond: Annotated[float | None, FRACTION] = None
 
 
 @dataclasses.dataclass
@@ -277,11 +285,13 @@ def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtra
 def _make_natural_gradient(
     config: NaturalGradientConfig, task: Task
 ) -> optax.GradientTransformationExtraArgs:
-    if config.learning_rate is None and config.max_kl is None:
+    radii = (config.max_kl, config.relative_radius)
+    if config.learning_rate is None and radii == (None, None):
         raise ConfigError(
             "`optimizer.learning_rate` and `optimizer.max_kl` cannot both be null: one "
             "of them sets the length of the step."
         )
+    radius = _make_radius(config)
     damping = _make_damping(config)
     solver = _make_solver(config)
     metric_batch_fn = None
@@ -295,13 +305,14 @@ def _make_natural_gradient(
     is_used = (
         isinstance(damping, ngd.LevenbergMarquardt)
         or acceptance is not None
+        or isinstance(radius, ngd.RelativeRadius)
         or (in_output_space and metric_batch_fn is None)
     )
     return ngd.natural_gradient(
         config.learning_rate,
         task.model_fn,
         task.likelihood,
-        max_kl=config.max_kl,
+        max_kl=radius,
         damping=damping,
         momentum=config.momentum,
         warm_start=config.warm_start,
@@ -312,6 +323,23 @@ def _make_natural_gradient(
         microbatch_size=config.microbatch_size,
         acceptance=acceptance,
     )
+
+
+def _make_radius(config: NaturalGradientConfig) -> float | ngd.RelativeRadius | None:
+    if config.relative_radius is None:
+        return config.max_kl
+    for name in ("max_kl", "min_decrease"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"`optimizer.{name}` must be null beside optimizer.relative_radius, "
+                f"which sets the length of steps by itself; got {value}."
+            )
+    if config.learning_rate is None:
+        raise ConfigError(
+            "`optimizer.learning_rate` must be a number beside "
+            "optimizer.relative_radius, which tries steps of that rate first; got null."
+        )
+    return ngd.RelativeRadius(config.relative_radius)
 
 
 def _first_examples(count: int, batch: PyTree) -> PyTree:
@@ -339,11 +367,18 @@ def _make_solver(config: NaturalGradientConfig) -> ngd.Solver:
             f"`optimizer.cg.preconditioner` is for optimizer.solver=cg or auto: got "
             f"preconditioner={config.cg.preconditioner} with solver={config.solver}."
         )
+    if config.solver != "svd" and config.rcond is not None:
+        raise ConfigError(
+            f"`optimizer.rcond` is for optimizer.solver=svd: got rcond={config.rcond} "
+            f"with solver={config.solver}."
+        )
     match config.solver:
         case "cg":
             return _make_cg(config.cg)
         case "lsmr":
             return ngd.LSMR(max_steps=config.lsmr.max_steps, rtol=config.lsmr.rtol)
+        case "svd":
+            return ngd.SVD(config.rcond)
         case "sample_space":
             return ngd.SampleSpace()
         case "cholesky":

@@ -7,6 +7,7 @@ has its settings in `OTHER_TASK_CONFIGS` and what it does in `experiments.learne
 from collections.abc import Callable
 from typing import Any
 
+from experiments.physics.settings import PhysicsConfig
 from experiments.policy.settings import PolicyConfig
 from experiments.tasks.autoencoder import AutoencoderConfig, make_autoencoder
 from experiments.tasks.charlm import CharLMConfig, make_charlm
@@ -37,6 +38,7 @@ TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
     "regression": (RegressionConfig, make_regression),
 }
 OTHER_TASK_CONFIGS: dict[str, type] = {
+    "pinn": PhysicsConfig,
     "trpo": PolicyConfig,
     "vmc": WaveFunctionConfig,
 }

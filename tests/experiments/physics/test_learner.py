@@ -1,0 +1,91 @@
+"""The task `pinn` as the program runs it: solved, resumed, drawn, and refused."""
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.config import compose_config, read_config
+from experiments.loop import run_training
+from experiments.physics.learner import PhysicsLearner
+from experiments.settings import ConfigError
+
+SMALL = (
+    "task=pinn",
+    "task.hidden_sizes=[8]",
+    "task.initial_scale=1.0",
+    "task.interior=49",
+    "task.boundary=24",
+    "task.test_points=100",
+    "steps=20",
+    "eval_every=20",
+)
+
+
+def read(*overrides):
+    return read_config(compose_config([*SMALL, *overrides]))
+
+
+def run(folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    return run_training(read(*overrides), folder, Console(quiet=True))
+
+
+@pytest.mark.slow
+def test_a_small_equation_is_solved_and_drawn(tmp_path):
+    result = run(tmp_path / "run", "steps=100")
+    assert result.metrics["test_l2_error"] < 1e-2
+    for name in ("curves.png", "solution.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_run_in_two_parts_comes_to_the_same_bits(tmp_path):
+    whole = run(tmp_path / "whole", "steps=16")
+    run(tmp_path / "parts", "steps=7")
+    parts = run(tmp_path / "parts", "steps=16")
+    for a, b in zip(
+        jax.tree.leaves(whole.state.params),
+        jax.tree.leaves(parts.state.params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4])
+def test_the_reference_problem_is_solved_from_every_seed(seed, tmp_path):
+    tree = compose_config(["task=pinn", f"seed={seed}", "eval_every=300", "steps=300"])
+    result = run_training(read_config(tree), tmp_path, Console(quiet=True))
+    assert result.metrics["test_l2_error"] <= 1e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["heat1d", "burgers1d", "helmholtz2d"])
+def test_every_equation_can_be_run(problem, tmp_path):
+    result = run(tmp_path / "run", f"problem={problem}", "task.boundary=24")
+    assert np.isfinite(result.metrics["test_l2_error"])
+
+
+@pytest.mark.slow
+def test_fresh_points_in_five_dimensions(tmp_path):
+    overrides = ("problem=poisson5d", "task.grid=false", "task.fresh_points=true")
+    result = run(tmp_path / "run", *overrides, "steps=10", "eval_every=10")
+    assert np.isfinite(result.metrics["test_l2_error"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("task.interior=50",), "`task.interior` must be a square"),
+        (("problem=poisson5d", "task.grid=true"), "`task.grid` must be false in 5"),
+        (("task.fresh_points=true",), "`task.fresh_points` must be false"),
+        (("batch_size=10",), "`batch_size` is about a training set"),
+        (("optimizer.max_kl=0.1",), "`optimizer.max_kl` must be null beside"),
+        (("optimizer.learning_rate=null",), "`optimizer.learning_rate` must be a"),
+        (("optimizer.solver=cholesky",), "`optimizer.rcond` is for"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        PhysicsLearner(read(*overrides))
