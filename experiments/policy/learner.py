@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, check_without_data
 from experiments.learner import Advance, Records, Rows
 from experiments.optimizers import PPOConfig, make_optimizer
 from experiments.policy.environments import make_environment
@@ -49,7 +49,6 @@ class PolicyLearner:
     """
 
     def __init__(self, config: TrainConfig):
-        _check(config)
         task: PolicyConfig = config.task
         self._config = config
         self._num_agents = task.num_agents
@@ -127,7 +126,12 @@ class PolicyLearner:
 
 
 def make_parts(config: TrainConfig) -> Parts:
-    """Puts together what an agent is made of."""
+    """Puts together what an agent is made of.
+
+    Raises:
+      ConfigError: settings that do not fit each other, or gymnax is not there.
+    """
+    _check(config)
     task: PolicyConfig = config.task
     assert config.batch_size is not None
     environment = make_environment(task.env, task.observation_scale)
@@ -173,6 +177,7 @@ def _make_update(config: TrainConfig, model: Any) -> tuple[Any, PolicyUpdate]:
 
 
 def _check(config: TrainConfig) -> None:
+    check_without_data(config)
     task: PolicyConfig = config.task
     size = config.batch_size
     if size is None or size % task.num_envs:
@@ -190,14 +195,3 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(
                 f"`{name}` must divide batch_size={size}, got {minibatch_size}."
             )
-    for name in ("eval_train_examples", "stream_above"):
-        if (value := getattr(config, name)) is not None:
-            raise ConfigError(
-                f"`{name}` is about a training set, and task=trpo has none: it must be "
-                f"null, got {value}."
-            )
-    if config.distributed.num_processes > 1:
-        raise ConfigError(
-            f"`distributed.num_processes` must be 1 for task=trpo, whose agents learn "
-            f"in one process; got {config.distributed.num_processes}."
-        )
