@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 
 import ngd_jax as ngd
 from experiments.config import TrainConfig, compose_config, read_config
@@ -89,7 +91,11 @@ def passage(returns: np.ndarray, threshold: float, steps_per_update: int) -> flo
 
 def _config(settings: PoliciesSettings, env: str, num_agents: int = 1) -> TrainConfig:
     overrides = ["task=trpo", f"env={env}", f"task.num_agents={num_agents}"]
-    return read_config(compose_config([*overrides, *settings.overrides]))
+    overrides += settings.overrides
+    # Inside of a Hydra program, which has found the configurations already.
+    if GlobalHydra.instance().is_initialized():
+        return read_config(compose("train", overrides=overrides))
+    return read_config(compose_config(overrides))
 
 
 def _compiled(config: TrainConfig) -> tuple[Any, float]:

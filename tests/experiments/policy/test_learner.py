@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -35,15 +36,16 @@ def run(folder, *overrides):
 
 
 @functools.cache
-def advance_of(*overrides):
-    """A learner and its compiled steps; each state serves once."""
+def learner_of(*overrides):
+    """A learner and its compiled steps."""
     learner = PolicyLearner(config(*overrides))
     with learner.start(learner.first_state) as advance:
         return learner, advance
 
 
 def fresh_state(*overrides):
-    return PolicyLearner(config(*overrides)).first_state
+    """The first state; steps consume it, so each caller gets its own."""
+    return jax.tree.map(jnp.copy, learner_of(*overrides)[0].first_state)
 
 
 @pytest.mark.slow
@@ -67,7 +69,7 @@ def test_run_leaves_logs_and_pictures_and_resumes_to_the_same_bits(tmp_path):
 
 
 def test_restored_run_goes_on_to_the_same_bits(tmp_path):
-    _, advance = advance_of()
+    _, advance = learner_of()
     whole = fresh_state()
     for _ in range(2):
         whole, _ = advance(whole, 2)
@@ -82,7 +84,7 @@ def test_restored_run_goes_on_to_the_same_bits(tmp_path):
 
 
 def test_every_step_taken_has_the_size_asked_for_and_the_gain_promised():
-    _, advance = advance_of()
+    _, advance = learner_of()
     state, records = fresh_state(), []
     for _ in range(4):
         state, some = advance(state, 2)
@@ -102,20 +104,20 @@ def test_every_step_taken_has_the_size_asked_for_and_the_gain_promised():
 
 
 def test_same_seed_same_run_and_another_seed_another():
-    _, advance = advance_of()
+    _, advance = learner_of()
     first, records = advance(fresh_state(), 2)
     again, same = advance(fresh_state(), 2)
     assert_same_bits(first, again)
     assert_same_bits(records, same)
-    other, _ = advance(fresh_state("seed=1"), 2)
+    other, _ = advance(PolicyLearner(config("seed=1")).first_state, 2)
     kernel = lambda state: jax.tree.leaves(state.agents.params)[0]  # noqa: E731
     assert not np.array_equal(kernel(first), kernel(other))
 
 
 @pytest.mark.slow
 def test_many_agents_are_each_like_one_alone():
-    many, advance_many = advance_of("task.num_agents=3")
-    _, advance = advance_of()
+    many, advance_many = learner_of("task.num_agents=3")
+    _, advance = learner_of()
     states, merged = advance_many(fresh_state("task.num_agents=3"), 1)
     state, alone = advance(fresh_state(), 1)
     for leaf, leaves in zip(
@@ -139,7 +141,7 @@ def test_other_optimizers_learn_on_the_same_rollouts(optimizer):
     overrides = (f"optimizer={optimizer}", "measure_kl=true")
     if optimizer == "ppo":
         overrides += ("optimizer.minibatch_size=32",)
-    _, advance = advance_of(*overrides)
+    _, advance = learner_of(*overrides)
     state, records = advance(fresh_state(*overrides), 2)
     assert int(state.step) == 2
     assert np.isfinite(records["improvement"][:2]).all()

@@ -121,6 +121,7 @@ def test_observations_are_divided_by_their_scale():
     np.testing.assert_allclose(scaled, plain / np.array([1.0, 2.0, 4.0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_greedy_episode_is_that_of_a_python_loop():
     env = environment("CartPole-v1")
     # Always to the left: the pole falls soon, before round-off can grow.

@@ -214,6 +214,7 @@ def test_step_that_makes_the_surrogate_worse_is_refused(x64, rollout):
     np.testing.assert_array_equal(new, params)
 
 
+@pytest.mark.slow
 def test_without_any_advantage_nothing_moves(rollout):
     params, batch = rollout
     params = params.astype(jnp.float32)
@@ -226,6 +227,7 @@ def test_without_any_advantage_nothing_moves(rollout):
     assert records["accepted"] == 1
 
 
+@pytest.mark.slow
 def test_clipped_update_of_one_whole_minibatch_is_a_step_on_the_surrogate(x64, rollout):
     """At ratio one nothing is clipped yet."""
     params, batch = rollout
