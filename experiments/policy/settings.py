@@ -26,11 +26,13 @@ class ValueConfig:
     Attributes:
       hidden_sizes: widths of its hidden layers.
       method: "adam", on minibatches, or "natural_gradient", on the whole rollout.
-      learning_rate: of Adam; of the natural gradient, where the radius allows it.
-      epochs: passes over the rollout: of minibatches, or whole natural gradient steps.
+      learning_rate: of Adam.
+      epochs: passes of Adam over the rollout.
       minibatch_size: environment steps in a minibatch of Adam.
+      natural_rate: learning rate of the natural gradient, where the radius allows it.
+      natural_steps: of the natural gradient on the whole rollout.
       max_kl: radius of a natural gradient step in nats per environment step, for a
-        normal distribution of width one around the value.
+        normal distribution of width one around the value; null for none.
       damping: λ of the natural gradient.
       max_steps: conjugate gradient steps of the natural gradient.
     """
@@ -40,6 +42,8 @@ class ValueConfig:
     learning_rate: Annotated[float, POSITIVE]
     epochs: Annotated[int, AT_LEAST_ONE]
     minibatch_size: Annotated[int, AT_LEAST_ONE]
+    natural_rate: Annotated[float, POSITIVE]
+    natural_steps: Annotated[int, AT_LEAST_ONE]
     max_kl: Annotated[float | None, POSITIVE]
     damping: Annotated[float, NON_NEGATIVE]
     max_steps: Annotated[int, AT_LEAST_ONE]

@@ -67,7 +67,7 @@ def _natural_fit(
     config: ValueConfig, value_fn: ValueFn, loss_fn: ValueFn
 ) -> tuple[Callable[[PyTree], PyTree], ValueFit]:
     tx = ngd.natural_gradient(
-        config.learning_rate,
+        config.natural_rate,
         value_fn,
         ngd.Gaussian(event_ndims=0),
         max_kl=config.max_kl,
@@ -87,7 +87,7 @@ def _natural_fit(
             return (optax.apply_updates(params, updates), opt_state), None
 
         (params, opt_state), _ = jax.lax.scan(
-            step, (params, opt_state), length=config.epochs
+            step, (params, opt_state), length=config.natural_steps
         )
         return params, opt_state
 

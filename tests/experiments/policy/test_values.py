@@ -20,6 +20,8 @@ def config(**changes):
         "learning_rate": 0.05,
         "epochs": 40,
         "minibatch_size": 10,
+        "natural_rate": 1.0,
+        "natural_steps": 1,
         "max_kl": None,
         "damping": 0.0,
         "max_steps": 10,
@@ -44,15 +46,13 @@ def fit(settings, batch):
 
 def test_one_natural_step_is_least_squares(x64, regression):
     batch, solution = regression
-    settings = config(method="natural_gradient", learning_rate=1.0, epochs=1)
+    settings = config(method="natural_gradient")
     np.testing.assert_allclose(fit(settings, batch), solution, rtol=1e-3)
 
 
 def test_natural_steps_keep_to_their_radius(x64, regression):
     batch, _ = regression
-    settings = config(
-        method="natural_gradient", learning_rate=1.0, epochs=1, max_kl=0.1
-    )
+    settings = config(method="natural_gradient", max_kl=0.1)
     values = linear_value(fit(settings, batch), batch)
     assert 0.09 <= np.mean(values**2) / 2 <= 0.1
 
