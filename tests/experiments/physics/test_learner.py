@@ -26,6 +26,12 @@ def read(*overrides):
     return read_config(compose_config([*SMALL, *overrides]))
 
 
+def error_of(result):
+    error = result.metrics["test_l2_error"]
+    assert error is not None  # as numbers that are not finite are
+    return error
+
+
 def run(folder, *overrides):
     folder.mkdir(exist_ok=True)
     return run_training(read(*overrides), folder, Console(quiet=True))
@@ -34,7 +40,7 @@ def run(folder, *overrides):
 @pytest.mark.slow
 def test_a_small_equation_is_solved_and_drawn(tmp_path):
     result = run(tmp_path / "run", "steps=100")
-    assert result.metrics["test_l2_error"] < 1e-2
+    assert error_of(result) < 1e-2
     for name in ("curves.png", "solution.png"):
         assert (tmp_path / "run" / name).stat().st_size > 10_000
 
@@ -57,21 +63,21 @@ def test_a_run_in_two_parts_comes_to_the_same_bits(tmp_path):
 def test_the_reference_problem_is_solved_from_every_seed(seed, tmp_path):
     tree = compose_config(["task=pinn", f"seed={seed}", "eval_every=300", "steps=300"])
     result = run_training(read_config(tree), tmp_path, Console(quiet=True))
-    assert result.metrics["test_l2_error"] <= 1e-7
+    assert error_of(result) <= 1e-7
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", ["heat1d", "burgers1d", "helmholtz2d"])
 def test_every_equation_can_be_run(problem, tmp_path):
     result = run(tmp_path / "run", f"problem={problem}", "task.boundary=24")
-    assert np.isfinite(result.metrics["test_l2_error"])
+    assert error_of(result) < 100
 
 
 @pytest.mark.slow
 def test_fresh_points_in_five_dimensions(tmp_path):
     overrides = ("problem=poisson5d", "task.grid=false", "task.fresh_points=true")
     result = run(tmp_path / "run", *overrides, "steps=10", "eval_every=10")
-    assert np.isfinite(result.metrics["test_l2_error"])
+    assert error_of(result) < 100
 
 
 @pytest.mark.parametrize(
