@@ -116,10 +116,10 @@ def _compare(
         return f"{subject}, {unit}: not reached; {rival} {value:.3g}."
     if math.isinf(value):
         return f"{subject}, {unit}: {own:.3g}; {rival} did not reach it."
-    return (
-        f"{subject}, {unit}: {own:.3g} against {value:.3g} of {rival}: "
-        f"{value / own:.3g} times fewer."
-    )
+    ratio = f"{value / own:.3g} times fewer"
+    if own > value:
+        ratio = f"{own / value:.3g} times as many"
+    return f"{subject}, {unit}: {own:.3g} against {value:.3g} of {rival}: {ratio}."
 
 
 def _metric(run: Result) -> tuple[str, float]:
