@@ -15,6 +15,7 @@ __all__ = [
     "ProductsSettings",
     "ScalingSettings",
     "SolversSettings",
+    "WaveFunctionsSettings",
 ]
 
 TABLES = (
@@ -25,6 +26,7 @@ TABLES = (
     "precision",
     "preconditioners",
     "trpo",
+    "vmc",
 )
 
 TABLE = Rule(
@@ -41,6 +43,11 @@ WIDTHS = Rule(
 CELLS = Rule(
     "lists [parameters, examples, outputs] of positive numbers",
     lambda cell: len(cell) == 3 and all(number >= 1 for number in cell),
+)
+
+SAMPLES_AND_WIDTHS = Rule(
+    "lists [samples, widths...] of positive numbers",
+    lambda cell: len(cell) >= 2 and all(number >= 1 for number in cell),
 )
 
 
@@ -206,14 +213,32 @@ class PoliciesSettings:
 
 
 @dataclasses.dataclass
+class WaveFunctionsSettings:
+    """Settings of the table of wave functions.
+
+    Attributes:
+      cells: lists [samples, widths...]; one width is a restricted Boltzmann machine,
+        more are a perceptron.
+      damping: the diagonal shift.
+      repeats: turns.
+      peer_python: the interpreter that has NetKet; null for this one.
+    """
+
+    cells: Annotated[list[list[int]], SAMPLES_AND_WIDTHS]
+    damping: Annotated[float, POSITIVE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+    peer_python: str | None
+
+
+@dataclasses.dataclass
 class BenchmarkConfig:
     """Settings of `experiments.benchmark`.
 
     Attributes:
       table: which one, or "all".
       output: Markdown file to write; null prints only.
-      products, solvers, memory, scaling, precision, preconditioners, trpo: of each
-        table.
+      products, solvers, memory, scaling, precision, preconditioners, trpo, vmc: of
+        each table.
     """
 
     table: Annotated[str, TABLE]
@@ -225,3 +250,4 @@ class BenchmarkConfig:
     precision: PrecisionSettings
     preconditioners: PreconditionersSettings
     trpo: PoliciesSettings
+    vmc: WaveFunctionsSettings

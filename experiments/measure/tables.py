@@ -16,6 +16,7 @@ from experiments.measure.products import product_tables
 from experiments.measure.scaling import scaling_tables
 from experiments.measure.settings import TABLES, BenchmarkConfig
 from experiments.measure.solvers import solver_tables
+from experiments.measure.wave_functions import wave_function_tables
 
 __all__ = ["measure_tables", "preconditioner_tables", "select", "write_tables"]
 
@@ -35,6 +36,7 @@ def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
         "precision": lambda: precision_tables(config.precision),
         "preconditioners": lambda: preconditioner_tables(config.preconditioners),
         "trpo": lambda: policy_tables(config.trpo),
+        "vmc": lambda: wave_function_tables(config.vmc),
     }
     return measure[name]()
 
