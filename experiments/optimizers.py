@@ -29,6 +29,7 @@ __all__ = [
     "ALL_OPTIMIZER_CONFIGS",
     "OPTIMIZER_CONFIGS",
     "POLICY_OPTIMIZER_CONFIGS",
+    "NaturalGradientConfig",
     "PPOConfig",
     "make_optimizer",
     "read_step_info",

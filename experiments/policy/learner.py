@@ -11,7 +11,11 @@ import optax
 
 from experiments.config import TrainConfig, check_without_data
 from experiments.learner import Advance, Records, Rows
-from experiments.optimizers import PPOConfig, make_optimizer
+from experiments.optimizers import (
+    NaturalGradientConfig,
+    PPOConfig,
+    make_optimizer,
+)
 from experiments.policy.environments import make_environment
 from experiments.policy.evaluation import make_evaluate_fn, run_episode
 from experiments.policy.networks import make_policy_fn, make_value_fn
@@ -66,10 +70,14 @@ class PolicyLearner:
         key = jax.random.key(config.seed)
         self._evaluation_key = jax.random.fold_in(key, EVALUATION_STREAM)
         self.first_state = init_state(self._parts, config.seed, task.num_agents)
-        self.columns = (
-            Column("return", "return", ".1f"),
+        solves = (
             Column("residual", "solver_residual", ".1e"),
             Column("accepted", "accepted", ".0%"),
+        )
+        is_solved = isinstance(config.optimizer, NaturalGradientConfig)
+        self.columns = (
+            Column("return", "return", ".1f"),
+            *(solves if is_solved else ()),
             Column("entropy", "entropy", ".2f"),
             Column("value R²", "explained_variance", ".2f"),
             Column("test return", "test_return", ".1f"),
