@@ -200,7 +200,8 @@ def draw(config: TableConfig, paths: dict[str, list[Course]], file: Path) -> Non
     for panel in panels:
         panel.axhline(config.target, color="gray", ls="--", lw=1)
         panel.grid(visible=True, alpha=0.3)
-    panels[1].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{config.task.problem}, {config.task.precision}")
     figure.savefig(file, dpi=120)
 
