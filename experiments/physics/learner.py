@@ -21,10 +21,9 @@ from experiments.dispatch import fix_types, match_types, take_steps
 from experiments.learner import Advance, Records, Rows
 from experiments.optimizers import make_optimizer, read_step_info
 from experiments.physics.derivatives import init_network, network
-from experiments.physics.pictures import draw_solution
+from experiments.physics.pictures import draw_curves, draw_solution
 from experiments.physics.problems import Points, Problem, Sizes, make_problem
 from experiments.physics.settings import PhysicsConfig
-from experiments.plots import plot_curves
 from experiments.screen import Column
 from experiments.settings import ConfigError
 from experiments.tasks.task import Task
@@ -127,7 +126,7 @@ class PhysicsLearner:
     ) -> None:
         """Draws the curves, and the solution with its error and residual."""
         title = f"{self.problem.name}, {title}"
-        plot_curves(records, folder / "curves.png", title, metric="l2_error")
+        draw_curves(records, folder / "curves.png", title)
         draw_solution(self.problem, state.params, folder / "solution.png", title)
 
 

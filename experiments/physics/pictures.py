@@ -13,14 +13,35 @@ from matplotlib.figure import Figure
 
 from experiments.physics.derivatives import network
 from experiments.physics.problems import Problem
+from experiments.plots import DARK, Records, draw_kl, save_figure, series
 
-__all__ = ["draw_solution"]
+__all__ = ["draw_curves", "draw_solution"]
 
 PyTree = Any
 
 _SIDE = 121
 # From the largest value down, so many decades are told apart.
 _DECADES = 2.0
+
+
+def draw_curves(records: Records, path: Path, title: str) -> None:
+    """Draws loss, L2 error, KL and length of the steps of a run into `path`."""
+    figure = Figure(figsize=(11.0, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    figure.suptitle(title)
+    panels = {
+        "loss": (axes[0, 0], "Loss", "half the weighted mean squared residuals"),
+        "test_l2_error": (axes[0, 1], "Error", "absolute L2 error"),
+        "step_scale": (axes[1, 1], "Length", "step in natural gradients"),
+    }
+    for name, (axis, heading, label) in panels.items():
+        axis.set(title=heading, ylabel=label)
+        steps, values = series(records, name)
+        is_positive = values > 0
+        if is_positive.any():
+            axis.semilogy(steps[is_positive], values[is_positive], ".-", color=DARK)
+    draw_kl(axes[1, 0], records)
+    save_figure(figure, axes, path)
 
 
 def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> None:
@@ -87,4 +108,8 @@ def _draw(
         f"{name}: root mean square {root_mean_square:.1e}" if is_signed_log else name
     )
     assert panel.figure is not None
-    panel.figure.colorbar(image, ax=panel)
+    ticks = [-largest, -largest / 10, 0, largest / 10, largest]
+    bar = panel.figure.colorbar(image, ax=panel, ticks=ticks if is_signed_log else None)
+    if is_signed_log:
+        bar.ax.set_yticklabels([f"{tick:.0e}" if tick else "0" for tick in ticks])
+        bar.ax.minorticks_off()
