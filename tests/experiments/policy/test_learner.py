@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from experiments.checkpoints import Checkpoints
+from experiments.config import CONFIG_DIR, compose_config, read_config
 from experiments.loop import run_training
-from experiments.policy.learner import PolicyLearner
+from experiments.policy.learner import PolicyLearner, make_parts
 from experiments.run_folder import read_json_lines
 from experiments.settings import ConfigError
 from tests.experiments.helpers import assert_same_bits, make_config
@@ -189,6 +190,16 @@ def test_env_brings_its_numbers_and_the_command_line_has_the_last_word():
 def test_settings_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         PolicyLearner(config(*overrides))
+
+
+@pytest.mark.parametrize(
+    "env", [path.stem for path in (CONFIG_DIR / "env").glob("*.yaml")]
+)
+def test_shipped_settings_of_every_environment_fit_each_other(env):
+    chosen = read_config(compose_config(["task=trpo", f"env={env}"]))
+    parts = make_parts(chosen)
+    assert parts.environment.name == env
+    assert parts.num_envs * parts.num_steps == chosen.batch_size
 
 
 def test_ppo_is_for_policies():
