@@ -1,6 +1,6 @@
 """Your wave function in 30 lines: stochastic reconfiguration of a spin chain.
 
-    python docs/your_wave_function.py [steps]
+    python docs/tutorials/wave_function.py [--quick]
 
 You have samples of |ψ|², local energies and a function log ψ. What you write by hand
 otherwise, the matrix S = Cov(∂ log ψ), its solve, the trick for many parameters (minSR)
@@ -19,7 +19,7 @@ import ngd_jax as ngd
 
 jax.config.update("jax_enable_x64", True)
 NUM_SPINS, NUM_HIDDEN, NUM_SAMPLES = 10, 20, 256
-NUM_STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+NUM_STEPS = 60 if "--quick" in sys.argv else 300
 
 # --- What you have already: log ψ, a sampler, and local energies. ---------------------
 
