@@ -7,6 +7,7 @@ not as expected.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Annotated
 
 import hydra
 import jax
+import jaxlib.version
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -25,6 +27,13 @@ from experiments.measure.clocks import use_one_thread
 # Before JAX starts its threads, so that two experiments share two cores. In a pool of
 # several, batched LAPACK calls of jaxlib 0.10 may also wait for each other for good.
 use_one_thread()
+
+# Most of a quick run is compiling. The fusion emitters that XLA had before make a
+# quarter less of it, of programs that are as right and run a little slower. Later
+# versions of jaxlib may not know the flag, and end at one that they do not know.
+if "quick=true" in sys.argv and jaxlib.version.__version_info__ < (0, 11):
+    flags = os.environ["XLA_FLAGS"]
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 from experiments.config import CONFIG_DIR, read_as, run_program  # noqa: E402
 from experiments.evidence import CLAIMS  # noqa: E402
