@@ -28,7 +28,7 @@ from experiments.tasks import Task
 __all__ = [
     "ALL_OPTIMIZER_CONFIGS",
     "OPTIMIZER_CONFIGS",
-    "POLICY_OPTIMIZER_CONFIGS",
+    "OTHER_OPTIMIZER_CONFIGS",
     "NaturalGradientConfig",
     "PPOConfig",
     "make_optimizer",
@@ -224,13 +224,15 @@ OPTIMIZER_CONFIGS = {
     "sgd": SGDConfig,
     "lbfgs": LBFGSConfig,
 }
-# What goes by names of its own where policies learn.
-POLICY_OPTIMIZER_CONFIGS = {
+# What goes by names of its own, with settings for policies, equations, wave functions.
+OTHER_OPTIMIZER_CONFIGS = {
     "trpo": NaturalGradientConfig,  # to the radius, or not at all
     "npg": NaturalGradientConfig,  # with a fixed rate
     "ppo": PPOConfig,
+    "energy_natural_gradient": NaturalGradientConfig,
+    "stochastic_reconfiguration": NaturalGradientConfig,
 }
-ALL_OPTIMIZER_CONFIGS = {**OPTIMIZER_CONFIGS, **POLICY_OPTIMIZER_CONFIGS}
+ALL_OPTIMIZER_CONFIGS = {**OPTIMIZER_CONFIGS, **OTHER_OPTIMIZER_CONFIGS}
 
 
 def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtraArgs:

@@ -69,6 +69,7 @@ def test_run_leaves_logs_and_pictures_and_resumes_to_the_same_bits(tmp_path):
     assert "test_return_lowest" in records[-1]
 
 
+@pytest.mark.slow
 def test_restored_run_goes_on_to_the_same_bits(tmp_path):
     _, advance = learner_of()
     whole = fresh_state()
