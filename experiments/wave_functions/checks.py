@@ -1,5 +1,7 @@
 """Which settings of the task `vmc` fit each other."""
 
+from typing import Any
+
 from experiments.config import TrainConfig, check_without_data
 from experiments.settings import ConfigError
 from experiments.wave_functions.exact import MAX_SPINS
@@ -29,11 +31,29 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             "`batch_size` must be the number of samples of a step, got null."
         )
+    _check_optimizer(config.optimizer)
     _check_model(task.model)
     if task.sampler.name == "exact":
         _check_exact(task)
     else:
         _check_metropolis(task.sampler, config.batch_size)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    # They would weigh the loss of outputs at fixed local energies, which has the
+    # energy's gradient but not its value.
+    weighs = {
+        "damping_rule": "levenberg_marquardt",
+        "min_decrease": None,
+        "relative_radius": None,
+    }
+    for name, refused in weighs.items():
+        value = getattr(optimizer, name, None)
+        if value is not None and refused in (None, value):
+            raise ConfigError(
+                f"`optimizer.{name}` must not weigh the loss with task=vmc, whose "
+                f"energy is known by samples only, got {value}."
+            )
 
 
 def _check_model(model: ModelConfig) -> None:
