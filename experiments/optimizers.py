@@ -300,17 +300,11 @@ def _make_natural_gradient(
     metric_batch_fn = None
     if config.metric_examples is not None:
         metric_batch_fn = functools.partial(_first_examples, config.metric_examples)
-    # The loss as a function of the outputs, for those who have a use for it.
-    in_output_space = getattr(solver, "uses_coefficients", False)
     acceptance = None
     if config.min_decrease is not None:
         acceptance = ngd.SufficientDecrease(config.min_decrease, config.max_halvings)
-    is_used = (
-        isinstance(damping, ngd.LevenbergMarquardt)
-        or acceptance is not None
-        or isinstance(radius, ngd.RelativeRadius)
-        or (in_output_space and metric_batch_fn is None)
-    )
+    in_output_space = getattr(solver, "uses_coefficients", False)
+    in_output_space = in_output_space and metric_batch_fn is None
     return ngd.natural_gradient(
         config.learning_rate,
         task.model_fn,
@@ -322,7 +316,7 @@ def _make_natural_gradient(
         solver=solver,
         weights_fn=task.weights_fn,
         metric_batch_fn=metric_batch_fn,
-        output_loss_fn=task.output_loss_fn if is_used else None,
+        output_loss_fn=task.output_loss_fn if in_output_space else None,
         microbatch_size=config.microbatch_size,
         acceptance=acceptance,
     )

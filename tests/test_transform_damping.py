@@ -53,6 +53,11 @@ LOSS_GIVEN = {
         },
         {},
     ),
+    # A loss of outputs whose value is another one's; that of `value_fn` is weighed.
+    "value_fn before output_loss_fn": (
+        {"output_loss_fn": lambda outputs, _: (outputs**2).mean() * 1e3},
+        {"value_fn": wide_loss_fn},
+    ),
 }
 
 
@@ -82,6 +87,7 @@ def _levenberg_marquardt(initial, name):
         ("value_fn", 10.0, 2 / 3),
         ("value and value_fn", 0.1, 1.0),
         ("output_loss_fn", 10.0, 2 / 3),
+        ("value_fn before output_loss_fn", 10.0, 2 / 3),
     ],
 )
 def test_levenberg_marquardt_follows_the_ratio_of_reductions(name, initial, factor):

@@ -91,8 +91,9 @@ def natural_gradient(
       output_loss_fn: (outputs, batch) -> loss, whose gradient is g. Gives solvers in
         the space of outputs (`SampleSpace`, `LSMR`, `SVD`) their right-hand side there,
         so that small damping does not lose it to round-off; and `LevenbergMarquardt`,
-        `RelativeRadius` and `acceptance` the loss, in place of a `value_fn` of
-        `update`: its value, not its gradient alone, must then be the loss.
+        `RelativeRadius` and `acceptance` the loss, where `update` is not given another
+        one as `value_fn`. A loss with the right gradient and another value (the
+        covariance of an energy) takes that `value_fn`.
       microbatch_size: examples in memory at once, for the metric and for the KL. Use
         this instead of `optax.MultiSteps`, which would take the metric from the last
         micro-batch only.

@@ -20,12 +20,11 @@ from ngd_jax import tree
 from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
 from ngd_jax.fisher import Fisher, Kind, linearize_fisher
-from ngd_jax.fisher.functions import model_on
 from ngd_jax.fisher.linearization import adjoint
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.quadratic_model import QuadraticModelRate
 from ngd_jax.relative_radius import RelativeRadius
-from ngd_jax.solvers import Solver, SolverInfo, SolverStatus, StatefulSolver
+from ngd_jax.solvers import Solver, StatefulSolver
 from ngd_jax.solvers.interface import forward_only
 from ngd_jax.transform.arguments import (
     check_options,
@@ -33,16 +32,18 @@ from ngd_jax.transform.arguments import (
     refuse_multi_steps,
 )
 from ngd_jax.transform.direction import Direction, Hints, find_direction, rescale
+from ngd_jax.transform.length import StepLength, make_course
+from ngd_jax.transform.loss import WeighedLoss
+from ngd_jax.transform.schedule import value_at
 from ngd_jax.transform.state import (
     NaturalGradientInfo,
     NaturalGradientState,
     StepStatus,
     initial_state,
 )
-from ngd_jax.trust_region import TrustRegionResult, first_trial, search_kl_radius
+from ngd_jax.transform.verdict import adapt_damping, judge
 from ngd_jax.types import (
     Array,
-    ArrayLike,
     Batch,
     KeyArray,
     ModelFn,
@@ -148,78 +149,65 @@ class NaturalGradientStep:
 
         # 1. The metric, at the parameters; and the loss, where a rule asks for it.
         fisher = self._linearize(params, batch, state)
-        loss_fn = self._loss_fn(fisher, batch, value_fn)
+        loss = WeighedLoss(self, fisher, batch, value, value_fn)
+        length = StepLength(self, state.count)
 
-        # 2. The direction, and how fast KL grows along it: in units of its largest
-        #    entry, since squares of the direction itself could over- or underflow.
-        def objective(course: PyTree) -> Scalar:
-            scale = self._first_trial(fisher.quadratic(course), 1.0, state.count)
-            return loss_fn(moved(emit(scale, course)))
+        # 2. The direction, and how fast KL grows along it.
+        def objective(direction: PyTree) -> Scalar:
+            scale = length.first_trial(fisher.quadratic(direction))
+            return loss.at(moved(emit(scale, direction)))
 
-        found, course, damping = self._solve(fisher, gradient, state, batch, objective)
-        packed, unpack = tree.pack(course)
-        largest = tree.max_abs(packed)
-        unit = tree.usable_unit(largest)
-        course = unpack(tree.divide(packed, unit))
-        quadratic = fisher.quadratic(course)
+        found, direction, damping = self._solve(
+            fisher, gradient, state, batch, objective
+        )
+        course = make_course(fisher, gradient, direction)
 
         # 3. The length, by the KL of the very parameters that it leads to; and, where
         #    a rule asks for it, by their loss.
-        def kl_fn(scale: Scalar) -> Scalar:
-            return fisher.kl(moved(emit(scale, course)))
+        def after(scale: Scalar) -> Params:
+            return moved(emit(scale, course.direction))
 
-        if isinstance(self.max_kl, RelativeRadius):
-            rate = self._rate(unit, state.count)
-            step = self.max_kl.search(
-                kl_fn,
-                lambda scale: loss_fn(moved(emit(scale, course))),
-                loss=self._loss_here(fisher, params, batch, loss_fn, value),
-                slope=tree.vdot(gradient, course),
-                quadratic=quadratic,
-                kl_curvature=self._kl_curvature,
-                upper=jnp.where(largest == 0, 0.0, rate),
-                max_evaluations=self.max_kl_evaluations,
-            )
-        else:
-            step = self._step_size(kl_fn, quadratic, unit, largest == 0, state.count)
-        accepted = jnp.asarray(True)
-        if self.acceptance is not None and not isinstance(self.max_kl, RelativeRadius):
-            max_kl = jnp.inf if self.max_kl is None else _at(self.max_kl, state.count)
-            here = self._loss_here(fisher, params, batch, loss_fn, value)
-            step, accepted = self.acceptance.shorten(
-                step,
-                decrease_fn=lambda scale: here - loss_fn(moved(emit(scale, course))),
-                slope=tree.vdot(gradient, course),
-                kl_fn=kl_fn,
-                max_kl=max_kl,
-            )
-        emitted = emit(step.scale, course)
+        step, accepted = length.search(
+            course,
+            kl_fn=lambda scale: fisher.kl(after(scale)),
+            loss_fn=lambda scale: loss.at(after(scale)),
+            loss_here=loss.here,
+        )
+        emitted = emit(step.scale, course.direction)
 
         # 4. Whether to take it.
-        gradient_size = tree.max_abs(tree.pack(gradient)[0])
-        status = self._status(gradient_size, largest == 0, found.info, step, value)
-        failed = (status == StepStatus.TAKEN) & ~accepted
-        status = jnp.where(failed, StepStatus.NO_REDUCTION, status).astype(jnp.int32)
+        status = judge(
+            gradient_size=tree.max_abs(tree.pack(gradient)[0]),
+            value=value,
+            solver_info=found.info,
+            is_zero=course.is_zero,
+            step=step,
+            has_radius=self.max_kl is not None,
+            accepted=accepted,
+        )
         next_damping = damping
         if isinstance(self.rule, LevenbergMarquardt):
-            old = self._loss_here(fisher, params, batch, loss_fn, value)
-            actual = old - loss_fn(moved(emitted))
-            model = tree.vdot(gradient, course) - step.scale * quadratic / 2
-            status, next_damping = _adapt(
-                self.rule, damping, status, actual, step.scale * model, state.count
+            model = course.slope - step.scale * course.quadratic / 2
+            status, next_damping = adapt_damping(
+                self.rule,
+                damping,
+                status,
+                actual=loss.here() - loss.at(moved(emitted)),
+                predicted=step.scale * model,
+                count=state.count,
             )
         taken = status == StepStatus.TAKEN
         was_weighed = taken | (status == StepStatus.NO_REDUCTION)
 
         direction = found.direction
         if isinstance(self.learning_rate, QuadraticModelRate):
-            direction = tree.scale(step.scale / unit, direction)
-        predicted_kl = self._kl_curvature * step.scale**2 * quadratic / 2
+            direction = tree.scale(step.scale / course.unit, direction)
+        predicted_kl = length.kl_curvature * step.scale**2 * course.quadratic / 2
         info = NaturalGradientInfo(
             solver=found.info,
             predicted_kl=jnp.where(taken, predicted_kl, 0.0),
             measured_kl=jnp.where(taken, step.kl, 0.0),
-            step_scale=jnp.where(taken, step.scale / unit, 0.0),
+            step_scale=jnp.where(taken, step.scale / course.unit, 0.0),
             damping=damping,
             num_kl_evaluations=step.num_kl_evaluations,
             status=status,
@@ -260,57 +248,6 @@ class NaturalGradientStep:
             microbatch_size=self.microbatch_size,
         )
 
-    def _loss_fn(
-        self,
-        fisher: Fisher,
-        batch: Batch,
-        value_fn: Callable[..., Scalar] | None,
-    ) -> Callable[[Params], Scalar]:
-        """The loss on the batch of the gradient, as a function of the parameters."""
-        if self.output_loss_fn is not None:
-            output_loss_fn = self.output_loss_fn
-            outputs_fn = fisher.outputs_at
-            if self.metric_batch_fn is not None:
-                outputs_fn = model_on(
-                    self.model_fn, self.likelihood, batch, self.microbatch_size
-                )
-            return lambda params: output_loss_fn(outputs_fn(params), batch)
-        if value_fn is not None:
-            return lambda params: value_fn(params, batch)
-
-        def missing(_params: Params) -> Scalar:
-            raise ValueError(
-                f"{self._who_needs_the_loss()} needs the loss: give `output_loss_fn` "
-                f"to natural_gradient, or call tx.update(..., value_fn=value_fn) with "
-                f"value_fn(params, batch)."
-            )
-
-        return missing
-
-    def _loss_here(
-        self,
-        fisher: Fisher,
-        params: Params,
-        batch: Batch,
-        loss_fn: Callable[[Params], Scalar],
-        value: Scalar | None,
-    ) -> Scalar:
-        """The loss at the parameters, with a pass through the model at need only."""
-        if value is not None:
-            return value
-        if self.output_loss_fn is not None and self.metric_batch_fn is None:
-            return self.output_loss_fn(fisher.outputs, batch)
-        return loss_fn(params)
-
-    def _who_needs_the_loss(self) -> str:
-        if isinstance(self.rule, LevenbergMarquardt):
-            return "damping=LevenbergMarquardt(...)"
-        if isinstance(self.max_kl, RelativeRadius):
-            return f"max_kl={self.max_kl!r}"
-        if self.acceptance is not None:
-            return f"acceptance={self.acceptance!r}"
-        return f"solver={self.solver!r}"
-
     def _solve(
         self,
         fisher: Fisher,
@@ -338,8 +275,8 @@ class NaturalGradientStep:
             gradient,
             damping=damping,
             previous=state.direction,
-            momentum=_at(self.momentum, state.count),
-            warm_start=_at(self.warm_start, state.count),
+            momentum=value_at(self.momentum, state.count),
+            warm_start=value_at(self.warm_start, state.count),
             hints=Hints(self._coefficients(fisher, batch), objective_here),
             solver_state=state.solver_state,
         )
@@ -371,98 +308,4 @@ class NaturalGradientStep:
             return state.damping
         if isinstance(self.rule, RelativeDamping):
             return self.rule.value(fisher, tree.size(fisher.params))
-        return jnp.asarray(_at(self.rule, state.count))
-
-    def _rate(self, unit: ArrayLike, count: Array) -> Array:
-        """The longest step that the learning rate allows, in units of `unit`."""
-        rate = self.learning_rate
-        if isinstance(rate, QuadraticModelRate):
-            rate = 1.0
-        rate = jnp.inf if rate is None else _at(rate, count)
-        return jnp.asarray(rate).astype(jnp.result_type(unit)) * unit
-
-    def _first_trial(self, quadratic: Scalar, unit: ArrayLike, count: Array) -> Array:
-        rate = self._rate(jnp.asarray(unit, quadratic.dtype), count)
-        if self.max_kl is None or isinstance(self.max_kl, RelativeRadius):
-            return rate
-        max_kl = jnp.asarray(_at(self.max_kl, count)).astype(quadratic.dtype)
-        return first_trial(self._kl_curvature * quadratic, max_kl, rate)
-
-    def _step_size(
-        self,
-        kl_fn: Callable[[Scalar], Scalar],
-        quadratic: Scalar,
-        unit: Scalar,
-        is_zero: Array,
-        count: Array,
-    ) -> TrustRegionResult:
-        """The length of the step along the direction in units of `unit`."""
-        start = self._first_trial(quadratic, unit, count)
-        if self.max_kl is None:
-            kl = kl_fn(start)
-            one = jnp.ones((), jnp.int32)
-            return TrustRegionResult(start, kl, one, jnp.isfinite(kl))
-        return search_kl_radius(
-            kl_fn,
-            start=jnp.where(is_zero, 0.0, start),
-            max_kl=jnp.asarray(_at(self.max_kl, count)).astype(unit.dtype),
-            upper=self._rate(unit, count),
-            max_evaluations=self.max_kl_evaluations,
-        )
-
-    @property
-    def _kl_curvature(self) -> float:
-        """The Hessian of the KL in units of the metric: 1 but for wave functions."""
-        return getattr(self.likelihood, "kl_curvature", 1.0)
-
-    def _status(
-        self,
-        gradient_size: Scalar,
-        is_zero: Array,
-        solver_info: SolverInfo,
-        step: TrustRegionResult,
-        value: Scalar | None,
-    ) -> Array:
-        missed = (
-            StepStatus.NON_FINITE_KL
-            if self.max_kl is None
-            else StepStatus.RADIUS_NOT_MET
-        )
-        value_is_finite = True if value is None else jnp.all(jnp.isfinite(value))
-        # The first that applies is the cause; those after it are consequences.
-        causes = [
-            (~jnp.isfinite(gradient_size), StepStatus.NON_FINITE_GRADIENT),
-            (~jnp.asarray(value_is_finite), StepStatus.NON_FINITE_VALUE),
-            (
-                solver_info.status == SolverStatus.NON_FINITE,
-                StepStatus.NON_FINITE_MODEL,
-            ),
-            (is_zero & (gradient_size > 0), StepStatus.NO_DIRECTION),
-            (~step.found, missed),
-        ]
-        conditions, statuses = zip(*causes, strict=True)
-        return jnp.select(
-            conditions, [jnp.int32(s) for s in statuses], jnp.int32(StepStatus.TAKEN)
-        )
-
-
-def _adapt(
-    rule: LevenbergMarquardt,
-    damping: Scalar,
-    status: Array,
-    actual: Scalar,
-    predicted: Scalar,
-    count: Array,
-) -> tuple[Array, Scalar]:
-    """The status after weighing the reduction, and the damping of the next step."""
-    accepted = rule.accepts(actual=actual, predicted=predicted)
-    refused = (status == StepStatus.TAKEN) & ~accepted
-    adapted = rule.update(damping, actual=actual, predicted=predicted)
-    is_due = (count + 1) % rule.every == 0
-    adapted = jnp.where(is_due | ~accepted, adapted, damping)
-    status = jnp.where(refused, StepStatus.NO_REDUCTION, status).astype(jnp.int32)
-    return status, adapted.astype(damping.dtype)
-
-
-def _at(value: Any, count: Array) -> Any:
-    return value(count) if callable(value) else value
+        return jnp.asarray(value_at(self.rule, state.count))
