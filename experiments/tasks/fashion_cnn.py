@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from experiments.settings import AT_LEAST_ONE, FRACTION
 from experiments.tasks.classification import make_classifier
+from experiments.tasks.convolution import Conv
 from experiments.tasks.images import load_images, to_unit_interval
 from experiments.tasks.task import PyTree, Task
 from ngd_jax.flax import linen_model_fn
@@ -70,8 +71,8 @@ class CNN(nn.Module):
         """Returns the logits `[B, num_classes]` of images `[B, 784]`, as bytes."""
         x = to_unit_interval(pixels).reshape(-1, SIDE, SIDE, 1)
         for size in self.channels:
-            # The normalisation would take a bias away.
-            x = nn.Conv(size, (3, 3), strides=2, use_bias=False)(x)
+            # No bias: the normalisation would take it away.
+            x = Conv(size, (3, 3), strides=2)(x)
             x = nn.BatchNorm(not train, momentum=self.statistics_decay)(x)
             x = nn.relu(x)
         x = nn.relu(nn.Dense(self.hidden_size)(x.reshape(len(x), -1)))
