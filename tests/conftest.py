@@ -11,6 +11,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The threads of two workers would wait for each other in every small factorisation.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import jaxlib.version
+
+# Compiling is most of what the tests do, and with the fusion emitters that XLA had
+# before it takes half as long. XLA_FLAGS="" runs the tests with the present ones, as
+# `.ci/run` does in part. Later versions of jaxlib may not know the flag, and end at it.
+if jaxlib.version.__version_info__ < (0, 11):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
 import jaxtyping
 
 # Before the first import of the library: annotations are checked in every call. Not
