@@ -1,8 +1,9 @@
 """The whole race: tune each entrant, then train all of them, seed by seed.
 
 Tuning: each candidate of the grid trains for a share of the budget from a seed that is
-not raced. A candidate that reaches the target is better the sooner it does, in seconds;
-one that does not comes behind, better the lower its last loss.
+not raced. A candidate that reaches a given target is better the sooner it does, in
+seconds; one that does not comes behind, better the lower its last loss. Where the
+target is what the peers come to, tuning does not know it, and the last loss decides.
 """
 
 import dataclasses
@@ -96,6 +97,7 @@ class Race:
                 entrant
                 for entrant in self.entrants
                 if entrant.name in tuned
+                and seed < entrant.seeds
                 and self._load(entrant, seed, tuned[entrant.name]) is None
             ]
             if waiting:
@@ -147,7 +149,7 @@ class Race:
                 trace = self._try(entrant, candidate)
                 self.store.save_tuning(entrant.name, settings, trace)
             traces.append(trace)
-        return tries[best_candidate(traces, self.config.target)]
+        return tries[best_candidate(traces, self.config.fixed_target)]
 
     def _try(self, entrant: Entrant, candidate: dict[str, Any]) -> Trace:
         budget = self.config.tuning.share * self.config.seconds
@@ -186,7 +188,7 @@ class Race:
         return self._evaluate_on(snapshot, data)  # pyright: ignore[reportArgumentType]
 
     def _results(self, entrant: Entrant, settings: dict[str, Any]) -> Iterator[Result]:
-        for seed in range(self.config.seeds):
+        for seed in range(entrant.seeds):
             result = self._load(entrant, seed, settings)
             assert result is not None  # it has been run
             yield result
@@ -229,7 +231,7 @@ class Race:
     def _describe(self, trace: Trace) -> str:
         if trace.diverged:
             return f"diverged after {trace.steps[-1]} steps"
-        steps, seconds = trace.reached(self.config.target)
+        steps, seconds = trace.reached(self.config.fixed_target)
         text = f"loss {trace.losses[-1]:.4g} after {trace.steps[-1]} steps"
         if math.isfinite(steps):
             text += f", the target after {steps:.0f} and {seconds:.3g} s"

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from experiments.evidence.drawing import finish, new_figure
 from experiments.markdown import describe_environment, write_table
 from experiments.race.results import Result, write_whole
-from experiments.race.settings import CompareConfig, Entrant
-from experiments.race.table import race_table, summarize, verdicts
+from experiments.race.settings import BY_PEERS, CompareConfig, Entrant
+from experiments.race.table import peers_end, race_table, summarize, verdicts
 
 __all__ = ["plot_race", "write_report"]
 
@@ -36,28 +36,35 @@ def write_report(
     folder: Path,
 ) -> str:
     """Writes all of it; returns the Markdown."""
-    summaries = summarize(results, config.target)
-    aim = "" if config.target is None else f", target {config.target:g}"
+    target = config.fixed_target
+    if config.target == BY_PEERS:
+        target = peers_end(results)
+    summaries = summarize(results, target)
+    aim = "" if target is None else f", target {target:.4g}"
     table = race_table(
         summaries,
         title=f"{config.task.name}: {config.seconds:g} s a run, {config.seeds} seeds"
         f"{aim}",
-        notes=_notes(config, summaries),
+        notes=_notes(config, results, summaries),
     )
     lines = verdicts(summaries)
     text = "\n".join([write_table(table), *(f"- {line}" for line in lines), ""])
     text += "\nGrids: " + "; ".join(_describe_grid(entrant) for entrant in entrants)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "race.md", text + ".\n")
-    content = {"budget": config.seconds, "target": config.target, "entrants": summaries}
+    content = {"budget": config.seconds, "target": target, "entrants": summaries}
     write_whole(folder / "race.json", json.dumps(_finite(content), indent=1))
     for kind in ("steps", "seconds"):
-        plot_race(results, config, kind, folder / f"loss_{kind}.png")
+        plot_race(results, config, target, kind, folder / f"loss_{kind}.png")
     return text + "."
 
 
 def plot_race(
-    results: dict[str, list[Result]], config: CompareConfig, kind: str, path: Path
+    results: dict[str, list[Result]],
+    config: CompareConfig,
+    target: float | None,
+    kind: str,
+    path: Path,
 ) -> None:
     """Draws the losses against `kind`, "steps" or "seconds": medians and ranges."""
     figure, (axis,) = new_figure()
@@ -65,8 +72,8 @@ def plot_race(
     for name, runs in results.items():
         if runs:
             everything += _draw(axis, name, runs, kind)
-    if config.target is not None:
-        axis.axhline(config.target, color="black", lw=0.8, ls=":", label="target")
+    if target is not None:
+        axis.axhline(target, color="black", lw=0.8, ls=":", label="target")
     if everything and min(everything) > 0:
         axis.set_yscale("log")
     axis.set_xscale("symlog", linthresh=10 if kind == "steps" else config.seconds / 100)
@@ -94,7 +101,11 @@ def _draw(axis: Axes, name: str, runs: list[Result], kind: str) -> list[float]:
     return losses[np.isfinite(losses)].tolist()
 
 
-def _notes(config: CompareConfig, summaries: dict[str, Any]) -> list[str]:
+def _notes(
+    config: CompareConfig,
+    results: dict[str, list[Result]],
+    summaries: dict[str, Any],
+) -> list[str]:
     here = describe_environment()
     notes = [
         (
@@ -105,10 +116,17 @@ def _notes(config: CompareConfig, summaries: dict[str, Any]) -> list[str]:
             f"Memory is what XLA plans for a step, the data left out."
         )
     ]
+    if config.target == BY_PEERS:
+        notes.append(
+            "The target is the lowest median of a first-order peer at the end of its "
+            "budget."
+        )
     sizes = {summary["batch_size"] for summary in summaries.values()}
     for name, summary in summaries.items():
         if len(sizes) > 1 and summary["batch_size"] != config.batch_size:
             notes.append(f"{name} has batches of {summary['batch_size']} examples.")
+        if (count := len(results[name])) < config.seeds:
+            notes.append(f"{name} ran from {count} of the seeds.")
         if summary["environment"] != here:
             notes.append(f"{name} ran by itself, under {summary['environment']}.")
     return notes

@@ -6,6 +6,7 @@ that its tuning tries: `grid={learning_rate: [0.1, 0.3]}`.
 
 import dataclasses
 import itertools
+import math
 from typing import Annotated, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -26,6 +27,7 @@ from experiments.tasks import TASKS
 __all__ = ["CompareConfig", "Entrant", "TuningConfig", "candidates", "read_compare"]
 
 ENTRANT_CONFIGS = {**OPTIMIZER_CONFIGS, "kfac_jax": KFACConfig}
+BY_PEERS = "best_first_order"
 SHARE = Rule("in (0, 1]", lambda value: 0.0 < value <= 1.0)
 
 # What a task file says about runs of `experiments.train`, where a race has its own way.
@@ -55,7 +57,9 @@ class CompareConfig:
       budget: seconds of training of each run, "60" or "60s"; compiling and evaluating
         are left out.
       clock: "cpu", the seconds of this process, or "wall".
-      target: the loss on the training set that is to be reached; null for none.
+      target: the loss on the training set that is to be reached, a number; null for
+        none; "best_first_order", what the best of the first-order peers comes to: the
+        lowest median over seeds of the losses at the end of the budget.
       tuning: how settings are chosen.
       only: names of the entrants that run; null for all.
       batch_size: examples in a batch; null for the whole training set.
@@ -72,7 +76,7 @@ class CompareConfig:
     seeds: Annotated[int, AT_LEAST_ONE]
     budget: str
     clock: Annotated[str, one_of("cpu", "wall")]
-    target: float | None
+    target: str | None
     tuning: TuningConfig
     only: list[str] | None
     batch_size: Annotated[int | None, AT_LEAST_ONE]
@@ -88,6 +92,11 @@ class CompareConfig:
         """The budget as a number."""
         return _read_seconds(self.budget)
 
+    @property
+    def fixed_target(self) -> float | None:
+        """The target that is known before the race; None where there is none."""
+        return None if self.target in (None, BY_PEERS) else _read_target(self.target)
+
 
 @dataclasses.dataclass
 class Entrant:
@@ -98,12 +107,14 @@ class Entrant:
       optimizer: its settings, as they are before tuning.
       grid: values to try, by setting; empty for none.
       batch_size: where it is not the race's; null for the whole training set.
+      seeds: where they are fewer than the race's, for those that are dear.
     """
 
     name: str
     optimizer: Any
     grid: dict[str, list[Any]]
     batch_size: int | None
+    seeds: int
 
 
 def candidates(entrant: Entrant) -> list[dict[str, Any]]:
@@ -131,7 +142,7 @@ def read_compare(tree: DictConfig) -> tuple[CompareConfig, list[Entrant]]:
     schema = OmegaConf.structured(CompareConfig)
     schema.task = OmegaConf.structured(TASKS[name][0])
     config = read_as(schema, tree)
-    _read_seconds(config.budget)
+    _ = config.seconds, config.fixed_target
     if config.tuning.seed < config.seeds:
         raise ConfigError(
             f"`tuning.seed` must not be one of the race's {config.seeds} seeds, got "
@@ -143,10 +154,10 @@ def read_compare(tree: DictConfig) -> tuple[CompareConfig, list[Entrant]]:
             f"`only` must name entrants, {', '.join(config.entrants)}, got "
             f"{', '.join(unknown)}."
         )
-    return config, [_read_entrant(name, tree, config.batch_size) for name in chosen]
+    return config, [_read_entrant(name, tree, config) for name in chosen]
 
 
-def _read_entrant(name: str, tree: DictConfig, batch_size: int | None) -> Entrant:
+def _read_entrant(name: str, tree: DictConfig, config: CompareConfig) -> Entrant:
     place = f"entrants.{name}"
     kind = OmegaConf.select(tree, f"{place}.optimizer.name")
     if kind not in ENTRANT_CONFIGS:
@@ -155,15 +166,21 @@ def _read_entrant(name: str, tree: DictConfig, batch_size: int | None) -> Entran
             f"got {kind!r}."
         )
     given = OmegaConf.select(tree, place)
-    if unknown := set(given) - {"optimizer", "grid", "batch_size"}:
+    if unknown := set(given) - {"optimizer", "grid", "batch_size", "seeds"}:
         raise ConfigError(f"`{place}.{unknown.pop()}` is not a setting.")
     settings = OmegaConf.structured(ENTRANT_CONFIGS[kind])
     entrant = Entrant(
         name,
         read_as(settings, given.optimizer),
         OmegaConf.to_object(given.get("grid") or OmegaConf.create({})),  # pyright: ignore[reportArgumentType]
-        given.get("batch_size", batch_size),
+        given.get("batch_size", config.batch_size),
+        given.get("seeds", config.seeds),
     )
+    if not isinstance(entrant.seeds, int) or not 1 <= entrant.seeds <= config.seeds:
+        raise ConfigError(
+            f"`{place}.seeds` must be between 1 and the race's {config.seeds}, got "
+            f"{entrant.seeds!r}."
+        )
     for setting, values in entrant.grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(
@@ -187,6 +204,18 @@ def with_settings(optimizer: Any, changes: dict[str, Any]) -> Any:
             raise ConfigError(f"`{name}` in a grid is not a setting of the optimizer.")
         OmegaConf.update(tree, name, value)
     return read_as(schema, tree)
+
+
+def _read_target(text: str) -> float:
+    try:
+        target = float(text)
+    except ValueError:
+        target = math.nan
+    if not math.isfinite(target):
+        raise ConfigError(
+            f"`target` must be a finite number, {BY_PEERS} or null, got {text}."
+        )
+    return target
 
 
 def _read_seconds(text: str) -> float:

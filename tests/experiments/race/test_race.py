@@ -1,5 +1,6 @@
 """Small races of real optimizers on the digits, and what they leave."""
 
+import dataclasses
 import json
 import math
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from experiments.race.kfac import KFACConfig, KFACContestant
 from experiments.race.racing import Race, best_candidate
 from experiments.race.report import write_report
 from experiments.race.results import Result, Store
-from experiments.race.table import race_table, summarize, verdicts
+from experiments.race.table import peers_end, race_table, summarize, verdicts
 from experiments.race.timing import Trace
 from experiments.settings import ConfigError
 from experiments.tasks import make_task
@@ -33,6 +34,7 @@ SMALL = (
     "max_dispatch=10",
     "target=2.0",
     "entrants.sgd.grid.learning_rate=[0.03,0.3]",
+    "+entrants.natural_gradient_defaults.seeds=1",
 )
 
 
@@ -48,9 +50,8 @@ def raced(tmp_path_factory):
 
 def test_all_start_from_the_same_parameters(raced):
     results, config, _, _ = raced
-    for seed in range(config.seeds):
-        firsts = {runs[seed].trace.losses[0] for runs in results.values()}
-        assert len(firsts) == 1
+    assert [len(runs) for runs in results.values()] == [config.seeds, 1]
+    assert len({runs[0].trace.losses[0] for runs in results.values()}) == 1
     assert len({run.trace.losses[0] for run in results["sgd"]}) == config.seeds
 
 
@@ -164,6 +165,18 @@ def test_tuning_takes_the_first_at_the_target_then_the_lowest():
         best_candidate([diverged], None)
 
 
+def test_the_aim_is_where_the_best_first_order_peer_ends():
+    runs = {
+        "sgd": [result("sgd", seed, [8.0, 3.0]) for seed in range(3)],
+        "adam": [result("adam", i, [8.0, x]) for i, x in enumerate([1.0, 2.0, 9.0])],
+        "muon": [result("muon", 0, [8.0, math.nan])],
+        "natural_gradient": [result("natural_gradient", 0, [8.0, 0.1])],
+        "adamw": [],
+    }
+    assert peers_end(runs) == 2.0
+    assert peers_end({name: runs[name] for name in ("muon", "adamw")}) is None
+
+
 def result(name, seed, losses, *, seconds=1.0):
     steps = list(range(len(losses)))
     trace = Trace(steps, [seconds * step for step in steps], losses)
@@ -201,7 +214,13 @@ def test_the_report_is_complete(raced):
     text = write_report(results, config, entrants, folder)
     assert "| natural gradient defaults |" in text
     assert "sgd learning_rate 0.03 0.3" in text
+    assert "natural_gradient_defaults ran from 1 of the seeds" in text
     content = json.loads((folder / "race.json").read_text())
+    assert content["target"] == 2.0
     assert set(content["entrants"]) == set(results)
     for name in ("loss_steps.png", "loss_seconds.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    by_peers = dataclasses.replace(config, target="best_first_order")
+    write_report(results, by_peers, entrants, folder)
+    content = json.loads((folder / "race.json").read_text())
+    assert content["target"] == peers_end(results)

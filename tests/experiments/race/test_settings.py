@@ -22,7 +22,8 @@ def test_a_task_brings_its_batches_and_its_target():
     config, entrants = read("task=imbalance", "seeds=2", "budget=7s")
     assert config.seconds == 7.0
     assert config.batch_size is None
-    assert config.target is not None
+    assert config.fixed_target is None
+    assert config.target == "best_first_order"
     assert [one.name for one in entrants] == config.only
 
 
@@ -32,7 +33,12 @@ def test_a_task_brings_its_batches_and_its_target():
 )
 def test_every_task_has_a_race_of_its_own(task):
     config, _ = read(f"task={task}")
-    assert config.target is not None
+    assert config.target == "best_first_order"
+
+
+def test_a_target_is_a_number_or_a_rule():
+    assert read("target=-1.2")[0].fixed_target == -1.2
+    assert read("target=null")[0].fixed_target is None
 
 
 def test_budgets_are_seconds_with_or_without_a_unit():
@@ -72,6 +78,8 @@ def test_a_grid_reaches_settings_inside_of_others():
     [
         (["budget=fast"], "`budget` must be seconds"),
         (["budget=-1s"], "`budget` must be seconds"),
+        (["target=low"], "`target` must be a finite number, best_first_order or null"),
+        (["+entrants.adam.seeds=4"], "`entrants.adam.seeds` must be between 1 and the"),
         (["only=[adam,magic]"], "`only` must name entrants, .* got magic"),
         (["seeds=5", "tuning.seed=4"], "`tuning.seed` must not be one of"),
         (["+entrants.adam.rate=1"], "`entrants.adam.rate` is not a setting"),
