@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 
 from experiments.evidence.drawing import finish, new_figure
 from experiments.markdown import describe_environment, write_table
+from experiments.race.levels import best_peer_at, levels_table
 from experiments.race.results import Result, write_whole
 from experiments.race.settings import BY_PEERS, CompareConfig, Entrant
-from experiments.race.table import peers_end, race_table, summarize, verdicts
+from experiments.race.table import race_table, summarize, verdicts
 
 __all__ = ["plot_race", "write_report"]
 
@@ -37,8 +38,8 @@ def write_report(
 ) -> str:
     """Writes all of it; returns the Markdown."""
     target = config.fixed_target
-    if config.target == BY_PEERS:
-        target = peers_end(results)
+    if config.target == BY_PEERS and (level := best_peer_at(results, 1.0)):
+        target = level.loss
     summaries = summarize(results, target)
     aim = "" if target is None else f", target {target:.4g}"
     table = race_table(
@@ -49,6 +50,8 @@ def write_report(
     )
     lines = verdicts(summaries)
     text = "\n".join([write_table(table), *(f"- {line}" for line in lines), ""])
+    if (levels := levels_table(results)) is not None:
+        text += "\n" + write_table(levels)
     text += "\nGrids: " + "; ".join(_describe_grid(entrant) for entrant in entrants)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "race.md", text + ".\n")

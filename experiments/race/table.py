@@ -12,7 +12,7 @@ from typing import Any
 from experiments.markdown import Table
 from experiments.race.results import Result
 
-__all__ = ["peers_end", "race_table", "summarize", "verdicts"]
+__all__ = ["FIRST_ORDER", "OURS", "race_table", "summarize", "verdicts"]
 
 # What the natural gradient is held against.
 FIRST_ORDER = ("sgd", "adam", "adamw", "muon")
@@ -46,23 +46,6 @@ def summarize(
         for name, runs in results.items()
         if runs
     }
-
-
-def peers_end(results: dict[str, list[Result]]) -> float | None:
-    """The lowest median over seeds of the last losses of a first-order peer, or None.
-
-    A run that has diverged counts as infinitely bad.
-    """
-    medians = [
-        statistics.median(
-            math.inf if run.trace.diverged else run.trace.losses[-1]
-            for run in results[name]
-        )
-        for name in FIRST_ORDER
-        if results.get(name)
-    ]
-    best = min(medians, default=math.inf)
-    return best if math.isfinite(best) else None
 
 
 def race_table(

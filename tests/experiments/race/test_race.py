@@ -14,10 +14,11 @@ import pytest
 from experiments.optimizers import make_optimizer
 from experiments.race.contestants import OptaxContestant
 from experiments.race.kfac import KFACConfig, KFACContestant
+from experiments.race.levels import best_peer_at, levels_table
 from experiments.race.racing import Race, best_candidate
 from experiments.race.report import write_report
 from experiments.race.results import Result, Store
-from experiments.race.table import peers_end, race_table, summarize, verdicts
+from experiments.race.table import race_table, summarize, verdicts
 from experiments.race.timing import Trace
 from experiments.settings import ConfigError
 from experiments.tasks import make_task
@@ -173,8 +174,26 @@ def test_the_aim_is_where_the_best_first_order_peer_ends():
         "natural_gradient": [result("natural_gradient", 0, [8.0, 0.1])],
         "adamw": [],
     }
-    assert peers_end(runs) == 2.0
-    assert peers_end({name: runs[name] for name in ("muon", "adamw")}) is None
+    assert best_peer_at(runs, 1.0) == (2.0, "adam")
+    assert best_peer_at({name: runs[name] for name in ("muon", "adamw")}, 1.0) is None
+
+
+def test_levels_are_those_of_the_best_peer_after_parts_of_its_training():
+    slow, fast = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [9.0, 5.0, 4.5]
+    ours = [9.0, 8.0, 7.0, 5.0, 1.0]
+    runs = {
+        "adam": [result("adam", 0, slow)],
+        "sgd": [result("sgd", 0, fast, seconds=4.0)],
+        "natural_gradient": [result("natural_gradient", 0, ours, seconds=0.5)],
+    }
+    table = levels_table(runs)
+    assert [row[1:] for row in table.rows] == [
+        ["8", "adam", "1, 1", "1, 0.5"],
+        ["7", "adam", "2, 2", "2, 1"],
+        ["5", "sgd", "1, 4", "3, 1.5"],
+        ["1", "adam", "8, 8", "4, 2"],
+    ]
+    assert levels_table({"adam": runs["adam"]}) is None
 
 
 def result(name, seed, losses, *, seconds=1.0):
@@ -223,4 +242,4 @@ def test_the_report_is_complete(raced):
     by_peers = dataclasses.replace(config, target="best_first_order")
     write_report(results, by_peers, entrants, folder)
     content = json.loads((folder / "race.json").read_text())
-    assert content["target"] == peers_end(results)
+    assert content["target"] == best_peer_at(results, 1.0).loss
