@@ -179,8 +179,8 @@ def test_the_aim_is_where_the_best_first_order_peer_ends():
 
 
 def test_levels_are_those_of_the_best_peer_after_parts_of_its_training():
-    slow, fast = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [9.0, 5.0, 4.5]
-    ours = [9.0, 8.0, 7.0, 5.0, 1.0]
+    slow, fast = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [9.0, 4.5, 4.4]
+    ours = [9.0, 8.0, 7.0, 4.5, 1.0]
     runs = {
         "adam": [result("adam", 0, slow)],
         "sgd": [result("sgd", 0, fast, seconds=4.0)],
@@ -190,7 +190,7 @@ def test_levels_are_those_of_the_best_peer_after_parts_of_its_training():
     assert [row[1:] for row in table.rows] == [
         ["8", "adam", "1, 1", "1, 0.5"],
         ["7", "adam", "2, 2", "2, 1"],
-        ["5", "sgd", "1, 4", "3, 1.5"],
+        ["4.5", "sgd", "1, 4", "3, 1.5"],
         ["1", "adam", "8, 8", "4, 2"],
     ]
     assert levels_table({"adam": runs["adam"]}) is None
