@@ -94,7 +94,8 @@ class NaturalGradientConfig:
       lsmr: settings of lsmr.
       min_decrease: a step is taken only where the loss falls by this part of what the
         gradient promises; null takes all.
-      max_halvings: so often a step that fails this is halved before it is refused.
+      max_halvings: so often a step that fails this is halved before it is refused; null
+        where `min_decrease` is.
       relative_radius: the radius in units of the loss, for losses that tend to zero, in
         place of `max_kl`; null for none. See `ngd_jax.RelativeRadius`.
       rcond: of svd: singular values below this part of the largest count as zero; null
@@ -115,10 +116,10 @@ class NaturalGradientConfig:
     ]
     cg: CGConfig
     lsmr: LSMRConfig
-    min_decrease: Annotated[float | None, FRACTION] = None
-    max_halvings: Annotated[int, ZERO_OR_MORE] = 10
-    relative_radius: Annotated[float | None, POSITIVE] = None
-    rcond: Annotated[float | None, FRACTION] = None
+    min_decrease: Annotated[float | None, FRACTION]
+    max_halvings: Annotated[int | None, ZERO_OR_MORE]
+    relative_radius: Annotated[float | None, POSITIVE]
+    rcond: Annotated[float | None, FRACTION]
 
 
 @dataclasses.dataclass
@@ -300,9 +301,6 @@ def _make_natural_gradient(
     metric_batch_fn = None
     if config.metric_examples is not None:
         metric_batch_fn = functools.partial(_first_examples, config.metric_examples)
-    acceptance = None
-    if config.min_decrease is not None:
-        acceptance = ngd.SufficientDecrease(config.min_decrease, config.max_halvings)
     in_output_space = getattr(solver, "uses_coefficients", False)
     in_output_space = in_output_space and metric_batch_fn is None
     return ngd.natural_gradient(
@@ -318,8 +316,20 @@ def _make_natural_gradient(
         metric_batch_fn=metric_batch_fn,
         output_loss_fn=task.output_loss_fn if in_output_space else None,
         microbatch_size=config.microbatch_size,
-        acceptance=acceptance,
+        acceptance=_make_acceptance(config),
     )
+
+
+def _make_acceptance(config: NaturalGradientConfig) -> ngd.SufficientDecrease | None:
+    if (config.min_decrease is None) != (config.max_halvings is None):
+        raise ConfigError(
+            f"`optimizer.max_halvings` must be a number beside optimizer.min_decrease, "
+            f"and null without it; got {config.max_halvings} and "
+            f"{config.min_decrease}."
+        )
+    if config.min_decrease is None or config.max_halvings is None:
+        return None
+    return ngd.SufficientDecrease(config.min_decrease, config.max_halvings)
 
 
 def _make_radius(config: NaturalGradientConfig) -> float | ngd.RelativeRadius | None:

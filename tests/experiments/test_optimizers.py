@@ -69,6 +69,15 @@ def test_a_rule_that_needs_damping_says_so():
         make_optimizer(config.optimizer, make_task(config.task))
 
 
+@pytest.mark.parametrize("name", ["min_decrease", "max_halvings"])
+def test_halvings_and_the_decrease_they_are_for_come_together(name):
+    config = make_config(f"optimizer.{name}=0")
+    with pytest.raises(
+        ConfigError, match=r"`optimizer\.max_halvings` must be a number"
+    ):
+        make_optimizer(config.optimizer, make_task(config.task))
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_peer_lowers_the_loss(name):
     losses = descend(make_config(f"optimizer={name}"), num_steps=4)
