@@ -41,12 +41,25 @@ class Torso(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns features `[..., sizes[-1]]`."""
         if self.num_axes == 3:
-            x = jnp.tanh(nn.Conv(CONVOLUTION_FEATURES, (3, 3), padding="VALID")(x))
+            x = jnp.tanh(nn.Dense(CONVOLUTION_FEATURES)(patches(x)))
         if self.num_axes > 1:
             x = x.reshape((*x.shape[: -self.num_axes], -1))
         for size in self.sizes:
             x = jnp.tanh(nn.Dense(size, kernel_init=scaled(HIDDEN_SCALE))(x))
         return x
+
+
+def patches(images: jax.Array) -> jax.Array:
+    """The squares of 3 by 3 pixels, `[..., H, W, C]` to `[..., H - 2, W - 2, 9 C]`.
+
+    A dense layer on them is a convolution, whose derivatives XLA's CPU compiler makes
+    plain loops of inside of `scan`; and all of training is one.
+    """
+    height, width = images.shape[-3] - 2, images.shape[-2] - 2
+    shifts = [(row, column) for row in range(3) for column in range(3)]
+    return jnp.concatenate(
+        [images[..., i : i + height, j : j + width, :] for i, j in shifts], axis=-1
+    )
 
 
 class PolicyNetwork(nn.Module):
