@@ -5,7 +5,8 @@
 For M coefficients and P parameters G takes 2M²P operations. The rows Aᵀeᵢ of two blocks
 of examples are held at a time, and those of the second are made again for every first:
 with m rows in a block that costs about 4mP against the 2m²P of the product. No array of
-size M times P exists unless it fits the memory that is allowed.
+size M times P exists unless it fits the memory that is allowed. Where rows are mostly
+outer products, as those of dense layers, all are held as such, and G is far cheaper.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,11 @@ import numpy as np
 from ngd_jax import tree
 from ngd_jax.arguments import check_count
 from ngd_jax.fisher.coefficients import real_parts
+from ngd_jax.fisher.outer_products import (
+    factored_gram,
+    factored_rows,
+    has_large_weights,
+)
 from ngd_jax.fisher.rows import Group, agreement, coefficient_order, row_groups
 from ngd_jax.types import Array, Params
 
@@ -49,15 +55,46 @@ def gram_matrix(fisher: "Fisher", block_size: int | None = None) -> Gram:
     """A Aᵀ; see `Fisher.gram`."""
     if block_size is not None:
         check_count("block_size", block_size)
+    dtype = tree.accumulator_dtype((fisher.params, fisher.outputs))
+    if block_size is None and (gram := _by_factors(fisher, dtype)) is not None:
+        return gram
     groups = row_groups(fisher)
     row_bytes = _row_bytes(fisher.params)
-    dtype = tree.accumulator_dtype((fisher.params, fisher.outputs))
     sizes = [_block_size(group, block_size, row_bytes) for group in groups]
     matrix, apart = _by_blocks(groups, sizes, dtype)
     order = coefficient_order(groups, fisher.likelihood)
+    return Gram(_reorder(matrix, order), agreement(groups, apart))
+
+
+def _by_factors(fisher: "Fisher", dtype: Any) -> Gram | None:
+    """G by outer products; None where rows are not such, or do not fit into memory."""
+    is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(fisher.params)))
+    if not is_real or not has_large_weights(fisher.params):
+        return None
+    groups = row_groups(fisher, with_means=True)
+    terms = groups[0].terms
+    is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(fisher.outputs)))
+    is_covariance = any(term.means is not None for term in terms)
+    if not is_real or len(groups) > 1 or (is_covariance and terms[1:]):
+        return None
+    shapes = jax.eval_shape(lambda: factored_rows(groups[0], dtype)[1])
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    if len(shapes.outer) == 0 or num_bytes > MEMORY:
+        return None
+    apart, rows = factored_rows(groups[0], dtype)
+    root = None
+    if is_covariance:
+        root = jnp.sqrt(terms[0].data.measure).astype(dtype)
+        root = root.reshape(groups[0].size, -1)
+    gram = factored_gram(rows, root)
+    order = coefficient_order(groups, fisher.likelihood)
+    return Gram(_reorder(gram, order), agreement(groups, [apart]))
+
+
+def _reorder(matrix: Array, order: np.ndarray) -> Array:
     if np.any(order != np.arange(len(order))):
-        matrix = matrix[order[:, None], order[None, :]]
-    return Gram(matrix, agreement(groups, apart))
+        return matrix[order[:, None], order[None, :]]
+    return matrix
 
 
 def _row_bytes(params: Params) -> int:

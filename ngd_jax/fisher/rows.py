@@ -65,15 +65,15 @@ class Term(NamedTuple):
       likelihood: its likelihood.
       data: what belongs to its examples.
       coefficients: the coefficients of its examples, as shapes and dtypes.
-      means: the mean rows for real and for imaginary coefficients, where F is a
-        covariance; else none.
+      means: where F is a covariance, the mean rows that are subtracted, for real and
+        for imaginary coefficients, or none of them; None where it is not.
     """
 
     place: int
     likelihood: Any
     data: TermData
     coefficients: PyTree
-    means: tuple[Params, ...]
+    means: tuple[Params, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,7 +190,7 @@ class Group:
         parts = unravel_real(unit, like)
         cotangents, centres = [], []
         for term, data, part in zip(self.terms, terms, parts, strict=True):
-            if not term.means:
+            if term.means is None:
                 cotangents.append(
                     root.cotangents_from_coefficients(
                         term.likelihood,
@@ -214,8 +214,12 @@ class Group:
         return row
 
 
-def row_groups(fisher: "Fisher") -> list[Group]:
+def row_groups(fisher: "Fisher", *, with_means: bool = False) -> list[Group]:
     """The examples of a Fisher by their number, with all that their rows need.
+
+    Args:
+      fisher: whose rows.
+      with_means: where F is a covariance, whether rows keep their mean.
 
     Raises:
       NoRowsError: at trace time, where the model cannot be run on single examples,
@@ -242,8 +246,11 @@ def row_groups(fisher: "Fisher") -> list[Group]:
             likelihood=kind,
             data=data,
             coefficients=jax.eval_shape(tree.widen, coefficients),
-            means=_mean_rows(fisher, index) if kind.centered else (),
+            means=None,
         )
+        if kind.centered:
+            means = () if with_means else _mean_rows(fisher, index)
+            term = term._replace(means=means)
         by_size.setdefault(data.measure.shape[0], []).append(term)
     return [_group(fisher, size, terms) for size, terms in by_size.items()]
 

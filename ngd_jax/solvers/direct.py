@@ -63,10 +63,10 @@ class Cholesky:
         largest = jnp.where(finite & (largest > 0), largest, 1.0).astype(dtype)
         identity = jnp.eye(g.size, dtype=g.dtype)
         matrix = jnp.where(finite, dense / size, identity)
-        matrix += (jnp.asarray(damping, dtype) / size) * identity
+        shift = jnp.asarray(damping, dtype) / size
         b = jnp.where(finite, g / largest, 0.0)
 
-        x, residual = solve_refined(factorise(matrix), b)
+        x, residual = solve_refined(factorise(matrix, shift), b)
         norm = jnp.linalg.norm(b)
         relative = jnp.linalg.norm(residual) / jnp.where(norm > 0, norm, 1.0)
         solution = unravel((x / size * largest).astype(g.dtype))

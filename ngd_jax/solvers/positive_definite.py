@@ -14,69 +14,82 @@ import jax.numpy as jnp
 
 from ngd_jax import tree
 from ngd_jax.solvers.interface import SolverInfo, SolverStatus
-from ngd_jax.types import Array, PyTree, Scalar
+from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
 __all__ = ["Factor", "factorise", "report", "solve", "solve_refined"]
 
 
 class Factor(NamedTuple):
-    """A factorisation of a positive semi-definite matrix.
+    """A factorisation of A = S + λI, positive semi-definite.
 
     Attributes:
-      matrix: the matrix itself, `[M, M]`.
+      matrix: S, `[M, M]`.
+      shift: λ.
       scale: the inverse of D, `[M]`.
-      lower: L, of the matrix plus `diag(jitter)`.
+      transposed: Lᵀ, of the matrix plus `diag(jitter)`. LAPACK has columns where JAX
+        has rows, so that this is L as it comes from there, and nothing has to move.
       jitter: what had to be added to the diagonal, `[M]`; zeros where nothing.
     """
 
     matrix: Array
+    shift: Scalar
     scale: Array
-    lower: Array
+    transposed: Array
     jitter: Array
 
+    def product(self, x: Array) -> Array:
+        """A x."""
+        return self.matrix @ x + self.shift * x
 
-def factorise(matrix: Array) -> Factor:
-    """Factorises a Hermitian positive semi-definite matrix of finite entries.
+
+def factorise(matrix: Array, shift: ArrayLike = 0.0) -> Factor:
+    """Factorises S + λI for a Hermitian positive semi-definite S of finite entries.
 
     Where Cholesky fails, the matrix is singular to working precision. It is repeated
     with M·ε times the diagonal added, the least that precision can tell from nothing,
     and where sums over many parameters have more round-off than that, with √ε times.
+
+    Args:
+      matrix: S, `[M, M]`.
+      shift: λ, at least 0.
     """
     diagonal = jnp.real(jnp.diagonal(matrix))
+    shift = jnp.asarray(shift, diagonal.dtype)
+    diagonal = diagonal + shift
     scale = jnp.where(diagonal > 0, jnp.where(diagonal > 0, diagonal, 1) ** -0.5, 1)
-    scaled = matrix * scale[:, None] * scale[None, :]
     eps = float(jnp.finfo(matrix.dtype).eps)
 
     def attempt(jitters: tuple[float, ...]) -> tuple[Array, Array]:
         jitter, *others = jitters
-        shifted = scaled
-        if jitter:
-            shifted += jitter * jnp.eye(len(matrix), dtype=matrix.dtype)
-        # Only the lower triangle is read: nothing to make symmetric first.
-        lower = jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
-        found = lower, jnp.asarray(jitter, diagonal.dtype)
+        scaled = matrix * scale[:, None] * scale[None, :]
+        added = (shift * scale**2 + jitter).astype(matrix.dtype)
+        scaled += jnp.diag(added)
+        # Only one triangle is read: nothing to make symmetric first. The other one,
+        # for the sake of the order of the entries in memory.
+        lower = jax.lax.linalg.cholesky(jnp.conj(scaled.T), symmetrize_input=False)
+        found = lower.T, jnp.asarray(jitter, diagonal.dtype)
         if not others:
             return found
         # A failure shows in every entry.
         is_finite = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
         return jax.lax.cond(is_finite, lambda: found, lambda: attempt(tuple(others)))
 
-    lower, jitter = attempt((0.0, len(matrix) * eps, eps**0.5))
-    return Factor(matrix, scale, lower, jitter * scale**-2)
+    transposed, jitter = attempt((0.0, len(matrix) * eps, eps**0.5))
+    return Factor(matrix, shift, scale, transposed, jitter * scale**-2)
 
 
 def solve(factor: Factor, b: Array) -> Array:
     """Solves (A + diag(jitter)) x = b."""
-    scaled = factor.scale * b
-    return factor.scale * jax.scipy.linalg.cho_solve((factor.lower, True), scaled)
+    lower = factor.transposed.T, True
+    return factor.scale * jax.scipy.linalg.cho_solve(lower, factor.scale * b)
 
 
 def solve_refined(factor: Factor, b: Array) -> tuple[Array, Array]:
     """Solves A x = b, refined once with the true residual; x and b - A x."""
     x = solve(factor, b)
-    residual = b - factor.matrix @ x
+    residual = b - factor.product(x)
     refined = x + solve(factor, residual)
-    new_residual = b - factor.matrix @ refined
+    new_residual = b - factor.product(refined)
     # Refinement helps unless the jitter is large against A; then it may diverge.
     is_better = jnp.linalg.norm(new_residual) < jnp.linalg.norm(residual)
     return (

@@ -168,7 +168,7 @@ def solve_in_sample_space(
     def pull(vector: Array) -> PyTree:
         return tree.divide(fisher.sqrt_rmatvec(unravel(vector)), root)
 
-    factor = factorise(matrix + damping * identity)
+    factor = factorise(matrix, damping)
     g_norm = tree.norm(g)
     system = _System(matrix, damping, factor, push, pull, g_norm, _round_off(fisher))
 
@@ -256,7 +256,7 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
     shifted = jax.lax.cond(
         system.damping >= eps**0.5,
         lambda: system.factor,
-        lambda: factorise(matrix + eps**0.5 * jnp.eye(len(matrix), dtype=w.dtype)),
+        lambda: factorise(matrix, eps**0.5),
     )
     shift = jnp.maximum(system.damping, eps**0.5)
 
