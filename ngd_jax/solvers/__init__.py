@@ -9,6 +9,7 @@ steps or Optax, and never returns a non-finite solution: trouble goes into the r
 from ngd_jax.solvers.auto import Auto, Choice
 from ngd_jax.solvers.cg import CG
 from ngd_jax.solvers.conjugate_gradient import conjugate_gradient
+from ngd_jax.solvers.damping_search import DampingSearch, DampingSearchState
 from ngd_jax.solvers.direct import Cholesky
 from ngd_jax.solvers.interface import (
     Solver,
@@ -28,6 +29,8 @@ __all__ = [
     "Auto",
     "Choice",
     "Cholesky",
+    "DampingSearch",
+    "DampingSearchState",
     "Lineax",
     "SampleSpace",
     "Solver",

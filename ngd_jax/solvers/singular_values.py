@@ -20,7 +20,7 @@ from ngd_jax.solvers.interface import SolverInfo, StatefulSolver, check_system
 from ngd_jax.solvers.positive_definite import report
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
-__all__ = ["SVD"]
+__all__ = ["SVD", "SingularRoot", "decompose", "negligible"]
 
 # How long a rest g - Aᵀ w may be, in round-off of its terms, and still be nothing.
 _ROUND_OFF = 64.0
@@ -122,7 +122,7 @@ class SVD(StatefulSolver):
         w = None if w is None else jnp.where(is_finite, w / unit * size, 0.0)
         damping = jnp.where(is_finite, damping / size / size, 0.0)
 
-        root = _decompose(matrix, w, self.rcond)
+        root = decompose(matrix, w, self.rcond)
         d = _solve(root, matrix, g, w, damping)
         residual = g - (matrix.T @ (matrix @ d) + damping * d)
         norm = jnp.linalg.norm(g)
@@ -132,7 +132,7 @@ class SVD(StatefulSolver):
         return solution, info, state
 
 
-class _Root(NamedTuple):
+class SingularRoot(NamedTuple):
     """A = U σ Vᵀ, without U.
 
     Attributes:
@@ -148,7 +148,10 @@ class _Root(NamedTuple):
     is_kept: Array
 
 
-def _decompose(matrix: Array, w: Array | None, rcond: float | None) -> _Root:
+def decompose(
+    matrix: Array, w: Array | None, rcond: float | None = None
+) -> SingularRoot:
+    """The singular values of A, `[M, P]`, and what w is made of."""
     num_rows, num_columns = matrix.shape
     if num_rows > num_columns:
         # The triangular factor has all that is needed, and w in its last column
@@ -162,26 +165,30 @@ def _decompose(matrix: Array, w: Array | None, rcond: float | None) -> _Root:
         rcond = float(jnp.finfo(matrix.dtype).eps) * max(num_rows, num_columns)
     largest = jnp.max(values, initial=0.0)
     is_kept = (values > rcond * largest) & (values > 0)
-    return _Root(values, rights, None if w is None else lefts.T @ w, is_kept)
+    return SingularRoot(values, rights, None if w is None else lefts.T @ w, is_kept)
+
+
+def negligible(rest: Array, size: Scalar) -> Array:
+    """Whether `rest` is round-off of terms as long as `size`."""
+    eps = float(jnp.finfo(rest.dtype).eps)
+    return jnp.linalg.norm(rest) <= _ROUND_OFF * eps * size
 
 
 def _solve(
-    root: _Root, matrix: Array, g: Array, w: Array | None, damping: Array
+    root: SingularRoot, matrix: Array, g: Array, w: Array | None, damping: Array
 ) -> Array:
     values = jnp.where(root.is_kept, root.values, 1.0)
     if w is None or root.image is None:
         along = jnp.where(root.is_kept, root.rights @ g, 0.0)
         d = root.rights.T @ (along / (values**2 + damping))
-        rest, sizes = g - root.rights.T @ along, jnp.linalg.norm(g)
+        rest, size = g - root.rights.T @ along, jnp.linalg.norm(g)
     else:
         along = jnp.where(root.is_kept, root.image, 0.0)
         d = root.rights.T @ (along * values / (values**2 + damping))
         rest = g - matrix.T @ w
         norm = jnp.max(root.values, initial=0.0)
-        sizes = jnp.linalg.norm(g) + norm * jnp.linalg.norm(w)
-    eps = float(jnp.finfo(g.dtype).eps)
-    is_nothing = jnp.linalg.norm(rest) <= _ROUND_OFF * eps * sizes
-    is_kept = ~is_nothing & (damping > 0)
+        size = jnp.linalg.norm(g) + norm * jnp.linalg.norm(w)
+    is_kept = ~negligible(rest, size) & (damping > 0)
     return d + jnp.where(is_kept, rest / jnp.where(is_kept, damping, 1.0), 0.0)
 
 
