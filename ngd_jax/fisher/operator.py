@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from ngd_jax import tree
 from ngd_jax.fisher import average, root
-from ngd_jax.fisher.dense_root import dense_root
+from ngd_jax.fisher.dense_root import dense_root, sum_of_squares
 from ngd_jax.fisher.gram import Gram, gram_matrix
 from ngd_jax.fisher.linearization import (
     Chunks,
@@ -219,15 +219,30 @@ class Fisher:
         )
 
     def dense(self) -> Array:
-        """F as a matrix, in the order of `jax.flatten_util.ravel_pytree(params)`."""
+        """F as a matrix, in the order of `jax.flatten_util.ravel_pytree(params)`.
+
+        From per-example rows of the Jacobian where an example has few outputs, else
+        from one product for each parameter.
+        """
         flat, unravel = ravel_pytree(tree.widen(self.params))
-        rows = jax.lax.map(
-            lambda v: ravel_pytree(self.matvec(unravel(v)))[0].astype(v.dtype),
-            jnp.eye(flat.size, dtype=flat.dtype),
-            batch_size=_BASIS_CHUNK,
-        )
-        # Row i is F eᵢ, a column of F: the same thing but for round-off.
-        return (rows.T + jnp.conj(rows)) / 2
+
+        def from_products() -> Array:
+            rows = jax.lax.map(
+                lambda v: ravel_pytree(self.matvec(unravel(v)))[0].astype(v.dtype),
+                jnp.eye(flat.size, dtype=flat.dtype),
+                batch_size=_BASIS_CHUNK,
+            )
+            # Row i is F eᵢ, a column of F: the same thing but for round-off.
+            return (rows.T + jnp.conj(rows)) / 2
+
+        try:
+            found = sum_of_squares(self)
+        except NoRowsError:
+            found = None
+        if found is None:
+            return from_products()
+        matrix, is_separable = found
+        return jax.lax.cond(is_separable, lambda: matrix, from_products)
 
     def dense_root(self) -> Array:
         """A as a matrix, `[M, P]`, with F = Aᵀ A: what `sqrt_matvec` multiplies by.
