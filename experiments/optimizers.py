@@ -38,6 +38,7 @@ __all__ = [
 PyTree = Any
 
 ZERO_OR_MORE = Rule("zero or more", lambda value: value >= 0)
+AT_LEAST_ONE_TIMES = Rule("1 or more", lambda value: value >= 1)
 
 
 @dataclasses.dataclass
@@ -89,15 +90,16 @@ class NaturalGradientConfig:
       metric_examples: the metric is that of the first so many examples of a batch;
         null for all.
       microbatch_size: examples in memory at once; null for all.
-      solver: "cg", "lsmr", "svd", "sample_space", "cholesky" or "auto".
+      solver: "cg", "lsmr", "svd", "sample_space", "cholesky", "auto", or
+        "damping_search", which finds λ by itself: `damping` is the least.
       cg: settings of cg, which auto falls back on.
       lsmr: settings of lsmr.
       min_decrease: a step is taken only where the loss falls by this part of what the
         gradient promises; null takes all.
       max_halvings: so often a step that fails this is halved before it is refused; null
         where `min_decrease` is.
-      relative_radius: the radius in units of the loss, for losses that tend to zero, in
-        place of `max_kl`; null for none. See `ngd_jax.RelativeRadius`.
+      slack: of damping_search: the loss may rise to so many times the lowest so far;
+        null for the other solvers.
       rcond: of svd: singular values below this part of the largest count as zero; null
         for those that round-off cannot tell from it.
     """
@@ -112,13 +114,16 @@ class NaturalGradientConfig:
     metric_examples: Annotated[int | None, AT_LEAST_ONE]
     microbatch_size: Annotated[int | None, AT_LEAST_ONE]
     solver: Annotated[
-        str, one_of("cg", "lsmr", "svd", "sample_space", "cholesky", "auto")
+        str,
+        one_of(
+            "cg", "lsmr", "svd", "sample_space", "cholesky", "auto", "damping_search"
+        ),
     ]
     cg: CGConfig
     lsmr: LSMRConfig
     min_decrease: Annotated[float | None, FRACTION]
     max_halvings: Annotated[int | None, ZERO_OR_MORE]
-    relative_radius: Annotated[float | None, POSITIVE]
+    slack: Annotated[float | None, AT_LEAST_ONE_TIMES]
     rcond: Annotated[float | None, FRACTION]
 
 
@@ -289,13 +294,11 @@ def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtra
 def _make_natural_gradient(
     config: NaturalGradientConfig, task: Task
 ) -> optax.GradientTransformationExtraArgs:
-    radii = (config.max_kl, config.relative_radius)
-    if config.learning_rate is None and radii == (None, None):
+    if config.learning_rate is None and config.max_kl is None:
         raise ConfigError(
             "`optimizer.learning_rate` and `optimizer.max_kl` cannot both be null: one "
             "of them sets the length of the step."
         )
-    radius = _make_radius(config)
     damping = _make_damping(config)
     solver = _make_solver(config)
     metric_batch_fn = None
@@ -307,7 +310,7 @@ def _make_natural_gradient(
         config.learning_rate,
         task.model_fn,
         task.likelihood,
-        max_kl=radius,
+        max_kl=config.max_kl,
         damping=damping,
         momentum=config.momentum,
         warm_start=config.warm_start,
@@ -330,23 +333,6 @@ def _make_acceptance(config: NaturalGradientConfig) -> ngd.SufficientDecrease | 
     if config.min_decrease is None or config.max_halvings is None:
         return None
     return ngd.SufficientDecrease(config.min_decrease, config.max_halvings)
-
-
-def _make_radius(config: NaturalGradientConfig) -> float | ngd.RelativeRadius | None:
-    if config.relative_radius is None:
-        return config.max_kl
-    for name in ("max_kl", "min_decrease"):
-        if (value := getattr(config, name)) is not None:
-            raise ConfigError(
-                f"`optimizer.{name}` must be null beside optimizer.relative_radius, "
-                f"which sets the length of steps by itself; got {value}."
-            )
-    if config.learning_rate is None:
-        raise ConfigError(
-            "`optimizer.learning_rate` must be a number beside "
-            "optimizer.relative_radius, which tries steps of that rate first; got null."
-        )
-    return ngd.RelativeRadius(config.relative_radius)
 
 
 def _first_examples(count: int, batch: PyTree) -> PyTree:
@@ -379,6 +365,12 @@ def _make_solver(config: NaturalGradientConfig) -> ngd.Solver:
             f"`optimizer.rcond` is for optimizer.solver=svd: got rcond={config.rcond} "
             f"with solver={config.solver}."
         )
+    if (config.solver == "damping_search") != (config.slack is not None):
+        raise ConfigError(
+            f"`optimizer.slack` must be a number for optimizer.solver=damping_search, "
+            f"and null for the others: got slack={config.slack} with "
+            f"solver={config.solver}."
+        )
     match config.solver:
         case "cg":
             return _make_cg(config.cg)
@@ -386,6 +378,8 @@ def _make_solver(config: NaturalGradientConfig) -> ngd.Solver:
             return ngd.LSMR(max_steps=config.lsmr.max_steps, rtol=config.lsmr.rtol)
         case "svd":
             return ngd.SVD(config.rcond)
+        case "damping_search":
+            return ngd.DampingSearch(slack=config.slack or 1.0)
         case "sample_space":
             return ngd.SampleSpace()
         case "cholesky":

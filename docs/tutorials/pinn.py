@@ -81,9 +81,8 @@ tx = ngd.natural_gradient(
     1.0,
     model_fn,
     likelihood,
-    max_kl=ngd.RelativeRadius(0.01),  # the residuals change by a tenth at most ...
-    damping=0.0,  # ... unless the whole step proves itself; no damping at the end
-    solver=ngd.SVD(3e-8),  # without squaring the condition number
+    damping=0.0,  # the least; how much, each step finds by the loss itself
+    solver=ngd.DampingSearch(),  # without squaring the condition number
     output_loss_fn=output_loss_fn,  # the gradient where it still has its digits
 )
 

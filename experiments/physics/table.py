@@ -74,7 +74,11 @@ class Course(NamedTuple):
 
 
 # Steps between evaluations: those of first-order methods cost little.
-_CHUNKS = {"L-BFGS (Optax)": 50, "Adam (Optax)": 200, "BFGS, dense (SciPy)": 50}
+_CHUNKS = {
+    "L-BFGS (Optax)": 50,
+    "BFGS, dense (SciPy)": 50,
+    **{name: 200 for name in PEERS if name.startswith("Adam")},
+}
 _CHUNK = 5
 
 

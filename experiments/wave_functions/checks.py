@@ -32,6 +32,7 @@ def check(config: TrainConfig) -> None:
             "`batch_size` must be the number of samples of a step, got null."
         )
     _check_optimizer(config.optimizer)
+    _check_annealing(config.optimizer, task)
     _check_model(task.model)
     if task.sampler.name == "exact":
         _check_exact(task)
@@ -45,7 +46,7 @@ def _check_optimizer(optimizer: Any) -> None:
     weighs = {
         "damping_rule": "levenberg_marquardt",
         "min_decrease": None,
-        "relative_radius": None,
+        "slack": None,
     }
     for name, refused in weighs.items():
         value = getattr(optimizer, name, None)
@@ -54,6 +55,21 @@ def _check_optimizer(optimizer: Any) -> None:
                 f"`optimizer.{name}` must not weigh the loss with task=vmc, whose "
                 f"energy is known by samples only, got {value}."
             )
+
+
+def _check_annealing(optimizer: Any, task: WaveFunctionConfig) -> None:
+    for name in ("max_kl", "damping"):
+        last, first = getattr(task, f"last_{name}"), getattr(optimizer, name, None)
+        if last is not None and not first:
+            raise ConfigError(
+                f"`task.last_{name}` needs an optimizer.{name} to start from, got "
+                f"{first} with optimizer={optimizer.name}."
+            )
+    rule = getattr(optimizer, "damping_rule", "constant")
+    if task.last_damping is not None and rule != "constant":
+        raise ConfigError(
+            f"`task.last_damping` is for optimizer.damping_rule=constant, got {rule}."
+        )
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -66,6 +82,12 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"`task.model.features` must be one number of hidden units with model=rbm, "
             f"got {model.features}."
+        )
+    widths = model.features
+    if model.name == "transformer" and (len(set(widths)) > 1 or widths[0] % 4):
+        raise ConfigError(
+            f"`task.model.features` must repeat one width, a multiple of 4, with "
+            f"model=transformer, got {widths}."
         )
     if model.name != "rbm" and model.complex_parameters:
         raise ConfigError(

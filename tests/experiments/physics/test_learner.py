@@ -90,9 +90,9 @@ def test_fresh_points_in_five_dimensions(tmp_path):
         (("problem=poisson5d", "task.grid=true"), "`task.grid` must be false in 5"),
         (("task.fresh_points=true",), "`task.fresh_points` must be false"),
         (("batch_size=10",), "`batch_size` is about a training set"),
-        (("optimizer.max_kl=0.1",), "`optimizer.max_kl` must be null beside"),
-        (("optimizer.learning_rate=null",), "`optimizer.learning_rate` must be a"),
-        (("optimizer.solver=cholesky",), "`optimizer.rcond` is for"),
+        (("optimizer.learning_rate=null",), "`optimizer.learning_rate` and"),
+        (("optimizer.rcond=1e-8",), "`optimizer.rcond` is for"),
+        (("optimizer.solver=cholesky",), "`optimizer.slack` must be a number"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(overrides, message):
