@@ -195,7 +195,10 @@ def _make_train_chunk(
     return jax.jit(train_chunk, donate_argnums=0)
 
 
-def _loss_on(task: Task, points: Points, params: PyTree, **_: Any) -> jax.Array:
+def _loss_on(
+    task: Task, points: Points, params: PyTree, *_: Any, **__: Any
+) -> jax.Array:
+    """For line searches, which call it with more or less than the parameters."""
     return task.loss_fn(params, points)
 
 

@@ -148,7 +148,7 @@ def _optax(
     """Any transformation of Optax, on ½ |r|², with the arguments it asks for."""
     problem, points = equation.problem, equation.points
 
-    def loss_fn(params: PyTree) -> jax.Array:
+    def loss_fn(params: PyTree, *_: Any) -> jax.Array:
         return problem.loss(problem.residuals(params, points), points)
 
     def step(state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
