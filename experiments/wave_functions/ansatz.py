@@ -8,7 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Convolutional", "Perceptron", "RestrictedBoltzmann", "log_cosh"]
+__all__ = [
+    "Convolutional",
+    "Perceptron",
+    "RestrictedBoltzmann",
+    "Transformer",
+    "log_cosh",
+]
 
 
 def log_cosh(x: jax.Array) -> jax.Array:
@@ -98,3 +104,54 @@ class Convolutional(nn.Module):
             update = jnp.tanh(convolution(x))
             x = x + update if number and channels == x.shape[-1] else update
         return nn.Dense(1, param_dtype=self.dtype)(x.sum(axis=-2))[..., 0]
+
+
+class Transformer(nn.Module):
+    """log ψ by attention between the sites of the ring: the same for a turned ring.
+
+    Each layer is x + attention(norm(x)), then x + perceptron(norm(x)). What one site is
+    to another depends on how far it is around the ring, by a number for each distance.
+
+    Attributes:
+      num_layers: layers.
+      width: numbers for each site; a multiple of `num_heads`.
+      dtype: of the parameters.
+      num_heads: attentions side by side.
+
+    References:
+      Viteritti, Rende and Becca, Transformer variational wave functions for frustrated
+      quantum spin systems, 2023.
+    """
+
+    num_layers: int
+    width: int
+    dtype: Any
+    num_heads: int = 4
+
+    @nn.compact
+    def __call__(self, spins: jax.Array) -> jax.Array:
+        """Returns log ψ, `[N]`."""
+        x = nn.Dense(self.width, param_dtype=self.dtype)(spins[..., None])
+        for number in range(self.num_layers):
+            x = x + self._attention(nn.LayerNorm(param_dtype=self.dtype)(x), number)
+            hidden = nn.LayerNorm(param_dtype=self.dtype)(x)
+            hidden = nn.Dense(2 * self.width, param_dtype=self.dtype)(hidden)
+            x = x + nn.Dense(self.width, param_dtype=self.dtype)(nn.gelu(hidden))
+        x = nn.LayerNorm(param_dtype=self.dtype)(x).sum(axis=-2)
+        return log_cosh(nn.Dense(self.width, param_dtype=self.dtype)(x)).sum(-1)
+
+    def _attention(self, x: jax.Array, number: int) -> jax.Array:
+        num_sites, size = x.shape[-2], self.width // self.num_heads
+        shape = (3, self.num_heads, size)
+        q, k, v = jnp.moveaxis(nn.DenseGeneral(shape, param_dtype=self.dtype)(x), -3, 0)
+        zeros = nn.initializers.zeros_init()
+        shape = (self.num_heads, num_sites)
+        by_distance = self.param(f"distance_{number}", zeros, shape, self.dtype)
+        sites = jnp.arange(num_sites)
+        bias = by_distance[:, (sites[:, None] - sites[None]) % num_sites]
+        scores = jnp.einsum("...ihc,...jhc->...hij", q, k) / math.sqrt(size)
+        weights = jax.nn.softmax(
+            scores + bias.reshape((1,) * (x.ndim - 2) + bias.shape)
+        )
+        mixed = jnp.einsum("...hij,...jhc->...ihc", weights, v)
+        return nn.DenseGeneral(self.width, axis=(-2, -1), param_dtype=self.dtype)(mixed)

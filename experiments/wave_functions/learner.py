@@ -1,6 +1,7 @@
 """The learner of the task `vmc`: the ground state of a ring of spins."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.config import TrainConfig
 from experiments.learner import Advance, Records, Rows
@@ -18,6 +20,7 @@ from experiments.wave_functions.ansatz import (
     Convolutional,
     Perceptron,
     RestrictedBoltzmann,
+    Transformer,
 )
 from experiments.wave_functions.chains import CHAINS, SpinChain
 from experiments.wave_functions.checks import check
@@ -49,7 +52,7 @@ from experiments.wave_functions.training import (
     model_task,
 )
 
-__all__ = ["WaveFunctionLearner", "make_parts"]
+__all__ = ["WaveFunctionLearner", "annealed", "make_parts"]
 
 # Folded into the key of a run for its evaluations; steps do not get that far.
 EVALUATION_STREAM = 2**31 - 1
@@ -173,11 +176,22 @@ def make_parts(
     return Parts(
         chain=chain,
         model=model,
-        tx=make_optimizer(config.optimizer, model),
+        tx=make_optimizer(annealed(config.optimizer, task, config.steps), model),
         start=start,
         sample=sample,
         measure_kl=config.measure_kl,
     )
+
+
+def annealed(optimizer: Any, task: WaveFunctionConfig, num_steps: int) -> Any:
+    """The settings of the optimizer, with schedules where the task asks for them."""
+    schedules = {}
+    for name in ("max_kl", "damping"):
+        last = getattr(task, f"last_{name}")
+        if last is not None:
+            first = getattr(optimizer, name)
+            schedules[name] = optax.exponential_decay(first, num_steps, last / first)
+    return dataclasses.replace(optimizer, **schedules) if schedules else optimizer
 
 
 def _make_model(config: ModelConfig, num_spins: int) -> tuple[Any, Any]:
@@ -188,6 +202,8 @@ def _make_model(config: ModelConfig, num_spins: int) -> tuple[Any, Any]:
             module = RestrictedBoltzmann(num_hidden, dtype)
         case "mlp":
             module = Perceptron(tuple(config.features), dtype)
+        case "transformer":
+            module = Transformer(len(config.features), config.features[0], dtype)
         case _:
             assert config.kernel_size is not None
             module = Convolutional(tuple(config.features), config.kernel_size, dtype)

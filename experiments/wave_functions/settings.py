@@ -6,7 +6,7 @@
 import dataclasses
 from typing import Annotated
 
-from experiments.settings import AT_LEAST_ONE, NON_NEGATIVE, Rule, one_of
+from experiments.settings import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, Rule, one_of
 from experiments.wave_functions.chains import CHAINS
 
 __all__ = ["ModelConfig", "SamplerConfig", "WaveFunctionConfig"]
@@ -19,13 +19,14 @@ class ModelConfig:
     """The network for log ψ; a group, `model=...`.
 
     Attributes:
-      name: "rbm", "mlp" or "cnn".
-      features: hidden units; widths of the hidden layers; channels of the layers.
+      name: "rbm", "mlp", "cnn" or "transformer".
+      features: hidden units; widths of the hidden layers; channels of the layers; the
+        one width of all layers of "transformer", as often as there are layers.
       kernel_size: sites that a convolution sees; null for the others.
       complex_parameters: of "rbm" only; log ψ is then complex too, and holomorphic.
     """
 
-    name: Annotated[str, one_of("rbm", "mlp", "cnn")]
+    name: Annotated[str, one_of("rbm", "mlp", "cnn", "transformer")]
     features: Annotated[list[int], AT_LEAST_ONE]
     kernel_size: Annotated[int | None, AT_LEAST_ONE]
     complex_parameters: bool
@@ -60,6 +61,9 @@ class WaveFunctionConfig:
       num_spins: on the ring.
       field: h; 0 for "heisenberg".
       precision: "float32" or "float64", of everything.
+      last_max_kl: the radius of the last step, to which it goes from `optimizer.max_kl`
+        by the same factor in every step; null: it stays.
+      last_damping: likewise for λ of `optimizer.damping`.
       model: the network.
       sampler: of its configurations.
     """
@@ -69,5 +73,7 @@ class WaveFunctionConfig:
     num_spins: Annotated[int, AT_LEAST_THREE]
     field: Annotated[float, NON_NEGATIVE]
     precision: Annotated[str, one_of("float32", "float64")]
+    last_max_kl: Annotated[float | None, POSITIVE]
+    last_damping: Annotated[float | None, POSITIVE]
     model: ModelConfig
     sampler: SamplerConfig

@@ -23,7 +23,7 @@ __all__ = ["Cholesky"]
 class Cholesky:
     """Cholesky factorisation of F + λI in parameter space: exact, O(P³), P² memory.
 
-    Builds F by one product for each parameter, then refines the solution once with its
+    Builds F (see `Fisher.dense`), then refines the solution once with its
     true residual. Where the factorisation fails, which says that λ is below the
     round-off of F, it is repeated with ε·P times the diagonal added: the smallest
     damping that working precision can tell from none. `relative_residual` is of the

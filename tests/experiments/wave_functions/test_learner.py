@@ -11,6 +11,7 @@ from experiments.config import compose_config, read_config
 from experiments.loop import run_training
 from experiments.run_folder import read_json_lines
 from experiments.settings import ConfigError
+from experiments.wave_functions.learner import annealed
 from tests.experiments.helpers import assert_same_bits
 
 SMALL = (
@@ -52,6 +53,18 @@ def test_finds_the_ground_state_within_the_radius(tmp_path):
     assert picture.shape[:2] == (900, 1320)
 
 
+def test_radius_and_damping_shrink_by_the_same_factor_in_every_step():
+    config = read_config(
+        compose_config(
+            [*SMALL, "optimizer.max_kl=0.1", "task.last_max_kl=0.001", "steps=8"]
+        )
+    )
+    optimizer = annealed(config.optimizer, config.task, config.steps)
+    assert optimizer.damping == config.optimizer.damping == 0.01
+    radii = [float(optimizer.max_kl(step)) for step in range(9)]
+    np.testing.assert_allclose(radii, 0.1 * 0.01 ** (np.arange(9) / 8), rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
@@ -74,12 +87,17 @@ def test_resumes_to_the_same_bits(tmp_path, overrides):
     "overrides",
     [
         ("model=cnn", "task.model.features=[4,4]", "optimizer=adam"),
+        (
+            *("model=transformer", "task.model.features=[8]"),
+            *("optimizer.learning_rate=null", "optimizer.max_kl=0.1"),
+            *("task.last_max_kl=0.001", "task.last_damping=0.001"),
+        ),
         ("model=rbm", "task.model.complex_parameters=true"),
         ("model=rbm", "task.precision=float32", "optimizer.solver=cg"),
         ("model=rbm", "optimizer.damping_rule=relative"),
         ("model=rbm", "task.num_spins=18", *METROPOLIS),
     ],
-    ids=["cnn", "complex", "float32", "relative", "large"],
+    ids=["cnn", "transformer", "complex", "float32", "relative", "large"],
 )
 def test_every_choice_lowers_the_energy(tmp_path, overrides):
     train(tmp_path, "steps=30", "eval_every=2", *overrides)
@@ -98,6 +116,20 @@ def test_shipped_settings_reach_the_quality_of_netket(tmp_path, momentum, bound,
     config = read_config(compose_config([*overrides, "eval_every=300"]))
     result = run_training(config, tmp_path, Console(quiet=True))
     assert result.metrics["test_energy_error"] <= bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shrinking_radius_is_better_by_a_factor(tmp_path, seed):
+    """At a fixed rate with this momentum: 5.1e-5 to 7.6e-5."""
+    overrides = [
+        *("task=vmc", f"seed={seed}", "eval_every=300"),
+        *("optimizer.learning_rate=null", "optimizer.max_kl=0.05"),
+        *("optimizer.momentum=0.8", "task.last_max_kl=5e-6", "task.last_damping=1e-4"),
+    ]
+    config = read_config(compose_config(overrides))
+    result = run_training(config, tmp_path, Console(quiet=True))
+    assert result.metrics["test_energy_error"] <= 2e-5
 
 
 @pytest.mark.parametrize(
@@ -120,6 +152,15 @@ def test_shipped_settings_reach_the_quality_of_netket(tmp_path, momentum, bound,
             "`optimizer.damping_rule` must not weigh the loss with task=vmc",
         ),
         (("optimizer.min_decrease=0.1",), "`optimizer.min_decrease` must not weigh"),
+        (
+            ("model=transformer", "task.model.features=[8,4]"),
+            "`task.model.features` must repeat one width",
+        ),
+        (("task.last_max_kl=0.1",), "`task.last_max_kl` needs an optimizer.max_kl to"),
+        (
+            ("task.last_damping=0.1", "optimizer.damping_rule=relative"),
+            "`task.last_damping` is for optimizer.damping_rule=constant",
+        ),
         (("stream_above=1",), "`stream_above` is about a training set, and task=vmc"),
     ],
 )

@@ -10,6 +10,7 @@ from experiments.wave_functions.ansatz import (
     Convolutional,
     Perceptron,
     RestrictedBoltzmann,
+    Transformer,
     log_cosh,
 )
 from experiments.wave_functions.chains import make_heisenberg, make_ising
@@ -81,8 +82,9 @@ def test_log_cosh_is_right_where_cosh_overflows(is_complex):
         RestrictedBoltzmann(5, jnp.complex64),
         Perceptron((5, 4), jnp.float32),
         Convolutional((3, 3), 3, jnp.float32),
+        Transformer(1, 4, jnp.float32, num_heads=2),
     ],
-    ids=["rbm", "complex", "mlp", "cnn"],
+    ids=["rbm", "complex", "mlp", "cnn", "transformer"],
 )
 def test_networks_give_a_number_for_each_configuration(module):
     spins = jnp.asarray(enumerate_configurations(make_ising(4, 1.0)).spins, jnp.float32)
@@ -94,4 +96,4 @@ def test_networks_give_a_number_for_each_configuration(module):
     assert len(np.unique(np.asarray(log_psi))) > 2
     turned = module.apply({"params": params}, jnp.roll(spins, 1, axis=1))
     is_same = np.allclose(log_psi, turned, atol=1e-6)
-    assert is_same == isinstance(module, Convolutional)
+    assert is_same == isinstance(module, Convolutional | Transformer)
