@@ -287,7 +287,8 @@ class Fisher:
 
         Args:
           block_size: examples whose rows are in memory at once, twice over; None takes
-            as many as fit into half a GiB.
+            as many as fit into half a GiB, and the rows of dense layers as outer
+            products, of all examples at once where these fit, which is far cheaper.
 
         Raises:
           ValueError: at trace time, where the model cannot be run on single examples.

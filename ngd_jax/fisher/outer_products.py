@@ -217,13 +217,14 @@ def _without_jit(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
                 outputs = _without_jit(step)(*map(read, inputs))
                 values |= dict(zip(equation.outvars, outputs, strict=True))
                 continue
-            inputs = list(dict.fromkeys(x for x in equation.invars if _is_variable(x)))
-            results = [x for x in equation.outvars if not isinstance(x, core.DropVar)]
-            step = jaxpr.replace(
-                constvars=[], invars=inputs, outvars=results, eqns=[equation]
-            )
-            outputs = core.jaxpr_as_fun(core.ClosedJaxpr(step, []))(*map(read, inputs))
-            values |= dict(zip(results, outputs, strict=True))
+            bound = equation.primitive.get_bind_params(equation.params)
+            # Before jax 0.10: with the functions that it calls apart.
+            functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
+            inputs = map(read, equation.invars)
+            outputs = equation.primitive.bind(*functions, *inputs, **parameters)
+            if not equation.primitive.multiple_results:
+                outputs = [outputs]
+            values |= dict(zip(equation.outvars, outputs, strict=True))
         return [read(x) for x in jaxpr.outvars]
 
     return run

@@ -58,7 +58,9 @@ class SampleSpace(StatefulSolver):
     ones, N for the sampled and the empirical kind), however many parameters there are.
     Exact for every likelihood, for every right-hand side, and in λ: G costs 2M²P
     operations and its factorisation M³/3; then each solve takes two to six passes
-    through the linearised model, of 2/3 of a gradient each.
+    through the linearised model, of 2/3 of a gradient each. Dense layers, whose weights
+    are used once for an example, cost 2M²(m + n) in place of 2M²mn for m inputs and n
+    outputs, as long as parameters and outputs are real.
 
     Small damping: what g has outside of the span of the samples is divided by λ, and so
     is its round-off. A part of g outside that is not longer than 16 ε (‖g‖ + ‖A‖ ‖w‖),
@@ -76,7 +78,9 @@ class SampleSpace(StatefulSolver):
     Attributes:
       block_size: examples whose rows of the Jacobian are in memory at once, twice over:
         memory is 2·block_size·K·P numbers and M². None holds 256 rows, or as many as
-        fit into half a GiB. Smaller blocks cost a little time.
+        fit into half a GiB; of dense layers inputs and cotangents of all examples,
+        where these fit. Smaller blocks cost a little time, and dense layers what others
+        do.
 
     Raises:
       ValueError: at trace time where the model cannot be run on single examples, since
