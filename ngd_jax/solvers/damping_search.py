@@ -106,7 +106,7 @@ class DampingSearch(StatefulSolver):
       step. Forward-mode differentiable, not reverse-mode.
     """
 
-    power: float = 0.3
+    power: float = 0.4
     slack: float = 2.0
     factors: tuple[float, ...] = (1 / 27, 1 / 3, 1.0, 9.0)
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
