@@ -137,8 +137,12 @@ class Transformer(nn.Module):
             hidden = nn.LayerNorm(param_dtype=self.dtype)(x)
             hidden = nn.Dense(2 * self.width, param_dtype=self.dtype)(hidden)
             x = x + nn.Dense(self.width, param_dtype=self.dtype)(nn.gelu(hidden))
-        x = nn.LayerNorm(param_dtype=self.dtype)(x).sum(axis=-2)
-        return log_cosh(nn.Dense(self.width, param_dtype=self.dtype)(x)).sum(-1)
+        x = nn.LayerNorm(param_dtype=self.dtype)(x).mean(axis=-2)
+        # Small at first: the sites are normalised, so that equal spins add up, and a
+        # start at one configuration has no gradient that leads away from it.
+        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+        x = nn.Dense(self.width, param_dtype=self.dtype, kernel_init=small)(x)
+        return log_cosh(x).sum(-1)
 
     def _attention(self, x: jax.Array, number: int) -> jax.Array:
         num_sites, size = x.shape[-2], self.width // self.num_heads

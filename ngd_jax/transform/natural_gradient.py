@@ -73,8 +73,8 @@ def natural_gradient(
       damping: λ ≥ 0 in units of F, a mean over examples: a number, a schedule, a
         `RelativeDamping`, `LevenbergMarquardt`, or a `CovariantDamping` around one of
         them. F is singular for most networks, so 0 is for special cases.
-      solver: `CG`, `SampleSpace`, `LSMR`, `SVD`, `Cholesky`, `Auto`, `Lineax` or any
-        `Solver`.
+      solver: `CG`, `SampleSpace`, `LSMR`, `SVD`, `DampingSearch`, `Cholesky`, `Auto`,
+        `Lineax` or any `Solver`.
       kind: "exact", "sampled" (needs `key`) or "empirical" (needs `targets_fn`); see
         `linearize_fisher`.
       momentum: proximal momentum μ in [0, 1): (F + λI) d = g + λ μ d_previous, started
@@ -89,11 +89,12 @@ def natural_gradient(
         `lambda batch: jax.tree.map(lambda x: x[:500], batch)`. The metric needs no
         labels. The KL of the step is measured on that batch too.
       output_loss_fn: (outputs, batch) -> loss, whose gradient is g. Gives solvers in
-        the space of outputs (`SampleSpace`, `LSMR`, `SVD`) their right-hand side there,
-        so that small damping does not lose it to round-off; and `LevenbergMarquardt`,
-        `RelativeRadius` and `acceptance` the loss, where `update` is not given another
-        one as `value_fn`. A loss with the right gradient and another value (the
-        covariance of an energy) takes that `value_fn`.
+        the space of outputs (`SampleSpace`, `LSMR`, `SVD`, `DampingSearch`) their
+        right-hand side there, so that small damping does not lose it to round-off; and
+        those who weigh the loss (`LevenbergMarquardt`, `RelativeRadius`, `acceptance`,
+        `DampingSearch`) what they weigh, where `update` is given no `value_fn`. A loss
+        with the right gradient and another value (the covariance of an energy) takes
+        that `value_fn` beside it.
       microbatch_size: examples in memory at once, for the metric and for the KL. Use
         this instead of `optax.MultiSteps`, which would take the metric from the last
         micro-batch only.
