@@ -71,12 +71,13 @@ def dense_fisher(
 ) -> Array:
     """F as a matrix, in the order of `jax.flatten_util.ravel_pytree(params)`.
 
-    Costs one product for each parameter; arguments as for `linearize_fisher`.
+    Costs what `Fisher.dense` does; arguments as for `linearize_fisher`.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> dense_fisher(lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian())
+      >>> matrix = dense_fisher(lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian())
+      >>> matrix.round(5)
       Array([[ 5.,  7.],
              [ 7., 10.]], dtype=float32)
 
