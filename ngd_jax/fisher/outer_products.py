@@ -16,16 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
+from ngd_jax.fisher.programs import Program, read_program
 from ngd_jax.fisher.rows import Group
 from ngd_jax.types import Array, Params
 
 __all__ = ["FactoredRows", "factored_gram", "factored_rows", "has_large_weights"]
 
-# What only changes how a leaf is laid out or how it is rounded.
-_LAYOUT = ("convert_element_type", "copy", "reshape", "squeeze", "transpose")
-_JITTED = ("jit", "pjit")
 # A pass over the M² entries costs about as much as so many operations on each.
 _PASS = 64
 
@@ -59,10 +56,8 @@ def factored_rows(group: Group, dtype: Any) -> tuple[list[Array], FactoredRows]:
     """
 
     def on_example(row: Callable[[Array], Params], units: Array) -> FactoredRows:
-        program = jax.make_jaxpr(lambda unit: jax.tree.leaves(row(unit)))(units[0])
-        if any(equation.primitive.name in _JITTED for equation in program.eqns):
-            program = jax.make_jaxpr(_without_jit(program))(units[0])
-        places, variables = _factors(program.jaxpr)
+        program = read_program(lambda unit: jax.tree.leaves(row(unit)), units[0])
+        places, variables = _factors(program)
         if not places:
             leaves = jax.vmap(lambda unit: jax.tree.leaves(row(unit)))(units)
             return FactoredRows([], _flat(leaves, len(units), dtype))
@@ -70,8 +65,7 @@ def factored_rows(group: Group, dtype: Any) -> tuple[list[Array], FactoredRows]:
         for place, (a, delta) in zip(places, variables, strict=True):
             inputs.append(a)
             outputs[place] = delta
-        jaxpr = program.jaxpr.replace(outvars=[*inputs, *outputs])
-        run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, program.consts))
+        run = program.function([*inputs, *outputs])
 
         def on_unit(unit: Array) -> tuple[list[Array], list[Array]]:
             values = run(unit)
@@ -169,29 +163,20 @@ def _flat(leaves: Sequence[Array], count: int, dtype: Any) -> Array:
     )
 
 
-def _factors(jaxpr: Any) -> tuple[list[int], list[tuple[Any, Any]]]:
+def _factors(program: Program) -> tuple[list[int], list[tuple[Any, Any]]]:
     """Which outputs of the program of a row are outer products, and of what.
 
     Returns:
       Their places among the outputs; and for each the variables of a and δ. δ depends
       on the argument of the program, a does not.
     """
-    moving, source = set(jaxpr.invars), {}
-    for equation in jaxpr.eqns:
-        is_moving = any(_is_in(x, moving) for x in equation.invars)
-        for variable in equation.outvars:
-            source[variable] = equation
-            if is_moving:
-                moving.add(variable)
     places, variables = [], []
-    for place, variable in enumerate(jaxpr.outvars):
-        end = variable
-        while _is_in(end, source) and source[end].primitive.name in _LAYOUT:
-            end = source[end].invars[0]
-        if not _is_in(end, source) or not _is_outer(source[end]):
+    for place, variable in enumerate(program.jaxpr.outvars):
+        product = program.source(program.before_layout(variable))
+        if product is None or not _is_outer(product):
             continue
-        factors = sorted(source[end].invars, key=lambda x: _is_in(x, moving))
-        if [_is_in(x, moving) for x in factors] != [False, True]:
+        factors = sorted(product.invars, key=program.is_moving)
+        if [program.is_moving(x) for x in factors] != [False, True]:
             continue
         m, n = (x.aval.size for x in factors)
         if m * n > 2 * (m + n) + _PASS:
@@ -200,48 +185,9 @@ def _factors(jaxpr: Any) -> tuple[list[int], list[tuple[Any, Any]]]:
     return places, variables
 
 
-def _without_jit(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
-    """The same function, with functions that were jitted by themselves written out."""
-
-    def run(*arguments: Any) -> list[Any]:
-        jaxpr = program.jaxpr
-        values = dict(zip(jaxpr.constvars, program.consts, strict=True))
-        values |= dict(zip(jaxpr.invars, arguments, strict=True))
-
-        def read(variable: Any) -> Any:
-            return values[variable] if _is_variable(variable) else variable.val
-
-        for equation in jaxpr.eqns:
-            if equation.primitive.name in _JITTED:
-                step, inputs = equation.params["jaxpr"], equation.invars
-                outputs = _without_jit(step)(*map(read, inputs))
-                values |= dict(zip(equation.outvars, outputs, strict=True))
-                continue
-            bound = equation.primitive.get_bind_params(equation.params)
-            # Before jax 0.10: with the functions that it calls apart.
-            functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
-            inputs = map(read, equation.invars)
-            outputs = equation.primitive.bind(*functions, *inputs, **parameters)
-            if not equation.primitive.multiple_results:
-                outputs = [outputs]
-            values |= dict(zip(equation.outvars, outputs, strict=True))
-        return [read(x) for x in jaxpr.outvars]
-
-    return run
-
-
 def _is_outer(equation: Any) -> bool:
     """Whether an equation multiplies each number of one thing by each of another."""
     if equation.primitive.name != "dot_general":
         return False
     sizes = [x.aval.size for x in equation.invars]
     return math.prod(sizes) == equation.outvars[0].aval.size
-
-
-def _is_in(variable: Any, collection: Any) -> bool:
-    return _is_variable(variable) and variable in collection
-
-
-def _is_variable(value: Any) -> bool:
-    # The others are literals, which have no hash.
-    return isinstance(value, core.Var)

@@ -1,0 +1,104 @@
+"""Reading the program of a linear function: what is multiplied by what, and when.
+
+A JAX function can be written out as the list of its operations. Here is what those need
+who look for structure in it, such as the outer products that the gradients of dense
+layers are. Knows nothing of models or metrics.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from ngd_jax.types import Array
+
+__all__ = ["LAYOUT", "Program", "read_program"]
+
+# What only changes how an array is laid out or how it is rounded.
+LAYOUT = ("convert_element_type", "copy", "reshape", "squeeze", "transpose")
+_JITTED = ("jit", "pjit")
+
+
+class Program:
+    """A function written out, with what each of its values comes from.
+
+    Attributes:
+      jaxpr: the operations.
+      consts: the values of its constants, which may be traced.
+    """
+
+    def __init__(self, closed: core.ClosedJaxpr):
+        self.jaxpr, self.consts = closed.jaxpr, closed.consts
+        self._source: dict[Any, Any] = {}
+        self._moving = set(self.jaxpr.invars)
+        for equation in self.jaxpr.eqns:
+            is_moving = any(self.is_moving(x) for x in equation.invars)
+            for variable in equation.outvars:
+                self._source[variable] = equation
+                if is_moving:
+                    self._moving.add(variable)
+
+    def is_moving(self, variable: Any) -> bool:
+        """Whether a value depends on the arguments."""
+        return _is_variable(variable) and variable in self._moving
+
+    def source(self, variable: Any) -> Any:
+        """The operation that a value comes out of; None for arguments and constants."""
+        return self._source.get(variable) if _is_variable(variable) else None
+
+    def before_layout(self, variable: Any) -> Any:
+        """The same numbers before anything changed their layout or their rounding."""
+        while (equation := self.source(variable)) is not None:
+            if equation.primitive.name not in LAYOUT:
+                break
+            variable = equation.invars[0]
+        return variable
+
+    def function(self, outputs: list[Any]) -> Callable[..., list[Array]]:
+        """The function from the arguments to any of the values."""
+        jaxpr = self.jaxpr.replace(outvars=outputs)
+        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, self.consts))
+
+
+def read_program(fn: Callable[..., list[Any]], *arguments: Any) -> Program:
+    """The program of `fn`, with the functions that were jitted in it written out."""
+    program = jax.make_jaxpr(fn)(*arguments)
+    if any(equation.primitive.name in _JITTED for equation in program.eqns):
+        program = jax.make_jaxpr(_without_jit(program))(*arguments)
+    return Program(program)
+
+
+def _without_jit(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
+    """The same function, with functions that were jitted by themselves written out."""
+
+    def run(*arguments: Any) -> list[Any]:
+        jaxpr = program.jaxpr
+        values = dict(zip(jaxpr.constvars, program.consts, strict=True))
+        values |= dict(zip(jaxpr.invars, arguments, strict=True))
+
+        def read(variable: Any) -> Any:
+            return values[variable] if _is_variable(variable) else variable.val
+
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in _JITTED:
+                step, inputs = equation.params["jaxpr"], equation.invars
+                outputs = _without_jit(step)(*map(read, inputs))
+                values |= dict(zip(equation.outvars, outputs, strict=True))
+                continue
+            bound = equation.primitive.get_bind_params(equation.params)
+            # Before jax 0.10: with the functions that it calls apart.
+            functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
+            inputs = map(read, equation.invars)
+            outputs = equation.primitive.bind(*functions, *inputs, **parameters)
+            if not equation.primitive.multiple_results:
+                outputs = [outputs]
+            values |= dict(zip(equation.outvars, outputs, strict=True))
+        return [read(x) for x in jaxpr.outvars]
+
+    return run
+
+
+def _is_variable(value: Any) -> bool:
+    # The others are literals, which have no hash.
+    return isinstance(value, core.Var)
