@@ -34,7 +34,7 @@ from ngd_jax.likelihoods import (
     Poisson,
     Product,
 )
-from ngd_jax.preconditioners import Jacobi, Nystrom, Preconditioner
+from ngd_jax.preconditioners import Jacobi, Kronecker, Nystrom, Preconditioner
 from ngd_jax.quadratic_model import QuadraticModelRate
 from ngd_jax.relative_radius import RelativeRadius
 from ngd_jax.solvers import (
@@ -84,6 +84,7 @@ __all__ = [
     "FromKL",
     "Gaussian",
     "Jacobi",
+    "Kronecker",
     "LevenbergMarquardt",
     "Likelihood",
     "Lineax",

@@ -6,6 +6,7 @@ number above 1e8. A preconditioner's price is counted in the same unit, so
 that rows can be compared: a product is one `jvp` and one `vjp`, a pullback half of it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ __all__ = [
 # Of the condition number: parameters for the dense matrix, products without it.
 _LARGEST_DENSE = 2000
 _POWER_STEPS = 20
+# Steps until a preconditioner is built anew: not while it is measured.
+_NEVER = 1_000_000
 
 
 class Row(NamedTuple):
@@ -98,7 +101,7 @@ def measure_preconditioners(settings: PreconditionersSettings) -> list[Row]:
 
 class _Contestant(NamedTuple):
     name: str
-    preconditioner: ngd.Preconditioner | None
+    preconditioner: Any  # Jacobi, Nystrom or None
     build: float  # in products
     is_reused: bool = False
 
@@ -187,6 +190,9 @@ def _make_solve(
 ) -> Callable[[float], _Solved]:
     """Damping -> what the solve came to."""
     preconditioner, calls = contestant.preconditioner, []
+    if preconditioner is not None:
+        # Built once, for all solves.
+        preconditioner = dataclasses.replace(preconditioner, refresh_every=_NEVER)
 
     # Arrays are arguments: as constants, the compiler would fold whole networks.
     @jax.jit
@@ -194,7 +200,7 @@ def _make_solve(
         if preconditioner is None:
             return ()
         fisher = _linearize(problem, params, batch)
-        return preconditioner.update(fisher, preconditioner.init(params))
+        return preconditioner.prepare(fisher, preconditioner.init(params), 0.0)[1]
 
     @jax.jit
     def run(params: Any, batch: Any, state: Any, damping: jax.Array) -> Any:
@@ -203,7 +209,7 @@ def _make_solve(
 
         def built(_: Any, damping: ArrayLike) -> Any:
             assert preconditioner is not None
-            return preconditioner.matvec(state, damping)
+            return preconditioner.prepare(fisher, state, damping)[0]
 
         def residual_and_decrease(steps: int, fisher_of_solve: Any) -> Any:
             solver = ngd.CG(

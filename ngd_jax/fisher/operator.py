@@ -127,10 +127,20 @@ class Fisher:
         Args:
           coefficients: u, shaped like what `sqrt_matvec` returns.
         """
-        cotangents = root.cotangents_from_coefficients(
+        return self.pullback(self.sqrt_cotangents(coefficients))
+
+    def sqrt_cotangents(self, coefficients: PyTree) -> PyTree:
+        """√μ B u: the cotangents of the outputs whose pullback is Aᵀ u.
+
+        For independent u of mean zero and variance one, their covariance is that part
+        of F which is not the model, μ H.
+
+        Args:
+          coefficients: u, shaped like what `sqrt_matvec` returns.
+        """
+        return root.cotangents_from_coefficients(
             self.likelihood, self.outputs, coefficients, self.measure, self._scores()
         )
-        return self.pullback(cotangents)
 
     def sqrt_solve(self, output_cotangents: PyTree) -> PyTree:
         """The coefficients u of least norm with Jᵀ c = Aᵀ u: a gradient, factored.

@@ -13,10 +13,12 @@ from jax.extend import core
 
 from ngd_jax.types import Array
 
-__all__ = ["LAYOUT", "Program", "read_program"]
+__all__ = ["Program", "read_program"]
 
 # What only changes how an array is laid out or how it is rounded.
-LAYOUT = ("convert_element_type", "copy", "reshape", "squeeze", "transpose")
+_LAYOUT = ("convert_element_type", "copy", "reshape", "squeeze", "transpose")
+# The same where axes of length 1 come or go.
+_ALMOST_LAYOUT = ("broadcast_in_dim", "reduce_sum")
 _JITTED = ("jit", "pjit")
 
 
@@ -50,7 +52,7 @@ class Program:
     def before_layout(self, variable: Any) -> Any:
         """The same numbers before anything changed their layout or their rounding."""
         while (equation := self.source(variable)) is not None:
-            if equation.primitive.name not in LAYOUT:
+            if not _is_layout(equation):
                 break
             variable = equation.invars[0]
         return variable
@@ -97,6 +99,12 @@ def _without_jit(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
         return [read(x) for x in jaxpr.outvars]
 
     return run
+
+
+def _is_layout(equation: Any) -> bool:
+    if equation.primitive.name in _ALMOST_LAYOUT:
+        return equation.invars[0].aval.size == equation.outvars[0].aval.size
+    return equation.primitive.name in _LAYOUT
 
 
 def _is_variable(value: Any) -> bool:

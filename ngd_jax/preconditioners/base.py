@@ -13,7 +13,6 @@ __all__ = [
     "Preconditioner",
     "check_key",
     "random_like",
-    "rebuild",
     "refresh",
 ]
 
@@ -28,15 +27,15 @@ class Preconditioner(Protocol):
         """The state before anything is built, with which M is a multiple of I."""
         ...
 
-    def update(self, fisher: Any, state: PyTree) -> PyTree:
-        """The state for this step: built anew if that is due, else one step older.
+    def prepare(
+        self, fisher: Any, state: PyTree, damping: ArrayLike
+    ) -> tuple[MatVec, PyTree]:
+        """The map v -> M⁻¹ v for this step, and the state after it.
 
-        A build that is not finite changes nothing, and is tried again in the next step.
+        The map is symmetric positive definite, float32 or wider. What it needs is built
+        anew if that is due; a build that is not finite changes nothing, and is tried
+        again in the next step.
         """
-        ...
-
-    def matvec(self, state: PyTree, damping: ArrayLike) -> MatVec:
-        """The map v -> M⁻¹ v, symmetric positive definite, float32 or wider."""
         ...
 
     def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
@@ -49,16 +48,16 @@ def refresh(
 ) -> _State:
     """Builds anew if it is time, else counts the step."""
     if refresh_every == 1:
-        return rebuild(state, build)
+        return _rebuild(state, build)
     return jax.lax.cond(
         state.age >= refresh_every,
-        lambda state: rebuild(state, build),
+        lambda state: _rebuild(state, build),
         lambda state: state._replace(age=state.age + 1),
         state,
     )
 
 
-def rebuild(state: _State, build: Callable[[_State], _State]) -> _State:
+def _rebuild(state: _State, build: Callable[[_State], _State]) -> _State:
     """`build(state)` where that is finite, else the old, still due."""
     built = build(state)
     is_finite = tree.all_finite(built)

@@ -11,7 +11,6 @@ from ngd_jax.arguments import check_count
 from ngd_jax.preconditioners.base import (
     check_key,
     random_like,
-    rebuild,
     refresh,
 )
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
@@ -103,13 +102,20 @@ class Jacobi:
             diagonal=jax.tree.map(_real_ones, params),
         )
 
-    def update(self, fisher: Any, state: JacobiState) -> JacobiState:
-        """The state for this step; see `Preconditioner`."""
-        return refresh(
+    def prepare(
+        self, fisher: Any, state: JacobiState, damping: ArrayLike
+    ) -> tuple[MatVec, JacobiState]:
+        """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
+        state = refresh(
             state, self.refresh_every, lambda state: self._build(fisher, state)
         )
+        return self._matvec(state, damping), state
 
-    def matvec(self, state: JacobiState, damping: ArrayLike) -> MatVec:
+    def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
+        """The map v -> M⁻¹ v, built for this Fisher and not kept."""
+        return self.prepare(fisher, self.init(fisher.params), damping)[0]
+
+    def _matvec(self, state: JacobiState, damping: ArrayLike) -> MatVec:
         """The map v -> M⁻¹ v."""
         dtype = tree.accumulator_dtype(state.diagonal)
         damping = jnp.asarray(damping).astype(dtype)
@@ -124,12 +130,6 @@ class Jacobi:
 
         inverse = jax.tree.map(invert, state.diagonal)
         return lambda vector: jax.tree.map(jnp.multiply, inverse, tree.widen(vector))
-
-    def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
-        """The map v -> M⁻¹ v, built for this Fisher and not kept."""
-        state = self.init(fisher.params)
-        state = rebuild(state, lambda state: self._build(fisher, state))
-        return self.matvec(state, damping)
 
     def _build(self, fisher: Any, state: JacobiState) -> JacobiState:
         if self.num_probes is None or self.key is None:

@@ -15,7 +15,6 @@ from ngd_jax.arguments import check_count
 from ngd_jax.preconditioners.base import (
     check_key,
     random_like,
-    rebuild,
     refresh,
 )
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
@@ -108,13 +107,20 @@ class Nystrom:
             eigenvectors=jax.tree.map(zeros, params),
         )
 
-    def update(self, fisher: Any, state: NystromState) -> NystromState:
-        """The state for this step; see `Preconditioner`."""
-        return refresh(
+    def prepare(
+        self, fisher: Any, state: NystromState, damping: ArrayLike
+    ) -> tuple[MatVec, NystromState]:
+        """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
+        state = refresh(
             state, self.refresh_every, lambda state: self._build(fisher, state)
         )
+        return self._matvec(state, damping), state
 
-    def matvec(self, state: NystromState, damping: ArrayLike) -> MatVec:
+    def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
+        """The map v -> M⁻¹ v, built for this Fisher and not kept."""
+        return self.prepare(fisher, self.init(fisher.params), damping)[0]
+
+    def _matvec(self, state: NystromState, damping: ArrayLike) -> MatVec:
         """The map v -> M⁻¹ v."""
         dtype = state.eigenvalues.dtype
         shifted = state.eigenvalues + jnp.asarray(damping).astype(dtype)
@@ -132,12 +138,6 @@ class Nystrom:
             return jax.tree.map(lambda v, p: v - p[0], vector, part)
 
         return precondition
-
-    def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
-        """The map v -> M⁻¹ v, built for this Fisher and not kept."""
-        state = self.init(fisher.params)
-        state = rebuild(state, lambda state: self._build(fisher, state))
-        return self.matvec(state, damping)
 
     def _rank(self, params: Params) -> int:
         dimensions = sum(

@@ -91,8 +91,7 @@ class CG(StatefulSolver):
             )
         precondition = None
         if isinstance(self.preconditioner, Preconditioner) and not _is_empty(state):
-            state = self.preconditioner.update(fisher, state)
-            precondition = self.preconditioner.matvec(state, damping)
+            precondition, state = self.preconditioner.prepare(fisher, state, damping)
         elif self.preconditioner is not None:
             precondition = self.preconditioner(fisher, damping)
         solution, info = conjugate_gradient(

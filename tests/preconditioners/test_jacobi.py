@@ -36,12 +36,16 @@ def test_jacobi_is_the_formula(dtype, power, rng):
     np.testing.assert_allclose(reference.flat(apply(params)), expected, rtol=rtol)
 
 
+def _diagonal(jacobi, fisher):
+    return jacobi.prepare(fisher, jacobi.init(fisher.params), 0.1)[1].diagonal
+
+
 @functools.partial(jax.jit, static_argnames=("num_probes", "options"))
 def estimates(params, x, keys, num_probes, options=()):
     def one(key):
         fisher = linearize(params, x, **dict(options))
         jacobi = ngd.Jacobi(num_probes=num_probes, key=key)
-        return ravel_pytree(jacobi.update(fisher, jacobi.init(params)).diagonal)[0]
+        return ravel_pytree(_diagonal(jacobi, fisher))[0]
 
     return jax.vmap(one)(keys)
 
@@ -64,9 +68,9 @@ def test_probes_of_a_sampled_fisher_estimate_its_own_diagonal(rng, x64):
     options = (("kind", "sampled"), ("key", jax.random.key(3)))
     fisher = linearize(params, x, **dict(options))
     jacobi = ngd.Jacobi(num_probes=2000, key=KEY)
-    state = jax.jit(lambda: jacobi.update(fisher, jacobi.init(params)))()
+    diagonal = jax.jit(lambda: _diagonal(jacobi, fisher))()
     np.testing.assert_allclose(
-        reference.flat(state.diagonal), fisher.diagonal(), rtol=0.2, atol=1e-12
+        reference.flat(diagonal), fisher.diagonal(), rtol=0.2, atol=1e-12
     )
 
 

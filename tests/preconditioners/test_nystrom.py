@@ -26,8 +26,8 @@ def nystrom_of(matrix, damping, key, rank, size):
     """The state and M⁻¹ as a matrix."""
     fisher = matrix_of(matrix, matrix.dtype)
     nystrom = ngd.Nystrom(rank, key)
-    state = nystrom.update(fisher, nystrom.init(fisher.params))
-    precondition = nystrom.matvec(state, damping)
+    state = nystrom.init(fisher.params)
+    precondition, state = nystrom.prepare(fisher, state, damping)
     flat, unravel = ravel_pytree(fisher.params)
     eye = jnp.eye(size, dtype=flat.dtype)
     return state, jax.vmap(lambda v: ravel_pytree(precondition(unravel(v)))[0])(eye)

@@ -1,0 +1,293 @@
+"""Kronecker-factored blocks of F as a preconditioner: K-FAC's metric inside of CG."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax import tree
+from ngd_jax.arguments import check_count
+from ngd_jax.fisher.layers import Layer, LayerSums, backward_pass
+from ngd_jax.preconditioners.base import check_key, random_like
+from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree, Scalar
+
+__all__ = ["Kronecker", "KroneckerState"]
+
+# What is estimated from single samples is at least this part of its mean over a leaf.
+_SMALLEST_SHARE = 0.1
+
+
+class _Averages(NamedTuple):
+    """Of a weight as a matrix: means of a aᵀ and a, and Σ δ δᵀ, for either side."""
+
+    rows: Array
+    columns: Array
+    mean: Array
+
+
+class _Inverses(NamedTuple):
+    """(rows + ε)⁻¹ and (columns + ε)⁻¹; that times a mean; and 1 + ε less its share."""
+
+    rows: Array
+    columns: Array
+    solved_mean: Array
+    rest: Array
+
+
+class KroneckerState(NamedTuple):
+    """What `Kronecker` keeps.
+
+    Attributes:
+      num_batches: int32, that the averages have seen.
+      age: int32, steps that the inverses have served, this one included.
+      diagonal: an average estimate of diag F, real, shaped like the parameters.
+      averages: for every leaf that may be the weight of a dense layer its factors; ()
+        for the others.
+      inverses: the same, of the damped factors.
+    """
+
+    num_batches: Array
+    age: Array
+    diagonal: PyTree
+    averages: tuple[Any, ...]
+    inverses: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kronecker:
+    """Blocks of dense layers as products of small matrices: M = (A + ε) ⊗ (G + ε').
+
+        A = E[a aᵀ],    G = E[δ δᵀ],    ε = π √λ,    ε' = √λ / π
+
+    a are the inputs of a layer, a one behind them where it has a bias, δ the cotangents
+    of its outputs, and π² = (tr A / dim A) / (tr G / dim G). Layers are found in the
+    program of the gradient, in whatever library the model is written. What belongs to
+    no dense layer (convolutions, norms, embeddings) has an estimate of the diagonal.
+
+    The factors are averages over the batches of many steps, so that M knows of more
+    examples than the F of this batch. They cost a backward pass and the products a aᵀ
+    and δ δᵀ at every step, an inverse of each every `refresh_every` steps. With it, one
+    to three steps of CG do: `CG(max_steps=1, preconditioner=Kronecker(key))` is K-FAC
+    with the exact length along its direction.
+
+    Attributes:
+      key: a typed key, as of `jax.random.key`: the cotangents have random signs.
+      decay: weight of what was before in the averages; they are plain means until
+        1 / (1 - decay) batches are seen.
+      refresh_every: steps from one inverse to the next.
+      max_size: matrices of larger sides are left to the diagonal.
+
+    Raises:
+      ValueError, TypeError: on numbers out of range, and on what is not a typed key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ngd_jax as ngd
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> fisher = ngd.linearize_fisher(
+      ...     lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian()
+      ... )
+      >>> precondition = Kronecker(jax.random.key(0))(fisher, 0.0)
+      >>> precondition(jnp.ones((2, 1))).ravel().round(2)  # F = diag(1/2, 9/2)
+      Array([2.  , 0.22], dtype=float32)
+
+    References:
+      Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
+      curvature, 2015: sections 3 (factors), 5 (averages) and 6.3 (π).
+    """
+
+    key: KeyArray
+    decay: float = 0.95
+    refresh_every: int = 5
+    max_size: int = 4096
+
+    def __post_init__(self) -> None:
+        check_key(self.key, "Kronecker")
+        check_count("refresh_every", self.refresh_every)
+        check_count("max_size", self.max_size)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
+
+    def init(self, params: Params) -> KroneckerState:
+        """The state before anything is built, with which M = I."""
+        leaves = [self._start(leaf) for leaf in jax.tree.leaves(params)]
+        return KroneckerState(
+            num_batches=jnp.zeros((), jnp.int32),
+            age=jnp.asarray(self.refresh_every, jnp.int32),
+            diagonal=jax.tree.map(_real_zeros, params),
+            averages=tuple(averages for averages, _ in leaves),
+            inverses=tuple(inverses for _, inverses in leaves),
+        )
+
+    def prepare(
+        self, fisher: Any, state: KroneckerState, damping: ArrayLike
+    ) -> tuple[MatVec, KroneckerState]:
+        """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
+        layers, state = self._observe(fisher, state)
+        dtype = tree.accumulator_dtype(state.diagonal)
+        damping = jnp.asarray(damping).astype(dtype)
+        state = jax.lax.cond(
+            state.age >= self.refresh_every,
+            lambda state: _invert(layers, state, damping),
+            lambda state: state._replace(age=state.age + 1),
+            state,
+        )
+        return _matvec(layers, state, damping), state
+
+    def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
+        """The map v -> M⁻¹ v, built for this Fisher and not kept."""
+        return self.prepare(fisher, self.init(fisher.params), damping)[0]
+
+    def _start(self, leaf: ArrayLike) -> tuple[Any, Any]:
+        rows, columns = _sides(jnp.shape(leaf))
+        is_real = not jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
+        if min(rows, columns) < 1 or max(rows, columns) > self.max_size or not is_real:
+            return (), ()
+        dtype = tree.wide_dtype(leaf)
+        averages = _Averages(
+            jnp.zeros((rows, rows), dtype),
+            jnp.zeros((columns, columns), dtype),
+            jnp.zeros(rows, dtype),
+        )
+        inverses = _Inverses(
+            jnp.eye(rows, dtype=dtype),
+            jnp.eye(columns, dtype=dtype),
+            jnp.zeros(rows, dtype),
+            jnp.ones((), dtype),
+        )
+        return averages, inverses
+
+    def _observe(
+        self, fisher: Any, state: KroneckerState
+    ) -> tuple[list[Layer], KroneckerState]:
+        """Adds this batch to the averages."""
+        coefficients = jax.eval_shape(fisher.sqrt_matvec, fisher.params)
+        key = jax.random.fold_in(self.key, state.num_batches)
+        signs = random_like(jax.random.rademacher, key, coefficients)
+        found, passed = backward_pass(fisher, fisher.sqrt_cotangents(signs))
+
+        layers, averages = [], list(state.averages)
+        count = state.num_batches + 1
+        dtype = tree.accumulator_dtype(state.diagonal)
+        share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
+
+        def mix(old: Array, new: Array) -> Array:
+            return old + share.astype(old.dtype) * (new.astype(old.dtype) - old)
+
+        for layer, sums in zip(found, passed.layers, strict=True):
+            old, new = averages[layer.weight], _averages(layer, sums)
+            if old == () or [x.shape for x in old] != [x.shape for x in new]:
+                continue
+            layers.append(layer)
+            averages[layer.weight] = jax.tree.map(mix, old, new)
+        squares = jax.tree.unflatten(jax.tree.structure(state.diagonal), passed.squares)
+        seen = state._replace(
+            num_batches=count,
+            diagonal=jax.tree.map(mix, state.diagonal, squares),
+            averages=tuple(averages),
+        )
+        return layers, tree.select(tree.all_finite(seen), seen, state)
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a weight as a matrix, split where they are most alike."""
+    splits = [
+        (math.prod(shape[:axis]), math.prod(shape[axis:]))
+        for axis in range(1, len(shape))
+    ]
+    return min(splits, key=sum, default=(0, 0))
+
+
+def _real_zeros(leaf: ArrayLike) -> Array:
+    return jnp.zeros(jnp.shape(leaf), jnp.finfo(tree.wide_dtype(leaf)).dtype)
+
+
+def _averages(layer: Layer, sums: LayerSums) -> _Averages:
+    inputs, outputs = sums.inputs / sums.num_terms, sums.outputs
+    if not layer.inputs_first:
+        return _Averages(outputs, inputs, jnp.zeros(layer.num_outputs, outputs.dtype))
+    mean = sums.input / sums.num_terms
+    return _Averages(
+        inputs, outputs, mean if _has_bias(layer) else jnp.zeros_like(mean)
+    )
+
+
+def _has_bias(layer: Layer) -> bool:
+    """Whether the bias shares the block of its weight."""
+    return layer.bias is not None and layer.inputs_first
+
+
+def _invert(
+    layers: list[Layer], state: KroneckerState, damping: Scalar
+) -> KroneckerState:
+    """New inverses; the old ones, still due, where these are not finite."""
+    inverses = list(state.inverses)
+    for layer in layers:
+        inverses[layer.weight] = _inverses(
+            state.averages[layer.weight], damping, _has_bias(layer)
+        )
+    is_finite = tree.all_finite(inverses)
+    return state._replace(
+        age=jnp.where(is_finite, 1, state.age),
+        inverses=tree.select(is_finite, tuple(inverses), state.inverses),
+    )
+
+
+def _inverses(averages: _Averages, damping: Scalar, has_bias: bool) -> _Inverses:
+    rows, columns, mean = averages
+    extent = len(rows) + has_bias
+    row_size = (jnp.trace(rows) + has_bias) / extent
+    column_size = jnp.trace(columns) / len(columns)
+    is_usable = (row_size > 0) & (column_size > 0)
+    ratio = jnp.where(is_usable, row_size / jnp.where(is_usable, column_size, 1), 1)
+    root, balance = jnp.sqrt(damping).astype(rows.dtype), jnp.sqrt(ratio)
+    tiny = jnp.finfo(rows.dtype).eps
+    on_rows = root * balance + tiny * extent * row_size
+    on_columns = root / balance + tiny * len(columns) * column_size
+    inverse = _inverse(rows, on_rows)
+    solved_mean = inverse @ mean
+    return _Inverses(
+        inverse,
+        _inverse(columns, on_columns),
+        solved_mean,
+        1 + on_rows - mean @ solved_mean,
+    )
+
+
+def _inverse(matrix: Array, shift: Scalar) -> Array:
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    factor = jax.scipy.linalg.cholesky(matrix + shift * identity, lower=True)
+    return jax.scipy.linalg.cho_solve((factor, True), identity)
+
+
+def _matvec(layers: list[Layer], state: KroneckerState, damping: Scalar) -> MatVec:
+    diagonals, structure = jax.tree.flatten(state.diagonal)
+    scales = [_damped(diagonal, damping) for diagonal in diagonals]
+
+    def matvec(vector: PyTree) -> PyTree:
+        leaves = jax.tree.leaves(tree.widen(vector))
+        images = [leaf / scale for leaf, scale in zip(leaves, scales, strict=True)]
+        for layer in layers:
+            inverses = state.inverses[layer.weight]
+            weight = leaves[layer.weight]
+            matrix = weight.reshape(len(inverses.rows), len(inverses.columns))
+            matrix @= inverses.columns
+            image = inverses.rows @ matrix
+            if layer.bias is not None and _has_bias(layer):
+                # The inverse of [[A, ā], [āᵀ, 1]], bordered.
+                bias = leaves[layer.bias] @ inverses.columns
+                bias = (bias - inverses.solved_mean @ matrix) / inverses.rest
+                image -= jnp.outer(inverses.solved_mean, bias)
+                images[layer.bias] = bias
+            images[layer.weight] = image.reshape(weight.shape)
+        return jax.tree.unflatten(structure, images)
+
+    return matvec
+
+
+def _damped(diagonal: Array, damping: Scalar) -> Array:
+    """The diagonal of F + λI, positive, whatever single samples say."""
+    floored = jnp.maximum(diagonal, _SMALLEST_SHARE * jnp.mean(diagonal))
+    damped = floored + damping.astype(diagonal.dtype)
+    return jnp.where(damped > 0, damped, 1)

@@ -1,0 +1,209 @@
+"""Kronecker: exact where F is a product, else by the formula of its factors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import ngd_jax as ngd
+from tests.preconditioners.problems import KEY, dense, linearize, network_problem
+
+pytestmark = pytest.mark.usefixtures("strict_ranks")
+COUNT = 12
+
+
+def line(params, x):
+    return x @ params["w"] + params["b"][None]
+
+
+def line_problem(rng, dtype, num_outputs):
+    params = {
+        "b": jnp.asarray(rng.normal(size=num_outputs), dtype),
+        "w": jnp.asarray(rng.normal(size=(5, num_outputs)), dtype),
+    }
+    return params, jnp.asarray(rng.normal(size=(COUNT, 5)) + 1.0, dtype)
+
+
+def inverse_on_line(params, x, damping, **options):
+    """M⁻¹ as a matrix, the bias first, and the state."""
+
+    @jax.jit
+    def run(params, x):
+        fisher = ngd.linearize_fisher(line, params, x, ngd.Gaussian())
+        kronecker = ngd.Kronecker(KEY, **options)
+        state = kronecker.init(params)
+        precondition, state = kronecker.prepare(fisher, state, damping)
+        flat, unravel = ravel_pytree(params)
+        eye = jnp.eye(flat.size, dtype=x.dtype)
+        return jax.vmap(lambda v: ravel_pytree(precondition(unravel(v)))[0])(eye), state
+
+    return jax.tree.map(np.asarray, run(params, x))
+
+
+def test_one_layer_with_one_output_is_solved_exactly(dtype, rng):
+    params, x = line_problem(rng, dtype, 1)
+    inverse, _ = inverse_on_line(params, x, 0.0)
+    extended = np.concatenate([np.ones((COUNT, 1)), np.asarray(x, float)], axis=1)
+    fisher = extended.T @ extended / COUNT
+    rtol = 1e-3 if dtype == "float32" else 1e-10
+    np.testing.assert_allclose(inverse @ fisher, np.eye(6), atol=rtol)
+
+
+def test_damped_factors_are_the_formula(dtype, rng):
+    params, x = line_problem(rng, dtype, 3)
+    inverse, state = inverse_on_line(params, x, 0.1)
+    extended = np.concatenate([np.ones((COUNT, 1)), np.asarray(x, float)], axis=1)
+    a = extended.T @ extended / COUNT
+    (averages,) = [one for one in state.averages if one != ()]
+    g = np.asarray(averages.columns, float)
+    np.testing.assert_allclose(np.diag(g), np.ones(3), rtol=1e-5)  # signs are signs
+    pi = np.sqrt(np.trace(a) / 6 / (np.trace(g) / 3))
+    damped = np.kron(
+        a + pi * np.sqrt(0.1) * np.eye(6), g + np.sqrt(0.1) / pi * np.eye(3)
+    )
+    tolerance = 1e-4 if dtype == "float32" else 1e-10
+    np.testing.assert_allclose(inverse @ damped, np.eye(18), atol=tolerance)
+
+
+def test_an_average_over_many_batches_is_the_mean_fisher_of_a_layer(x64, rng):
+    params, x = line_problem(rng, "float64", 3)
+
+    @jax.jit
+    def averaged(params, x):
+        kronecker = ngd.Kronecker(KEY, decay=0.9999, refresh_every=10_000)
+        fisher = ngd.linearize_fisher(line, params, x, ngd.Categorical())
+
+        def step(state, _):
+            return kronecker.prepare(fisher, state, 0.1)[1], None
+
+        return jax.lax.scan(step, kronecker.init(params), None, length=2000)[0]
+
+    state = averaged(params, x)
+    assert int(state.num_batches) == 2000
+    probabilities = np.asarray(jax.nn.softmax(line(params, x)))
+    mean_metric = sum(np.diag(p) - np.outer(p, p) for p in probabilities) / COUNT
+    (averages,) = [one for one in state.averages if one != ()]
+    np.testing.assert_allclose(averages.columns, mean_metric, atol=6e-3)
+    np.testing.assert_allclose(averages.rows, x.T @ x / COUNT, rtol=1e-10)
+    np.testing.assert_allclose(averages.mean, x.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(state.diagonal["b"], np.diag(mean_metric), atol=6e-3)
+
+
+def test_old_batches_are_forgotten_at_the_rate_of_the_decay(x64, rng):
+    params, x = line_problem(rng, "float64", 1)
+    kronecker = ngd.Kronecker(KEY, decay=0.75, refresh_every=3)
+    scales = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+    def step(state, scale):
+        fisher = ngd.linearize_fisher(line, params, scale * x, ngd.Gaussian())
+        state = kronecker.prepare(fisher, state, 0.1)[1]
+        return state, state
+
+    run = jax.jit(lambda state: jax.lax.scan(step, state, jnp.asarray(scales))[1])
+    states = run(kronecker.init(params))
+    (averages,) = [one for one in states.averages if one != ()]
+    expected, mean = [], 0.0
+    for k, scale in enumerate(scales, start=1):
+        keep = min(1 - 1 / k, 0.75)
+        mean = keep * mean + (1 - keep) * scale**2
+        expected.append(mean)
+    size = np.asarray(x.T @ x / COUNT)
+    np.testing.assert_allclose(averages.rows[:, 0, 0], np.array(expected) * size[0, 0])
+    # Inverses are those of steps 1 and 4.
+    (inverses,) = [one for one in states.inverses if one != ()]
+    changes = np.abs(np.diff(inverses.rows, axis=0)).max((1, 2)) > 0
+    np.testing.assert_array_equal(changes, [False, False, True, False, False])
+    np.testing.assert_array_equal(states.age, [1, 2, 3, 1, 2, 3])
+
+
+@pytest.mark.parametrize("max_size", [2, 4096])
+def test_symmetric_positive_definite_whatever_is_factored(max_size, rng, x64):
+    params, x, _ = network_problem(rng)
+    kronecker = ngd.Kronecker(KEY, max_size=max_size)
+    inverse = dense(jax.jit(kronecker(linearize(params, x), 0.1)), params)
+    np.testing.assert_allclose(inverse, inverse.T, atol=1e-10 * np.abs(inverse).max())
+    values = np.linalg.eigvalsh(inverse)
+    assert 0 < values[0] <= values[-1] <= 1 / 0.1 * 1.0001
+
+
+@functools.partial(jax.jit, static_argnames="refresh_every")
+def with_trouble(params, x, is_sick, refresh_every):
+    kronecker = ngd.Kronecker(KEY, refresh_every=refresh_every)
+
+    def step(state, is_sick):
+        batch = jnp.where(is_sick, jnp.nan, 1.0).astype(x.dtype) * x
+        state = kronecker.prepare(linearize(params, batch), state, 0.1)[1]
+        return state, state
+
+    return jax.lax.scan(step, kronecker.init(params), is_sick)[1]
+
+
+def test_batches_that_are_not_finite_are_not_counted(rng):
+    params, x, _ = network_problem(rng, "float32")
+    states = with_trouble(params, x, jnp.asarray([True, False, True, False]), 2)
+    np.testing.assert_array_equal(states.num_batches, [0, 1, 1, 2])
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(states))
+
+
+def test_a_rare_unit_does_not_make_it_singular_without_damping():
+    # The second column is always zero, and so is its eigenvalue.
+    x = jnp.array([[1.0, 0.0], [3.0, 0.0]])
+    fisher = ngd.linearize_fisher(
+        lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian()
+    )
+    image = ngd.Kronecker(KEY)(fisher, 0.0)(jnp.array([[5.0], [1.0]]))
+    assert np.isfinite(image).all()
+    np.testing.assert_allclose(image[0], 1.0, rtol=1e-4)
+
+
+def test_first_steps_of_cg_gain_more_with_it(x64, rng):
+    # Inputs of very different sizes through two layers.
+    sizes = jnp.logspace(-2, 2, 8)
+    x = jnp.asarray(rng.normal(size=(200, 8))) * sizes[None]
+    params = {
+        "first": jnp.asarray(rng.normal(size=(8, 6))) / sizes[:, None],
+        "last": jnp.asarray(rng.normal(size=(6, 3))),
+    }
+
+    def model_fn(params, x):
+        return jnp.tanh(x @ params["first"]) @ params["last"]
+
+    labels = jnp.asarray(rng.integers(3, size=200))
+
+    @jax.jit
+    def decreases(params):
+        """Of the quadratic model, after some steps, without and with it."""
+        fisher = ngd.linearize_fisher(model_fn, params, x, ngd.Categorical())
+        cotangents = jax.nn.softmax(fisher.outputs) - jax.nn.one_hot(labels, 3)
+        gradient = fisher.pullback(cotangents / 200)
+
+        def decrease(max_steps, preconditioner):
+            solver = ngd.CG(max_steps, rtol=0.0, preconditioner=preconditioner)
+            d, _ = solver(fisher, gradient, damping=1e-3)
+            slope = ngd.tree.vdot(gradient, d)
+            square = ngd.tree.vdot(d, d)
+            return slope - (fisher.quadratic(d) + 1e-3 * square) / 2
+
+        best = decrease(500, None)
+        return [
+            [decrease(k, one) / best for k in (1, 3, 10)]
+            for one in (None, ngd.Kronecker(KEY))
+        ]
+
+    without, with_it = np.asarray(decreases(params))
+    assert (with_it > without).all()
+    assert with_it[0] > 0.5 > without[2]
+
+
+def test_arguments_out_of_range_are_named():
+    with pytest.raises(ValueError, match="`decay` must be in"):
+        ngd.Kronecker(KEY, decay=1.0)
+    with pytest.raises(ValueError, match="`refresh_every`"):
+        ngd.Kronecker(KEY, refresh_every=0)
+    with pytest.raises(ValueError, match="`max_size`"):
+        ngd.Kronecker(KEY, max_size=0)
+    with pytest.raises(TypeError, match="Kronecker needs `key`"):
+        ngd.Kronecker(jnp.zeros(2))
