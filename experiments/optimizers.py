@@ -48,16 +48,19 @@ class CGConfig:
     Attributes:
       max_steps: steps at most, each one Fisher-vector product.
       rtol: stop once the residual is this fraction of the gradient.
-      preconditioner: "none", "jacobi" (the diagonal) or "nystrom" (a sketch of F).
+      preconditioner: "none", "jacobi" (the diagonal), "nystrom" (a sketch of F) or
+        "kronecker" (factored blocks of dense layers, averaged over steps).
       refresh_every: steps for which the preconditioner is kept.
       rank: vectors of the sketch.
+      decay: of kronecker: weight of the past in its averages.
     """
 
     max_steps: Annotated[int, AT_LEAST_ONE]
     rtol: Annotated[float, NON_NEGATIVE]
-    preconditioner: Annotated[str, one_of("none", "jacobi", "nystrom")]
+    preconditioner: Annotated[str, one_of("none", "jacobi", "nystrom", "kronecker")]
     refresh_every: Annotated[int, AT_LEAST_ONE]
     rank: Annotated[int, AT_LEAST_ONE]
+    decay: Annotated[float, FRACTION]
 
 
 @dataclasses.dataclass
@@ -80,7 +83,9 @@ class NaturalGradientConfig:
     Attributes:
       name: "natural_gradient", or what policies call it with settings of their own.
       learning_rate: length of the step in natural gradients; null to go to the radius
-        at every step.
+        at every step, or for `rate_rule` to choose it.
+      rate_rule: "constant"; or "quadratic_model", which chooses rate and momentum, and
+        goes no further than the radius, where there is one.
       max_kl: trust-region radius in nats per example; null for none.
       damping: λ, added to the Fisher matrix, in its units: see `damping_rule`.
       damping_rule: "constant"; "relative", λ in units of the mean eigenvalue; or
@@ -106,6 +111,7 @@ class NaturalGradientConfig:
 
     name: str
     learning_rate: Annotated[float | None, POSITIVE]
+    rate_rule: Annotated[str, one_of("constant", "quadratic_model")]
     max_kl: Annotated[float | None, POSITIVE]
     damping: Annotated[float, NON_NEGATIVE]
     damping_rule: Annotated[str, one_of("constant", "relative", "levenberg_marquardt")]
@@ -294,11 +300,6 @@ def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtra
 def _make_natural_gradient(
     config: NaturalGradientConfig, task: Task
 ) -> optax.GradientTransformationExtraArgs:
-    if config.learning_rate is None and config.max_kl is None:
-        raise ConfigError(
-            "`optimizer.learning_rate` and `optimizer.max_kl` cannot both be null: one "
-            "of them sets the length of the step."
-        )
     damping = _make_damping(config)
     solver = _make_solver(config)
     metric_batch_fn = None
@@ -307,7 +308,7 @@ def _make_natural_gradient(
     in_output_space = getattr(solver, "uses_coefficients", False)
     in_output_space = in_output_space and metric_batch_fn is None
     return ngd.natural_gradient(
-        config.learning_rate,
+        _make_rate(config),
         task.model_fn,
         task.likelihood,
         max_kl=config.max_kl,
@@ -321,6 +322,23 @@ def _make_natural_gradient(
         microbatch_size=config.microbatch_size,
         acceptance=_make_acceptance(config),
     )
+
+
+def _make_rate(config: NaturalGradientConfig) -> float | ngd.QuadraticModelRate | None:
+    if config.rate_rule == "quadratic_model":
+        if config.learning_rate is not None or config.momentum:
+            raise ConfigError(
+                f"`optimizer.rate_rule=quadratic_model` chooses rate and momentum: it "
+                f"needs learning_rate=null and momentum=0, got {config.learning_rate} "
+                f"and {config.momentum}."
+            )
+        return ngd.QuadraticModelRate()
+    if config.learning_rate is None and config.max_kl is None:
+        raise ConfigError(
+            "`optimizer.learning_rate` and `optimizer.max_kl` cannot both be null: one "
+            "of them sets the length of the step."
+        )
+    return config.learning_rate
 
 
 def _make_acceptance(config: NaturalGradientConfig) -> ngd.SufficientDecrease | None:
@@ -396,6 +414,10 @@ def _make_cg(config: CGConfig) -> ngd.CG:
         # All that the sketch asks of chance is to be no special direction.
         preconditioner = ngd.Nystrom(
             rank=config.rank, key=jax.random.key(0), refresh_every=config.refresh_every
+        )
+    elif config.preconditioner == "kronecker":
+        preconditioner = ngd.Kronecker(
+            jax.random.key(0), decay=config.decay, refresh_every=config.refresh_every
         )
     return ngd.CG(config.max_steps, config.rtol, preconditioner)
 

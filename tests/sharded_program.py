@@ -27,6 +27,9 @@ SOLVERS = {
     "nystrom": lambda: ngd.CG(
         200, rtol=1e-12, preconditioner=ngd.Nystrom(rank=8, key=jax.random.key(0))
     ),
+    "kronecker": lambda: ngd.CG(
+        200, rtol=1e-12, preconditioner=ngd.Kronecker(jax.random.key(0))
+    ),
     "lsmr": lambda: ngd.LSMR(120, rtol=1e-12),
     "sample_space": ngd.SampleSpace,
     "cholesky": ngd.Cholesky,

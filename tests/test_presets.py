@@ -17,7 +17,7 @@ def _halves(batch):
 PRESETS = {
     "trpo": ngd.presets.trpo,
     "hessian_free": ngd.presets.hessian_free,
-    "kfac_schedule": ngd.presets.kfac_schedule,
+    "kfac": lambda: ngd.presets.kfac(jax.random.key(0)),
     "pascanu_bengio": lambda: ngd.presets.pascanu_bengio(_halves),
 }
 
@@ -66,9 +66,12 @@ def test_the_numbers_are_those_of_the_sources():
     assert solver.backtracking
     assert solver.preconditioner.power == 0.75
 
-    rule = ngd.presets.kfac_schedule()["damping"]
+    kfac = ngd.presets.kfac(jax.random.key(0))
+    rule, solver = kfac["damping"], kfac["solver"]
     assert (rule.initial, rule.every) == (150.0, 5)
     np.testing.assert_allclose(rule.decrease, 0.95**5)
+    assert solver.preconditioner.decay == 0.95
+    assert solver.preconditioner.refresh_every == 5
 
     assert ngd.presets.pascanu_bengio(_halves)["damping"].initial == 6.0
 

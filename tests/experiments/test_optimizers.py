@@ -28,6 +28,11 @@ WORDS = {
     "auto": ["solver=auto", "warm_start=0.9"],
     "jacobi": ["cg.preconditioner=jacobi", "damping_rule=levenberg_marquardt"],
     "nystrom": ["cg.preconditioner=nystrom", "metric_examples=8", "microbatch_size=4"],
+    "kronecker": [
+        "cg={max_steps: 1, preconditioner: kronecker}",
+        "learning_rate=null",
+        "rate_rule=quadratic_model",
+    ],
     "levenberg_marquardt in output space": [
         "solver=sample_space",
         "damping_rule=levenberg_marquardt",
@@ -110,3 +115,11 @@ def descend(config, num_steps, make=make_optimizer):
         params, state = step(params, state)
         losses.append(float(task.loss_fn(params, batch)))
     return losses
+
+
+@pytest.mark.parametrize("words", [["learning_rate=1.0"], ["momentum=0.9"]])
+def test_the_quadratic_model_leaves_no_rate_to_choose(words):
+    overrides = ["learning_rate=null", "rate_rule=quadratic_model", *words]
+    config = make_config(*(f"optimizer.{word}" for word in overrides))
+    with pytest.raises(ConfigError, match=r"`optimizer\.rate_rule=quadratic_model`"):
+        make_optimizer(config.optimizer, make_task(config.task))

@@ -78,7 +78,7 @@ def test_every_equation_can_be_run(problem, tmp_path):
 
 @pytest.mark.slow
 def test_fresh_points_in_five_dimensions(tmp_path):
-    overrides = ("problem=poisson5d", "task.grid=false", "task.fresh_points=true")
+    overrides = ("problem=poisson5d", "task.layout=random", "task.fresh_points=true")
     result = run(tmp_path / "run", *overrides, "steps=10", "eval_every=10")
     assert error_of(result) < 100
 
@@ -87,7 +87,8 @@ def test_fresh_points_in_five_dimensions(tmp_path):
     ("overrides", "message"),
     [
         (("task.interior=50",), "`task.interior` must be a square"),
-        (("problem=poisson5d", "task.grid=true"), "`task.grid` must be false in 5"),
+        (("problem=poisson5d", "task.layout=grid"), "`task.layout` must be halton or"),
+        (("task.layout=halton", "task.boundary=10"), "`task.boundary` must be a multi"),
         (("task.fresh_points=true",), "`task.fresh_points` must be false"),
         (("batch_size=10",), "`batch_size` is about a training set"),
         (("optimizer.learning_rate=null",), "`optimizer.learning_rate` and"),

@@ -1,5 +1,6 @@
 """Equations and derivatives: exact solutions have no residual, jets are derivatives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -72,10 +73,11 @@ def test_exact_solutions_have_no_residual(name, rng):
 _LINEAR = [[(jnp.zeros((1, 1)), jnp.zeros(1))]]
 
 
+@pytest.mark.parametrize("layout", ["halton", "random"])
 @pytest.mark.parametrize("name", NAMES)
-def test_drawn_points_lie_where_they_should(name):
+def test_points_lie_where_they_should(name, layout):
     problem = make_problem(name)
-    points = problem.draw_points(jax.random.key(0), Sizes(50, 80, grid=False))
+    points = problem.draw_points(jax.random.key(0), Sizes(50, 240, layout))
     low, high = np.asarray(problem.low), np.asarray(problem.high)
     inside, boundary = np.asarray(points["interior"]), np.asarray(points["boundary"])
     assert inside.shape == (50, problem.dimension)
@@ -84,7 +86,7 @@ def test_drawn_points_lie_where_they_should(name):
     ends = np.stack([boundary == low, boundary == high], -1)
     counts = {face: int(ends[:, face[0], face[1]].sum()) for face in problem.faces}
     assert ends.any(axis=(1, 2)).all()
-    assert sum(counts.values()) == 80
+    assert sum(counts.values()) == 240
     assert max(counts.values()) - min(counts.values()) <= 1
     np.testing.assert_allclose(
         points["boundary_values"], problem.solution(points["boundary"])
@@ -93,7 +95,7 @@ def test_drawn_points_lie_where_they_should(name):
 
 def test_a_grid_has_every_corner_once():
     problem = make_problem("poisson2d")
-    points = problem.draw_points(jax.random.key(0), Sizes(784, 116, grid=True))
+    points = problem.draw_points(jax.random.key(0), Sizes(784, 116, "grid"))
     assert points["interior"].shape == (784, 2)
     np.testing.assert_allclose(np.unique(points["interior"]), np.arange(1, 29) / 29)
     boundary = np.asarray(points["boundary"])
@@ -103,9 +105,27 @@ def test_a_grid_has_every_corner_once():
         assert (boundary == corner).all(axis=1).sum() == 1
 
 
+def test_points_of_a_layer_are_dense_and_count_as_much_as_their_spacing():
+    problem = make_problem("burgers1d")
+    points = problem.draw_points(jax.random.key(0), Sizes(400, 9, "grid"))
+    x = np.unique(np.asarray(points["interior"])[:, 0].round(12))
+    wide = np.diff(x)
+    np.testing.assert_allclose(x, -x[::-1], atol=1e-12)
+    params = init_network(jax.random.key(1), (2, 4, 1), None)
+    even = dataclasses.replace(problem, stretch=0.0)
+    ratio = problem.residuals(params, points)["interior"]
+    ratio /= even.residuals(params, points)["interior"]
+    ratio = np.asarray(ratio).reshape(20, 20)[:, 0]
+    # Proportional to the spacing, 1 at the ends of the domain.
+    between = wide / np.sqrt(ratio[1:] * ratio[:-1])
+    np.testing.assert_allclose(between, between[0], rtol=0.05)
+    assert wide.max() > 15 * wide.min()
+    assert 0.8 < ratio.max() < 1.0
+
+
 def test_the_loss_is_that_of_the_likelihood():
     problem = make_problem("poisson2d")
-    points = problem.draw_points(jax.random.key(0), Sizes(9, 8, grid=True))
+    points = problem.draw_points(jax.random.key(0), Sizes(9, 8, "grid"))
     params = init_network(jax.random.key(1), (2, 4, 1), 0.5)
     residuals = problem.residuals(params, points)
     by_hand = np.mean(np.square(residuals["interior"]))
