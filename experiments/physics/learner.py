@@ -64,7 +64,7 @@ class PhysicsLearner:
         task: PhysicsConfig = config.task
         self._config = config
         self.problem = make_problem(task.problem)
-        self._sizes = Sizes(task.interior, task.boundary, task.grid)
+        self._sizes = Sizes(task.interior, task.boundary, task.layout)
         self._task = physics_task(self.problem, task)
         tx = make_optimizer(config.optimizer, self._task)
         key = jax.random.key(config.seed)
@@ -205,20 +205,28 @@ def _loss_on(
 def _check(config: TrainConfig) -> None:
     task: PhysicsConfig = config.task
     problem = make_problem(task.problem)
-    if task.grid and problem.dimension != 2:
-        raise ConfigError(
-            f"`task.grid` must be false in {problem.dimension} dimensions: a grid is "
-            f"for two of them."
-        )
-    if task.grid:
-        side, faces = round(task.interior**0.5), len(problem.faces)
-        if side**2 != task.interior or task.boundary % faces:
+    if task.layout == "grid":
+        if problem.dimension != 2:
             raise ConfigError(
-                f"`task.interior` must be a square and `task.boundary` a multiple of "
-                f"{faces} for task.grid=true, got {task.interior} and {task.boundary}."
+                f"`task.layout` must be halton or random in {problem.dimension} "
+                f"dimensions, got grid: that is for two of them."
             )
-    if task.fresh_points and task.grid:
-        raise ConfigError("`task.fresh_points` must be false where task.grid=true.")
+        if round(task.interior**0.5) ** 2 != task.interior:
+            raise ConfigError(
+                f"`task.interior` must be a square for task.layout=grid, got "
+                f"{task.interior}."
+            )
+    faces = len(problem.faces)
+    if task.layout != "random" and task.boundary % faces:
+        raise ConfigError(
+            f"`task.boundary` must be a multiple of {faces} for "
+            f"task.layout={task.layout}, got {task.boundary}."
+        )
+    if task.fresh_points and task.layout != "random":
+        raise ConfigError(
+            f"`task.fresh_points` must be false for task.layout={task.layout}: only "
+            f"random points are others in every step."
+        )
     for name in ("batch_size", "eval_train_examples", "stream_above"):
         if (value := getattr(config, name)) is not None:
             raise ConfigError(

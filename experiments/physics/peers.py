@@ -170,14 +170,12 @@ def _optax(
 
 def _ours(equation: Equation) -> tuple[PyTree, Step]:
     problem = equation.problem
-    # As the configuration has it.
-    slack = 2.0 if equation.points["interior"].dtype == jnp.float64 else 1.0
     tx = ngd.natural_gradient(
         1.0,
         problem.residuals,
         problem.likelihood,
         damping=0.0,
-        solver=ngd.DampingSearch(slack=slack),
+        solver=ngd.DampingSearch(),
         output_loss_fn=problem.loss,
     )
     return _optax(tx, equation, batch=equation.points)

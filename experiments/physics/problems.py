@@ -15,13 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import qmc
 
 import ngd_jax as ngd
 from experiments.physics.derivatives import Jet, Params, forward_operator, network
 
-__all__ = ["PROBLEMS", "Points", "Problem", "Sizes", "burgers_solution", "make_problem"]
+__all__ = [
+    "LAYOUTS",
+    "PROBLEMS",
+    "Points",
+    "Problem",
+    "Sizes",
+    "burgers_solution",
+    "make_problem",
+]
 
 Points = dict[str, Any]
+LAYOUTS = ("grid", "halton", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,9 @@ class Problem:
       solution: points `[N, d]` -> exact u `[N]`.
       faces: (axis, end) of the sides of the box on which u is given; end 0 is low.
       weights: w of both blocks, "interior" and "boundary".
+      stretch: k > 0 where u has a layer in the middle of the first axis: points lie at
+        x = sinh(k s) / sinh(k) of evenly spread s in [-1, 1], and residuals count in
+        proportion to the spacing dx/ds, so that the layer does not drown the rest.
     """
 
     name: str
@@ -47,6 +60,7 @@ class Problem:
     solution: Callable[[jax.Array], jax.Array]
     faces: tuple[tuple[int, int], ...]
     weights: dict[str, float]
+    stretch: float = 0.0
 
     @property
     def dimension(self) -> int:
@@ -65,7 +79,7 @@ class Problem:
 
         def inside(x: jax.Array) -> jax.Array:
             at = forward_operator(params, x, operator.astype(x.dtype))
-            return self.equation(x, at)
+            return self._spacing(x) * self.equation(x, at)
 
         boundary = jax.vmap(functools.partial(network, params))(points["boundary"])
         return {
@@ -81,10 +95,19 @@ class Problem:
 
     def draw_points(self, key: jax.Array, sizes: "Sizes") -> Points:
         """Points of both blocks, and the values u shall have on the boundary."""
-        if sizes.grid:
-            interior, boundary = self._grid(sizes.interior, sizes.boundary)
-        else:
-            interior, boundary = self._random(key, sizes.interior, sizes.boundary)
+        match sizes.layout:
+            case "grid":
+                interior, boundary = self._grid(sizes.interior, sizes.boundary)
+            case "halton":
+                interior, boundary = self._halton(sizes.interior, sizes.boundary)
+            case "random":
+                interior, boundary = self._random(key, sizes.interior, sizes.boundary)
+            case _:
+                raise ValueError(
+                    f"`layout` must be one of {', '.join(LAYOUTS)}, got "
+                    f"{sizes.layout!r}."
+                )
+        interior, boundary = self._stretched(interior), self._stretched(boundary)
         values = self.solution(boundary)
         return {"interior": interior, "boundary": boundary, "boundary_values": values}
 
@@ -98,6 +121,25 @@ class Problem:
             ]
             return jnp.asarray(list(itertools.product(*axes)))
         return self._uniform(jax.random.key(2024), num_points)
+
+    def _spacing(self, x: jax.Array) -> jax.Array | float:
+        """Of points along the first axis at x, in units of the widest."""
+        if not self.stretch:
+            return 1.0
+        narrowest = 1 / math.sinh(self.stretch)
+        relative = (2 * x[0] - self.low[0] - self.high[0]) / (
+            self.high[0] - self.low[0]
+        )
+        return jnp.sqrt((narrowest**2 + relative**2) / (narrowest**2 + 1))
+
+    def _stretched(self, points: jax.Array) -> jax.Array:
+        if not self.stretch:
+            return points
+        middle = (self.low[0] + self.high[0]) / 2
+        half = (self.high[0] - self.low[0]) / 2
+        even = (points[:, 0] - middle) / half
+        moved = jnp.sinh(self.stretch * even) / math.sinh(self.stretch)
+        return points.at[:, 0].set(middle + half * moved)
 
     def _uniform(self, key: jax.Array, count: int) -> jax.Array:
         low, high = jnp.asarray(self.low), jnp.asarray(self.high)
@@ -114,6 +156,21 @@ class Problem:
         points = self._uniform(keys[1], boundary)
         points = jnp.where(is_fixed, jnp.asarray(ends)[:, None], points)
         return self._uniform(keys[0], interior), points
+
+    def _halton(self, interior: int, boundary: int) -> tuple[jax.Array, jax.Array]:
+        """Halton's points inside, and those of a dimension less on the faces in turn.
+
+        No two share a coordinate: a jump of u along an axis, which hides between the
+        lines of a grid, does not get past them.
+        """
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        inside = low + (high - low) * _halton(self.dimension, interior)
+        along = _halton(self.dimension - 1, boundary)
+        edges = []
+        parts = np.split(along, len(self.faces))
+        for (axis, end), part in zip(self.faces, parts, strict=True):
+            edges.append(low + (high - low) * np.insert(part, axis, end, axis=1))
+        return jnp.asarray(inside), jnp.asarray(np.concatenate(edges))
 
     def _grid(self, interior: int, boundary: int) -> tuple[jax.Array, jax.Array]:
         """Interior points of a square grid, and points along the faces."""
@@ -146,18 +203,25 @@ class Sizes:
     Attributes:
       interior: points inside.
       boundary: points on the boundary, all faces together.
-      grid: on a grid; else drawn.
+      layout: "grid", in two dimensions; "halton", Halton's sequence; or "random".
     """
 
     interior: int
     boundary: int
-    grid: bool
+    layout: str
+
+
+def _halton(dimension: int, count: int) -> np.ndarray:
+    """Points in (0, 1)^d; the first of the sequence, which is zero, is left out."""
+    return qmc.Halton(dimension, scramble=False).random(count + 1)[1:]
 
 
 ALL_FACES = ((1, 0), (0, 1), (1, 1), (0, 0))
 # Of a box in space (the first input) and time: the start and both ends.
 PARABOLIC_FACES = ((1, 0), (0, 1), (0, 0))
 _EQUAL = {"interior": 1.0, "boundary": 1.0}
+# An error on the boundary is one of u as it is, while inside the operator magnifies it.
+_BOUNDARY_FIRST = {"interior": 1.0, "boundary": 10.0}
 
 
 def _poisson2d() -> Problem:
@@ -221,7 +285,7 @@ def _in_many_dimensions(
         equation=equation,
         solution=solution,
         faces=tuple(itertools.product(range(dimension), (0, 1))),
-        weights=_EQUAL,
+        weights=_BOUNDARY_FIRST,
     )
 
 
@@ -241,7 +305,7 @@ def _helmholtz2d() -> Problem:
         equation=equation,
         solution=lambda x: jnp.sin(waves[0] * x[:, 0]) * jnp.sin(waves[1] * x[:, 1]),
         faces=ALL_FACES,
-        weights={"interior": 1.0, "boundary": 100.0},
+        weights={"interior": 1.0, "boundary": 1000.0},
     )
 
 
@@ -257,7 +321,8 @@ def _burgers1d() -> Problem:
         equation=lambda _, at: at.gradient[1] + at.value * at.gradient[0] - at.second,
         solution=burgers_solution,
         faces=PARABOLIC_FACES,
-        weights=_EQUAL,
+        weights=_BOUNDARY_FIRST,
+        stretch=4.0,  # 27 times as dense in the middle as at the ends
     )
 
 

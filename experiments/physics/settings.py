@@ -6,7 +6,7 @@
 import dataclasses
 from typing import Annotated
 
-from experiments.physics.problems import PROBLEMS
+from experiments.physics.problems import LAYOUTS, PROBLEMS
 from experiments.settings import AT_LEAST_ONE, POSITIVE, one_of
 
 __all__ = ["PhysicsConfig"]
@@ -25,7 +25,7 @@ class PhysicsConfig:
         1/√inputs and biases of 1.
       interior: points inside of the domain.
       boundary: points on its boundary, the start of time included.
-      grid: points on a grid, in two dimensions; else they are drawn.
+      layout: "grid", in two dimensions; "halton", evenly scattered; or "random".
       fresh_points: points drawn anew in every step.
       test_points: points of an evaluation, on a grid in two dimensions.
     """
@@ -37,6 +37,6 @@ class PhysicsConfig:
     initial_scale: Annotated[float | None, POSITIVE]
     interior: Annotated[int, AT_LEAST_ONE]
     boundary: Annotated[int, AT_LEAST_ONE]
-    grid: bool
+    layout: Annotated[str, one_of(*LAYOUTS)]
     fresh_points: bool
     test_points: Annotated[int, AT_LEAST_ONE]

@@ -61,10 +61,11 @@ class DampingSearch(StatefulSolver):
     it below `slack` times the lowest so far, the one with the least f λ^`power` is
     taken; where there is none, λ is multiplied and it is tried again.
 
-    With `power` = 0 and `slack` = 1 the greatest reduction wins, and the search settles
-    into the first narrow valley, at a λ where it no longer moves. The power pays for
-    small λ, of which come the directions that only a nearly singular F can tell apart;
-    the slack lets it go there. Both together lead to residuals at round-off.
+    With `power` = 0 the greatest reduction wins, and the search settles into the first
+    narrow valley, at a λ where it no longer moves. The power pays for small λ, of which
+    come the directions that only a nearly singular F can tell apart, down to residuals
+    at round-off. A slack above 1 lets the loss rise on the way: it may end lower from
+    parameters of which little can be told apart at first, and else costs steps.
 
     Dense, by singular values as in `SVD`: O(M P²) operations and M·P memory for M real
     outputs of all examples and P parameters. The loss must be positive and tend to
@@ -72,7 +73,8 @@ class DampingSearch(StatefulSolver):
 
     Attributes:
       power: what a factor of λ is worth in factors of the loss, at least 0.
-      slack: at least 1, and 1 in float32, whose round-off small λ would amplify.
+      slack: at least 1, and 1 in float32, whose round-off small λ would amplify, and
+        where the loss can vanish between the points that it is taken at.
       factors: λ to try, in units of the last one, in rising order.
       lengths: s to try, positive.
       max_curvature: q is left out where |s q| is above this times |v|: there the path
@@ -107,7 +109,7 @@ class DampingSearch(StatefulSolver):
     """
 
     power: float = 0.4
-    slack: float = 2.0
+    slack: float = 1.0
     factors: tuple[float, ...] = (1 / 27, 1 / 3, 1.0, 9.0)
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
     max_curvature: float = 0.75
