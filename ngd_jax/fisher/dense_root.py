@@ -18,6 +18,8 @@ import numpy as np
 
 from ngd_jax import tree
 from ngd_jax.fisher.coefficients import ravel_real, real_parts
+from ngd_jax.fisher.gram import MEMORY
+from ngd_jax.fisher.outer_squares import square_by_factors
 from ngd_jax.fisher.rows import (
     Group,
     NoRowsError,
@@ -30,14 +32,14 @@ from ngd_jax.types import Array
 if TYPE_CHECKING:
     from ngd_jax.fisher.operator import Fisher
 
-__all__ = ["dense_root", "sum_of_squares"]
+__all__ = ["FEW_ROWS", "dense_root", "sum_of_squares"]
 
 # Examples whose rows, or parameters whose columns, are made at once.
 _CHUNK = 256
 _BASIS_CHUNK = 32
 # Rows of an example up to which F from rows is cheaper than by columns, of which each
 # is a product with F.
-_FEW_ROWS = 4
+FEW_ROWS = 4
 # Of columns of F, below whose diagonal blocks nothing is computed twice; and the least
 # number of parameters for which that is worth its own cost.
 _PANELS = 2
@@ -77,8 +79,15 @@ def _from_rows(fisher: "Fisher") -> _Rows:
     return _Rows(matrix, agreement(groups, apart))
 
 
-def sum_of_squares(fisher: "Fisher") -> tuple[Array, Array] | None:
-    """F = Aᵀ A by the rows of a block of examples after the other; real, `[P, P]`.
+def sum_of_squares(fisher: "Fisher", dtype: Any = None) -> tuple[Array, Array] | None:
+    """F = Aᵀ A from the rows; real, `[P, P]`.
+
+    By pairs of inputs and cotangents, where rows are outer products that fit into
+    memory; else by the rows of a block of examples after the other.
+
+    Args:
+      fisher: whose F.
+      dtype: of the products; None for that of the parameters, float32 or wider.
 
     Returns:
       F, and whether the model is separable over examples, so that it is right; None
@@ -89,10 +98,13 @@ def sum_of_squares(fisher: "Fisher") -> tuple[Array, Array] | None:
     """
     if any(map(jnp.iscomplexobj, jax.tree.leaves(fisher.params))):
         return None
+    dtype = tree.accumulator_dtype(fisher.params) if dtype is None else dtype
     groups = row_groups(fisher)
-    if any(group.rows_per_example > _FEW_ROWS for group in groups):
+    if any(group.rows_per_example > FEW_ROWS for group in groups):
         return None
-    size, dtype = tree.size(fisher.params), tree.accumulator_dtype(fisher.params)
+    if (found := square_by_factors(fisher, dtype, MEMORY)) is not None:
+        return found
+    size = tree.size(fisher.params)
     count = _PANELS if size >= _FEW_PARAMS else 1
     ends = [size * (panel + 1) // count for panel in range(count)]
     starts = [0, *ends[:-1]]

@@ -18,11 +18,7 @@ import numpy as np
 from ngd_jax import tree
 from ngd_jax.arguments import check_count
 from ngd_jax.fisher.coefficients import real_parts
-from ngd_jax.fisher.outer_products import (
-    factored_gram,
-    factored_rows,
-    has_large_weights,
-)
+from ngd_jax.fisher.outer_products import factored_gram, find_factors
 from ngd_jax.fisher.rows import Group, agreement, coefficient_order, row_groups
 from ngd_jax.types import Array, Params
 
@@ -68,27 +64,12 @@ def gram_matrix(fisher: "Fisher", block_size: int | None = None) -> Gram:
 
 def _by_factors(fisher: "Fisher", dtype: Any) -> Gram | None:
     """G by outer products; None where rows are not such, or do not fit into memory."""
-    is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(fisher.params)))
-    if not is_real or not has_large_weights(fisher.params):
+    found = find_factors(fisher, dtype, MEMORY)
+    if found is None:
         return None
-    groups = row_groups(fisher, with_means=True)
-    terms = groups[0].terms
-    is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(fisher.outputs)))
-    is_covariance = any(term.means is not None for term in terms)
-    if not is_real or len(groups) > 1 or (is_covariance and terms[1:]):
-        return None
-    shapes = jax.eval_shape(lambda: factored_rows(groups[0], dtype)[1])
-    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    if len(shapes.outer) == 0 or num_bytes > MEMORY:
-        return None
-    apart, rows = factored_rows(groups[0], dtype)
-    root = None
-    if is_covariance:
-        root = jnp.sqrt(terms[0].data.measure).astype(dtype)
-        root = root.reshape(groups[0].size, -1)
-    gram = factored_gram(rows, root)
-    order = coefficient_order(groups, fisher.likelihood)
-    return Gram(_reorder(gram, order), agreement(groups, [apart]))
+    gram = factored_gram(found.rows, found.root)
+    order = coefficient_order([found.group], fisher.likelihood)
+    return Gram(_reorder(gram, order), agreement([found.group], [found.apart]))
 
 
 def _reorder(matrix: Array, order: np.ndarray) -> Array:

@@ -1,37 +1,65 @@
 """Rows of dense layers as outer products, and their Gram matrix without the rows.
 
-    ∂/∂W of  x ↦ x W  at one example:  a ⊗ δ
+    ∂/∂(b, W) of  x ↦ b + x W  at one example:  (1, a) ⊗ δ
     ⟨a ⊗ δ, a' ⊗ δ'⟩ = ⟨a, a'⟩ ⟨δ, δ'⟩
 
 a are the inputs of the layer, δ the cotangents of what comes out of it. For M rows and
 a weight of m times n numbers that is 2M²(m + n) operations in place of 2M²mn. No layer
 has to be known by name: whether the gradient of a weight is such a product is read off
 the program of a row, where the last thing that happens to it is a product with nothing
-to sum over.
+to sum over; and its bias is the vector whose gradient is δ itself.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ngd_jax.fisher.programs import Program, read_program
-from ngd_jax.fisher.rows import Group
+from ngd_jax.fisher.rows import Group, row_groups
 from ngd_jax.types import Array, Params
 
-__all__ = ["FactoredRows", "factored_gram", "factored_rows", "has_large_weights"]
+if TYPE_CHECKING:
+    from ngd_jax.fisher.operator import Fisher
+
+__all__ = [
+    "PASS",
+    "FactoredRows",
+    "Layer",
+    "RowFactors",
+    "factored_gram",
+    "factored_rows",
+    "find_factors",
+    "has_large_weights",
+]
 
 # A pass over the M² entries costs about as much as so many operations on each.
-_PASS = 64
+PASS = 64
+
+
+class Layer(NamedTuple):
+    """A dense layer, by the places of its parameters among all leaves.
+
+    Attributes:
+      weight: of W.
+      bias: of b; None where there is none, or it has another gradient than δ.
+      order: for every entry of W, which entry of a ⊗ δ it is.
+    """
+
+    weight: int
+    bias: int | None
+    order: np.ndarray
 
 
 class FactoredRows(NamedTuple):
     """The rows of N examples with K coefficients each.
 
     Attributes:
-      outer: a `[N, m]` and δ `[N, K, n]` of each weight whose rows are outer products.
+      outer: for each layer its inputs a `[N, m]`, with a one in front where it has a
+        bias, and δ `[N, K, n]`.
       dense: all other entries of the rows, `[N, K, rest]`.
     """
 
@@ -39,48 +67,103 @@ class FactoredRows(NamedTuple):
     dense: Array
 
 
+class RowFactors(NamedTuple):
+    """All that `find_factors` finds.
+
+    Attributes:
+      group: the examples.
+      rows: of A; with their mean, where F is a covariance.
+      layers: to which the outer products belong.
+      root: √μ, `[N, K]`, where F is a covariance; else None.
+      apart: how far examples are from the batch; see `Group.map`.
+    """
+
+    group: Group
+    rows: FactoredRows
+    layers: list[Layer]
+    root: Array | None
+    apart: list[Array]
+
+
+def find_factors(fisher: "Fisher", dtype: Any, memory: int) -> RowFactors | None:
+    """All rows as outer products; None where there are none or they do not fit.
+
+    Args:
+      fisher: whose rows.
+      dtype: of the result.
+      memory: bytes that they may take.
+
+    Raises:
+      NoRowsError: where there are no rows.
+    """
+    values = (fisher.params, fisher.outputs)
+    is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(values)))
+    if not is_real or not has_large_weights(fisher.params):
+        return None
+    groups = row_groups(fisher, with_means=True)
+    terms = groups[0].terms
+    is_covariance = any(term.means is not None for term in terms)
+    if len(groups) > 1 or (is_covariance and terms[1:]):
+        return None
+    shapes = jax.eval_shape(lambda: factored_rows(groups[0], dtype)[1])
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    if len(shapes.outer) == 0 or num_bytes > memory:
+        return None
+    apart, rows, layers = factored_rows(groups[0], dtype)
+    root = None
+    if is_covariance:
+        root = jnp.sqrt(terms[0].data.measure).astype(dtype)
+        root = root.reshape(groups[0].size, -1)
+    return RowFactors(groups[0], rows, layers, root, apart)
+
+
 def has_large_weights(params: Params) -> bool:
     """Whether outer products may be of use at all, by the shapes of the parameters."""
     return any(
-        leaf.ndim > 1 and leaf.size > 4 * math.isqrt(leaf.size) + _PASS
+        leaf.ndim > 1 and leaf.size > 4 * math.isqrt(leaf.size) + PASS
         for leaf in jax.tree.leaves(params)
     )
 
 
-def factored_rows(group: Group, dtype: Any) -> tuple[list[Array], FactoredRows]:
-    """All rows of real coefficients for real parameters, and what `Group.map` tells.
+def factored_rows(
+    group: Group, dtype: Any
+) -> tuple[list[Array], FactoredRows, list[Layer]]:
+    """All rows of real coefficients for real parameters.
 
     Args:
       group: the examples.
-      dtype: of the result.
+      dtype: of the rows.
+
+    Returns:
+      What `Group.map` tells of the examples, the rows, and the layers in them.
     """
+    layers: list[Layer] = []
 
     def on_example(row: Callable[[Array], Params], units: Array) -> FactoredRows:
         program = read_program(lambda unit: jax.tree.leaves(row(unit)), units[0])
-        places, variables = _factors(program)
-        if not places:
-            leaves = jax.vmap(lambda unit: jax.tree.leaves(row(unit)))(units)
-            return FactoredRows([], _flat(leaves, len(units), dtype))
-        inputs, outputs = [], list(program.jaxpr.outvars)
-        for place, (a, delta) in zip(places, variables, strict=True):
-            inputs.append(a)
-            outputs[place] = delta
-        run = program.function([*inputs, *outputs])
+        found = _find_layers(program)
+        layers[:] = [layer for layer, _, _ in found]
+        inputs = [a for _, a, _ in found]
+        deltas = [delta for _, _, delta in found]
+        taken = {place for layer in layers for place in (layer.weight, layer.bias)}
+        rest = [x for k, x in enumerate(program.jaxpr.outvars) if k not in taken]
+        run = program.function([*inputs, *deltas, *rest])
 
         def on_unit(unit: Array) -> tuple[list[Array], list[Array]]:
             values = run(unit)
-            return values[: len(inputs)], values[len(inputs) :]
+            return values[: len(found)], values[len(found) :]
 
         # What is the same for all coefficients of an example is made once.
-        found, leaves = jax.vmap(on_unit, out_axes=(None, 0))(units)
-        outer = [
-            (a.ravel().astype(dtype), _flat([leaves[place]], len(units), dtype))
-            for place, a in zip(places, found, strict=True)
-        ]
-        rest = [leaf for place, leaf in enumerate(leaves) if place not in places]
-        return FactoredRows(outer, _flat(rest, len(units), dtype))
+        inputs, values = jax.vmap(on_unit, out_axes=(None, 0))(units)
+        outer = []
+        for layer, a, delta in zip(layers, inputs, values, strict=False):
+            ones = [] if layer.bias is None else [jnp.ones(1, dtype)]
+            a = jnp.concatenate([*ones, a.ravel().astype(dtype)])
+            outer.append((a, _flat([delta], len(units), dtype)))
+        return FactoredRows(outer, _flat(values[len(found) :], len(units), dtype))
 
-    return group.map(on_example, group.data)
+    apart, rows = group.map(on_example, group.data)
+    return apart, rows, layers
 
 
 def factored_gram(rows: FactoredRows, root: Array | None) -> Array:
@@ -91,7 +174,8 @@ def factored_gram(rows: FactoredRows, root: Array | None) -> Array:
         aᵢ = rowᵢ - √μᵢ Σ √μⱼ rowⱼ / Σ μ.
       root: √μ, `[N, K]`, where F is a covariance; else None.
     """
-    dense = rows.dense.reshape(-1, rows.dense.shape[-1])
+    count, units, num_rest = rows.dense.shape
+    dense = rows.dense.reshape(count * units, num_rest)
     if root is None:
         gram = _inner(dense)
         for a, delta in rows.outer:
@@ -163,26 +247,59 @@ def _flat(leaves: Sequence[Array], count: int, dtype: Any) -> Array:
     )
 
 
-def _factors(program: Program) -> tuple[list[int], list[tuple[Any, Any]]]:
-    """Which outputs of the program of a row are outer products, and of what.
+def _find_layers(program: Program) -> list[tuple[Layer, Any, Any]]:
+    """The layers in the program of a row, each with its variables a and δ.
 
-    Returns:
-      Their places among the outputs; and for each the variables of a and δ. δ depends
-      on the argument of the program, a does not.
+    δ depends on the argument of the program, a does not.
     """
-    places, variables = [], []
-    for place, variable in enumerate(program.jaxpr.outvars):
+    gradients, found = program.jaxpr.outvars, []
+    for place, variable in enumerate(gradients):
         product = program.source(program.before_layout(variable))
         if product is None or not _is_outer(product):
             continue
-        factors = sorted(product.invars, key=program.is_moving)
-        if [program.is_moving(x) for x in factors] != [False, True]:
+        a, delta = sorted(product.invars, key=program.is_moving)
+        if [program.is_moving(x) for x in (a, delta)] != [False, True]:
             continue
-        m, n = (x.aval.size for x in factors)
-        if m * n > 2 * (m + n) + _PASS:
-            places.append(place)
-            variables.append((factors[0], factors[1]))
-    return places, variables
+        m, n = (x.aval.size for x in (a, delta))
+        if m * n <= 2 * (m + n) + PASS:
+            continue
+        source = _summed(program, delta)
+        biases = [
+            other
+            for other, gradient in enumerate(gradients)
+            if gradient.aval.shape == (n,) and _summed(program, gradient) is source
+        ]
+        order = _order(program, variable)
+        if product.invars[0] is delta:
+            order = order % m * n + order // m
+        bias = biases[0] if len(biases) == 1 else None
+        found.append((Layer(place, bias, order), a, delta))
+    return found
+
+
+def _summed(program: Program, variable: Any) -> Any:
+    """The same numbers, in the same order, before anything was done to their layout."""
+    while (equation := program.source(variable)) is not None:
+        name, (before, *_) = equation.primitive.name, equation.invars
+        is_same = name in ("convert_element_type", "copy", "reshape", "squeeze")
+        # A sum over axes of length one, as over a batch of one example.
+        is_same |= name == "reduce_sum" and before.aval.size == variable.aval.size
+        if not is_same:
+            break
+        variable = before
+    return variable
+
+
+def _order(program: Program, variable: Any) -> np.ndarray:
+    """For every entry of a variable, which it was in the product that it comes from."""
+    equation = program.source(variable)
+    if equation.primitive.name == "dot_general":
+        return np.arange(variable.aval.size)
+    (before,) = equation.invars
+    order = _order(program, before).reshape(before.aval.shape)
+    if equation.primitive.name == "transpose":
+        order = order.transpose(equation.params["permutation"])
+    return order.ravel()
 
 
 def _is_outer(equation: Any) -> bool:

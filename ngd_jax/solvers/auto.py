@@ -7,6 +7,9 @@
 in gradients, for N examples, M coefficients and P parameters. A gradient is taken to be
 6NP operations, as that of a network whose weights are used once for an example; with
 shared weights a gradient costs more and the direct solvers seem dearer than they are.
+For dense layers, whose rows are outer products, b M² / N is less by R/P, where R are
+the multiplications for a product of two rows, and a P is e M S / (3 N P), where S are
+those for what one row adds to F.
 """
 
 import dataclasses
@@ -18,9 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax.fisher import average
+from ngd_jax.fisher.build import linearize_fisher
 from ngd_jax.fisher.coefficients import real_size
+from ngd_jax.fisher.dense_root import FEW_ROWS
 from ngd_jax.fisher.gram import MEMORY, gram_matrix
 from ngd_jax.fisher.operator import Kind
+from ngd_jax.fisher.outer_squares import Multiplications, count_multiplications
 from ngd_jax.fisher.rows import NoRowsError
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.solvers.cg import CG
@@ -33,7 +39,7 @@ from ngd_jax.solvers.interface import (
     check_system,
 )
 from ngd_jax.solvers.sample_space import SampleSpace, solve_in_sample_space
-from ngd_jax.types import ArrayLike, Batch, ModelFn, Outputs, Params, PyTree, Scalar
+from ngd_jax.types import ArrayLike, Batch, ModelFn, Params, PyTree, Scalar
 
 __all__ = ["Auto", "Choice"]
 
@@ -70,7 +76,9 @@ class Auto(StatefulSolver):
       product_cost: a, gradients for a product with F. 4/3 is the count of operations
         at most; 0.3 to 1.6 were measured on multilayer perceptrons on a CPU.
       gram_cost: b, gradients for the Gram matrix in units of M² / N. 1/3 is the count
-        of operations without symmetry; 0.04 to 1.8 were measured, growing with P.
+        of operations without symmetry; 0.04 to 1.8 were measured, growing with P, and
+        0.1 to 0.4 in units of M² R / (N P) for dense layers.
+      square_cost: e, gradients for F of dense layers in units of its operations.
       factor_cost: c, gradients for a factorisation in units of its operations.
       solve_cost: d, gradients for what SampleSpace does beside both.
       memory: bytes that the matrix of a direct solver may take.
@@ -86,7 +94,7 @@ class Auto(StatefulSolver):
       SampleSpace(block_size=None)
       >>> print(choice.reason)
       SampleSpace of 4000 parameters and 32 samples, in gradients: 20 for the budget of
-      CG, 21 for SampleSpace, 73444 for Cholesky; a direct solver may cost 4 times CG
+      CG, 9 for SampleSpace, 42075 for Cholesky; a direct solver may cost 4 times CG
       and 1 GiB.
       >>> Auto().choose_for(model_fn, w, jnp.ones((4096, 3)), ngd.Gaussian()).solver
       CG(...)
@@ -97,8 +105,9 @@ class Auto(StatefulSolver):
     cholesky: Cholesky = Cholesky()  # noqa: RUF009  # frozen
     exactness: float = 4.0
     product_cost: float = 1.0
-    gram_cost: float = 0.5
-    factor_cost: float = 2.5
+    gram_cost: float = 0.3
+    square_cost: float = 0.7
+    factor_cost: float = 1.5
     solve_cost: float = 4.5
     memory: int = 2**30
 
@@ -111,15 +120,7 @@ class Auto(StatefulSolver):
 
     def choose(self, fisher: Any) -> Choice:
         """What is taken for this Fisher."""
-        return self._choose(
-            _sizes(
-                fisher.likelihood,
-                fisher.kind,
-                fisher.params,
-                fisher.batch,
-                fisher.outputs,
-            )
-        )
+        return self._choose(_sizes(fisher), _multiplications(fisher))
 
     def choose_for(
         self,
@@ -135,8 +136,14 @@ class Auto(StatefulSolver):
         Args:
           model_fn, params, batch, likelihood, kind: as for `linearize_fisher`.
         """
-        outputs = jax.eval_shape(model_fn, params, batch)
-        return self._choose(_sizes(likelihood, kind, params, batch, outputs))
+        found: list[Choice] = []
+
+        def trace(params: Params, batch: Batch) -> None:
+            fisher = linearize_fisher(model_fn, params, batch, likelihood)
+            found.append(self._choose(_sizes(fisher, kind), _multiplications(fisher)))
+
+        jax.eval_shape(trace, params, batch)
+        return found[0]
 
     def init(self, params: PyTree) -> PyTree:
         """The state of `cg`: the choice is not known before a batch is seen."""
@@ -179,14 +186,21 @@ class Auto(StatefulSolver):
         is_mixed = direct[1].status == SolverStatus.NOT_SEPARABLE
         return jax.lax.cond(is_mixed, by_cg, lambda: direct)
 
-    def _choose(self, sizes: "_Sizes") -> Choice:
+    def _choose(self, sizes: "_Sizes", of_layers: Multiplications | None) -> Choice:
         """The rule; see the class."""
         cg = self.cg.max_steps * self.product_cost
         # 6NP operations are a gradient, n³/3 a factorisation.
-        factor = self.factor_cost / (18 * sizes.examples * max(1, sizes.params))
-        cholesky = self.product_cost * sizes.params + factor * sizes.params**3
-        samples = self.solve_cost + factor * sizes.samples**3
-        samples += self.gram_cost * sizes.samples**2 / sizes.examples
+        num_params = max(1, sizes.params)
+        factor = self.factor_cost / (18 * sizes.examples * num_params)
+        rows = sizes.samples / sizes.examples
+        cholesky = self.product_cost * sizes.params
+        if of_layers and of_layers.square and rows <= FEW_ROWS:
+            cholesky = self.square_cost * rows * of_layers.square / (3 * num_params)
+        cholesky += factor * sizes.params**3
+        gram = self.gram_cost * rows * sizes.samples
+        if of_layers and self.sample_space.block_size is None:
+            gram *= of_layers.gram / num_params
+        samples = self.solve_cost + factor * sizes.samples**3 + gram
 
         costs: dict[Solver, float] = {}
         if sizes.params**2 * sizes.itemsize <= self.memory:
@@ -225,9 +239,17 @@ class _Sizes(NamedTuple):
     has_rows: bool
 
 
-def _sizes(
-    likelihood: Likelihood, kind: str, params: Params, batch: Batch, outputs: Outputs
-) -> _Sizes:
+def _multiplications(fisher: Any) -> Multiplications | None:
+    try:
+        return count_multiplications(fisher, MEMORY)
+    except NoRowsError:
+        return None
+
+
+def _sizes(fisher: Any, kind: Kind | None = None) -> _Sizes:
+    likelihood, outputs = fisher.likelihood, fisher.outputs
+    params, batch = fisher.params, fisher.batch
+    kind = fisher.kind if kind is None else kind
     examples: dict[int, int] = {}
     rows: dict[int, int] = {}
     for (term, _), out in zip(

@@ -32,10 +32,14 @@ from ngd_jax.solvers.interface import (
 )
 from ngd_jax.solvers.positive_definite import (
     Factor,
+    PositiveDefinite,
     factorise,
+    frobenius_norm,
+    make_positive_definite,
     report,
     solve,
     solve_refined,
+    with_least_jitter,
 )
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
@@ -153,18 +157,15 @@ def solve_in_sample_space(
 
     # 1. Units in which the largest |gᵢ| and the largest diagonal entry of G + λI are 1.
     largest = tree.max_abs(g).astype(dtype)
-    is_finite = jnp.isfinite(largest) & jnp.all(jnp.isfinite(gram.matrix))
-    is_finite &= jnp.all(jnp.isfinite(w)) & jnp.isfinite(damping)
+    # An entry that is not finite has none on the diagonal of its row or column.
+    is_finite = jnp.isfinite(largest) & jnp.isfinite(damping) & jnp.all(jnp.isfinite(w))
+    is_finite &= jnp.all(jnp.isfinite(jnp.diagonal(gram.matrix)))
     is_solvable = is_finite & gram.is_separable & (largest > 0)
-    size = jnp.max(jnp.diagonal(gram.matrix), initial=0.0) + damping
-    size = jnp.where(is_solvable & (size > 0), size, 1.0)
-    root = jnp.sqrt(size)
+    scaled = make_positive_definite(gram.matrix, damping, is_solvable)
+    size, root = scaled.unit, jnp.sqrt(scaled.unit)
     unit = tree.usable_unit(jnp.where(is_solvable, largest, 1.0))
     g = tree.select(is_solvable, tree.divide(g, unit), optax.tree.zeros_like(g))
     w = jnp.where(is_solvable, w / unit * root, 0.0)
-    identity = jnp.eye(len(gram.matrix), dtype=dtype)
-    matrix = jnp.where(is_solvable, gram.matrix / size, identity)
-    damping = damping / size
 
     def push(vector: PyTree) -> Array:
         return ravel_real(fisher.sqrt_matvec(vector))[0].astype(dtype) / root
@@ -172,44 +173,15 @@ def solve_in_sample_space(
     def pull(vector: Array) -> PyTree:
         return tree.divide(fisher.sqrt_rmatvec(unravel(vector)), root)
 
-    factor = factorise(matrix, damping)
-    g_norm = tree.norm(g)
-    system = _System(matrix, damping, factor, push, pull, g_norm, _round_off(fisher))
-
-    # 2. g = Aᵀ w + r, and A r. Far above the round-off of G any w will do.
+    g_norm, round_off = tree.norm(g), _round_off(fisher)
     rest = g if coefficients is None else tree.axpy(-1.0, pull(w), g)
 
-    def push_if_any(w: Array, rest: PyTree) -> Array:
-        if coefficients is None:
-            return push(rest)
-        is_nothing = system.is_nothing(rest, w)
-        return jax.lax.cond(is_nothing, lambda _: jnp.zeros_like(w), push, rest)
+    def solve_with(jitter: Scalar, factor: Factor) -> tuple[PyTree, Scalar]:
+        system = _System(scaled, jitter, factor, push, pull, g_norm, round_off)
+        is_known = coefficients is not None
+        return _solve_factorised(system, g, w, rest, is_known=is_known)
 
-    w, rest, image = jax.lax.cond(
-        damping >= float(jnp.finfo(dtype).eps) ** (1 / 3) * jnp.linalg.norm(matrix),
-        lambda w, rest: (w, rest, push_if_any(w, rest)),
-        functools.partial(_split, system),
-        *(w, rest),
-    )
-
-    # 3. What the samples do not span is solved by r / λ, or dropped.
-    is_kept = ~system.is_nothing(rest, w) & (damping > 0)
-    inverse = jnp.where(is_kept, 1 / jnp.where(is_kept, damping, 1.0), 0.0)
-    y, residual = solve_refined(factor, w - inverse * image)
-    solution = tree.axpy(1.0, pull(y), tree.scale(inverse, rest))
-
-    # 4. The residual: by G; where it is not small, with two passes through the model.
-    def true_residual() -> Scalar:
-        product = tree.axpy(damping, solution, pull(push(solution)))
-        return tree.norm(tree.axpy(-1.0, product, g)).astype(dtype)
-
-    inside = jnp.maximum(residual @ (matrix @ residual), 0.0)
-    dropped = jnp.where(is_kept, 0.0, tree.norm(rest))
-    by_gram = jnp.sqrt(inside + dropped**2)
-    size_of_g = jnp.where(g_norm > 0, g_norm, 1.0)
-    is_small = by_gram <= jnp.finfo(dtype).eps ** 0.5 * size_of_g
-    relative = jax.lax.cond(is_small, lambda: by_gram, true_residual) / size_of_g
-
+    solution, relative = with_least_jitter(scaled, solve_with)
     solution = tree.divide(tree.scale(unit, solution), size)
     solution, info = report(solution, rhs, relative, is_finite)
     is_mixed = is_finite & ~gram.is_separable
@@ -226,28 +198,92 @@ class _System(NamedTuple):
     """G + λI in units of its largest diagonal entry, and A.
 
     Attributes:
-      matrix: G.
-      damping: λ.
-      factor: of G + λI.
+      scaled: G + λI.
+      jitter: with which it was factorised.
+      factor: what came of it.
       push: v -> A v.
       pull: u -> Aᵀ u.
       g_norm: ‖g‖.
       round_off: relative, of a product with A.
     """
 
-    matrix: Array
-    damping: Scalar
+    scaled: PositiveDefinite
+    jitter: Scalar
     factor: Factor
     push: Callable[[PyTree], Array]
     pull: Callable[[Array], PyTree]
     g_norm: Scalar
     round_off: float
 
+    @property
+    def damping(self) -> Scalar:
+        """λ."""
+        return self.scaled.shift
+
+    @property
+    def trace(self) -> Scalar:
+        """Of G, which is the square of the Frobenius norm of A."""
+        return jnp.sum(jnp.diagonal(self.scaled.matrix)) / self.scaled.unit
+
+    def gram(self, x: Array) -> Array:
+        """G x."""
+        return self.scaled.matrix @ x / self.scaled.unit
+
     def is_nothing(self, rest: PyTree, w: Array) -> Array:
         """Whether g - Aᵀ w is not longer than the round-off of what it is made of."""
-        a_norm = jnp.sqrt(jnp.trace(self.matrix))
-        longest = self.g_norm + a_norm * jnp.linalg.norm(w)
+        longest = self.g_norm + jnp.sqrt(self.trace) * jnp.linalg.norm(w)
         return tree.norm(rest) <= self.round_off * longest
+
+
+def _solve_factorised(
+    system: _System, g: PyTree, w: Array, rest: PyTree, *, is_known: bool
+) -> tuple[PyTree, Scalar]:
+    """The solution, and its relative residual.
+
+    Args:
+      system: A and the factor of G + λI.
+      g: the right-hand side.
+      w: the coefficients that are known of it, else zero.
+      rest: g - Aᵀ w.
+      is_known: whether there are any.
+    """
+    dtype = w.dtype
+    eps = float(jnp.finfo(dtype).eps)
+
+    # 2. g = Aᵀ w + r, and A r. Far above the round-off of G any w will do.
+    def push_if_any(w: Array, rest: PyTree) -> Array:
+        if not is_known:
+            return system.push(rest)
+        is_nothing = system.is_nothing(rest, w)
+        return jax.lax.cond(is_nothing, lambda _: jnp.zeros_like(w), system.push, rest)
+
+    norm = frobenius_norm(system.scaled.matrix / system.scaled.unit)
+    w, rest, image = jax.lax.cond(
+        system.damping >= eps ** (1 / 3) * norm,
+        lambda w, rest: (w, rest, push_if_any(w, rest)),
+        functools.partial(_split, system),
+        *(w, rest),
+    )
+
+    # 3. What the samples do not span is solved by r / λ, or dropped.
+    damping = system.damping
+    is_kept = ~system.is_nothing(rest, w) & (damping > 0)
+    inverse = jnp.where(is_kept, 1 / jnp.where(is_kept, damping, 1.0), 0.0)
+    y, residual = solve_refined(system.scaled, system.factor, w - inverse * image)
+    solution = tree.axpy(1.0, system.pull(y), tree.scale(inverse, rest))
+
+    # 4. The residual: by G; where it is not small, with two passes through the model.
+    def true_residual() -> Scalar:
+        image = system.pull(system.push(solution))
+        product = tree.axpy(damping, solution, image)
+        return tree.norm(tree.axpy(-1.0, product, g)).astype(dtype)
+
+    inside = jnp.maximum(residual @ system.gram(residual), 0.0)
+    dropped = jnp.where(is_kept, 0.0, tree.norm(rest))
+    by_gram = jnp.sqrt(inside + dropped**2)
+    size = jnp.where(system.g_norm > 0, system.g_norm, 1.0)
+    is_small = by_gram <= eps**0.5 * size
+    return solution, jax.lax.cond(is_small, lambda: by_gram, true_residual) / size
 
 
 def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Array]:
@@ -256,13 +292,13 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
     Both need G⁺. Round-off of size ε in null vectors of G comes out of it as ε/λ; with
     √ε for λ, and refinement, it stays small and the rest of the spectrum right.
     """
-    matrix, eps = system.matrix, float(jnp.finfo(w.dtype).eps)
+    eps = float(jnp.finfo(w.dtype).eps)
+    shift = jnp.maximum(system.damping, eps**0.5)
     shifted = jax.lax.cond(
         system.damping >= eps**0.5,
         lambda: system.factor,
-        lambda: factorise(matrix, eps**0.5),
+        lambda: factorise(system.scaled, system.jitter, shift)[0],
     )
-    shift = jnp.maximum(system.damping, eps**0.5)
 
     def is_left(carry: tuple[Array, Array, PyTree, Array]) -> Array:
         count, w, rest, _ = carry
@@ -274,9 +310,9 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
         image = system.push(rest)
         part = solve(shifted, image)
         for _ in range(_REFINEMENTS):
-            part += solve(shifted, image - matrix @ part)
+            part += solve(shifted, image - system.gram(part))
         rest = tree.axpy(-1.0, system.pull(part), rest)
-        return count + 1, w + part, rest, image - matrix @ part
+        return count + 1, w + part, rest, image - system.gram(part)
 
     start = (jnp.zeros((), jnp.int32), w, rest, jnp.zeros_like(w))
     _, w, rest, image = jax.lax.while_loop(is_left, move, start)
@@ -287,8 +323,8 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
         null = w
         for _ in range(_FILTERS):
             null = shift * solve(shifted, null)
-        size = _ROUND_OFF * eps * jnp.trace(matrix) * jnp.linalg.norm(null)
-        is_null = jnp.linalg.norm(matrix @ null) <= size
+        size = _ROUND_OFF * eps * system.trace * jnp.linalg.norm(null)
+        is_null = jnp.linalg.norm(system.gram(null)) <= size
         return jnp.where(is_null, w - null, w)
 
     w, image = jax.vmap(without_null)(jnp.stack([w, image]))

@@ -41,8 +41,8 @@ def make(rng, dtype, offset=0.0):
     return params, jnp.asarray(rng.normal(size=(11, 9)) + offset, dtype)
 
 
-def true_gram(model_fn, params, x, likelihood, **options):
-    """A Aᵀ in float64, with A from one forward-mode product for each parameter."""
+def true_root(model_fn, params, x, likelihood, **options):
+    """A in float64, from one forward-mode product for each parameter."""
     params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x))
 
     @jax.jit
@@ -54,7 +54,12 @@ def true_gram(model_fn, params, x, likelihood, **options):
             jnp.eye(flat.size, dtype=flat.dtype),
         )
 
-    root = np.asarray(columns(params)).T
+    return np.asarray(columns(params)).T
+
+
+def true_gram(*arguments, **options):
+    """A Aᵀ likewise."""
+    root = true_root(*arguments, **options)
     return root @ root.T
 
 
@@ -70,13 +75,15 @@ def test_gram_by_outer_products_is_that_of_the_rows(name, x64, rng):
     @jax.jit
     def gram(params):
         fisher = ngd.linearize_fisher(model_fn, params, x, likelihood, weights=weights)
-        _, rows = outer_products.factored_rows(
+        _, rows, layers = outer_products.factored_rows(
             row_groups(fisher, with_means=True)[0], jnp.float64
         )
-        return fisher.gram(), len(rows.outer)
+        assert len(rows.outer) == len(layers)
+        # All but the narrow last layer; leaves are in the order of their names.
+        assert [(layer.weight, layer.bias) for layer in layers] == [(1, 0), (3, None)]
+        return fisher.gram()
 
-    found, num_weights = gram(params)
-    assert num_weights == 2  # all but the bias and the narrow last layer
+    found = gram(params)
     truth = true_gram(model_fn, params, x, likelihood, weights=weights)
     assert_close(found.matrix, truth, 1e-13)
     assert bool(found.is_separable)
@@ -87,7 +94,7 @@ def test_functions_jitted_by_themselves_are_written_out(x64, rng):
     params, x = make(rng, "float64")
     fisher = ngd.linearize_fisher(model_fn, params, x, ngd.Gaussian())
     (group,) = row_groups(fisher)
-    _, rows = jax.jit(lambda: outer_products.factored_rows(group, jnp.float64))()
+    _, rows, _ = jax.jit(lambda: outer_products.factored_rows(group, jnp.float64))()
     assert len(rows.outer) == 2
     truth = true_gram(model_fn, params, x, ngd.Gaussian())
     assert_close(outer_products.factored_gram(rows, None), truth, 1e-13)
@@ -122,7 +129,7 @@ def test_weights_used_twice_are_no_outer_products(x64, rng):
     likelihood = ngd.Gaussian(event_ndims=0)
     fisher = ngd.linearize_fisher(model_fn, params, x, likelihood)
     (group,) = row_groups(fisher)
-    _, rows = jax.jit(lambda: outer_products.factored_rows(group, jnp.float64))()
+    _, rows, _ = jax.jit(lambda: outer_products.factored_rows(group, jnp.float64))()
     assert len(rows.outer) == 1
     truth = true_gram(model_fn, params, x, likelihood)
     assert_close(outer_products.factored_gram(rows, None), truth, 1e-13)
