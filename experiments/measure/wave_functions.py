@@ -82,6 +82,8 @@ def _measure(
     }
     if size <= _DENSE_LIMIT:
         solvers["Cholesky"] = ngd.Cholesky()
+        low = ngd.Cholesky(factor_dtype=jnp.float32)
+        solvers["Cholesky(factor_dtype=float32)"] = low
     steps = {
         name: _make_step(model_fn, solver, settings.damping, params, batch)
         for name, solver in solvers.items()

@@ -142,9 +142,10 @@ def _solve_refining(
     fisher: Any, rhs: PyTree, damping: ArrayLike, factor_dtype: Any
 ) -> tuple[_Found, Array]:
     """By products, with a factor of lower precision; and whether that is as good."""
-    dense, is_right = _dense_in(fisher, factor_dtype)
-    low = dense.dtype
-    system = make_positive_definite(dense, jnp.asarray(damping, factor_dtype), is_right)
+    dense = _dense_in(fisher, factor_dtype)
+    low, is_finite = dense.dtype, jnp.all(jnp.isfinite(jnp.diagonal(dense)))
+    shift = jnp.asarray(damping, factor_dtype)
+    system = make_positive_definite(dense, shift, is_finite)
     factor, exists = factorise(system)
 
     def precondition(vector: PyTree) -> PyTree:
@@ -168,18 +169,22 @@ def _solve_refining(
     is_good = residual <= _ROUND_OFF * eps * (norm + size * tree.norm(solution))
     relative = residual / jnp.where(norm > 0, norm, 1.0)
     found = _Found(solution, relative, tree.all_finite(rhs), info.num_steps)
-    return found, is_good & is_right & exists
+    return found, is_good & exists
 
 
-def _dense_in(fisher: Any, dtype: Any) -> tuple[Array, Array]:
-    """F, made in this precision where there are rows; and whether it is right."""
+def _dense_in(fisher: Any, dtype: Any) -> Array:
+    """F, made in this precision where there are rows.
+
+    Where the model mixes its examples, which its rows do not know of, it is another
+    matrix, and the solution by it will not be good.
+    """
     try:
         found = sum_of_squares(fisher, dtype)
     except NoRowsError:
         found = None
     if found is not None:
-        return found
+        return found[0]
     dense = fisher.dense()
     if jnp.iscomplexobj(dense):
         dtype = jnp.promote_types(dtype, jnp.complex64)
-    return dense.astype(dtype), jnp.asarray(True)
+    return dense.astype(dtype)

@@ -99,6 +99,26 @@ def test_where_columns_are_cheaper_only_the_factor_is_of_lower_precision(x64, rn
     assert int(info.num_steps) > 0
 
 
+def test_models_that_mix_examples_are_solved_all_the_same(x64, rng):
+    x, g = jnp.asarray(rng.normal(size=(9, 4))), jnp.asarray(rng.normal(size=4))
+
+    def model_fn(w, x):
+        return jnp.tanh(x - jnp.mean(x, axis=0, keepdims=True)) @ w
+
+    @jax.jit
+    def solve(w):
+        fisher = ngd.linearize_fisher(model_fn, w, x, ngd.LogAmplitude())
+        return ngd.Cholesky(factor_dtype=jnp.float32)(fisher, g, damping=0.1)
+
+    d, info = solve(jnp.ones(4))
+    root = np.asarray(x) - np.mean(x, axis=0)
+    root = np.tanh(root)
+    root = (root - root.mean(0)) / 3
+    truth = np.linalg.solve(root.T @ root + 0.1 * np.eye(4), g)
+    np.testing.assert_allclose(d, truth, rtol=1e-12)
+    assert int(info.status) == Status.CONVERGED
+
+
 def test_what_cannot_be_solved_is_told_and_zero_is_solved_by_zero(x64, rng):
     x = jnp.asarray(rng.normal(size=(9, 4)))
 
