@@ -111,7 +111,8 @@ def test_models_that_mix_examples_are_solved_all_the_same(x64, rng):
         return ngd.Cholesky(factor_dtype=jnp.float32)(fisher, g, damping=0.1)
 
     d, info = solve(jnp.ones(4))
-    root = np.asarray(x) - np.mean(x, axis=0)
+    root = np.asarray(x)
+    root = root - root.mean(0)
     root = np.tanh(root)
     root = (root - root.mean(0)) / 3
     truth = np.linalg.solve(root.T @ root + 0.1 * np.eye(4), g)
