@@ -70,10 +70,29 @@ def test_the_reference_problem_is_solved_from_every_seed(seed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", ["heat1d", "burgers1d", "helmholtz2d"])
-def test_every_equation_can_be_run(problem, tmp_path):
-    result = run(tmp_path / "run", f"problem={problem}", "task.boundary=24")
-    assert error_of(result) < 100
+@pytest.mark.parametrize(
+    ("problem", "steps", "error"),
+    [
+        ("heat1d", 150, 1e-6),
+        ("helmholtz2d", 200, 1e-5),
+        ("poisson5d", 150, 1e-5),
+        ("burgers1d", 300, 5e-3),
+        ("poisson20d", 20, 0.2),
+    ],
+)
+def test_every_equation_is_solved_as_it_is_configured(problem, steps, error, tmp_path):
+    overrides = ["task=pinn", f"problem={problem}", f"steps={steps}"]
+    tree = compose_config([*overrides, f"eval_every={steps}"])
+    result = run_training(read_config(tree), tmp_path, Console(quiet=True))
+    assert error_of(result) <= error
+
+
+@pytest.mark.slow
+def test_in_float32_the_error_is_that_of_its_round_off(tmp_path):
+    overrides = ["task=pinn", "task.precision=float32", "steps=200", "eval_every=200"]
+    tree = compose_config(overrides)
+    result = run_training(read_config(tree), tmp_path, Console(quiet=True))
+    assert error_of(result) <= 2e-6
 
 
 @pytest.mark.slow
