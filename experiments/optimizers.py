@@ -417,7 +417,7 @@ def _make_cg(config: CGConfig) -> ngd.CG:
         )
     elif config.preconditioner == "kronecker":
         preconditioner = ngd.Kronecker(
-            jax.random.key(0), decay=config.decay, refresh_every=config.refresh_every
+            decay=config.decay, refresh_every=config.refresh_every
         )
     return ngd.CG(config.max_steps, config.rtol, preconditioner)
 

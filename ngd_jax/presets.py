@@ -73,7 +73,7 @@ def hessian_free() -> dict[str, Any]:
     }
 
 
-def kfac(key: KeyArray) -> dict[str, Any]:
+def kfac(key: KeyArray | None = None) -> dict[str, Any]:
     """K-FAC: factored blocks of F give the direction, the exact F rate and momentum.
 
     λ₀ = 150 by Levenberg-Marquardt every 5 steps with ω = (19/20)⁵, factors averaged
@@ -85,7 +85,7 @@ def kfac(key: KeyArray) -> dict[str, Any]:
     targets from the model where this takes random signs in the exact output metric.
 
     Args:
-      key: a typed key, as of `jax.random.key`.
+      key: a typed key, as of `jax.random.key`, for `Kronecker`.
 
     References:
       Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate

@@ -17,7 +17,7 @@ def _halves(batch):
 PRESETS = {
     "trpo": ngd.presets.trpo,
     "hessian_free": ngd.presets.hessian_free,
-    "kfac": lambda: ngd.presets.kfac(jax.random.key(0)),
+    "kfac": ngd.presets.kfac,
     "pascanu_bengio": lambda: ngd.presets.pascanu_bengio(_halves),
 }
 
@@ -66,7 +66,7 @@ def test_the_numbers_are_those_of_the_sources():
     assert solver.backtracking
     assert solver.preconditioner.power == 0.75
 
-    kfac = ngd.presets.kfac(jax.random.key(0))
+    kfac = ngd.presets.kfac()
     rule, solver = kfac["damping"], kfac["solver"]
     assert (rule.initial, rule.every) == (150.0, 5)
     np.testing.assert_allclose(rule.decrease, 0.95**5)

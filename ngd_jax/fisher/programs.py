@@ -19,7 +19,13 @@ __all__ = ["Program", "read_program"]
 _LAYOUT = ("convert_element_type", "copy", "reshape", "squeeze", "transpose")
 # The same where axes of length 1 come or go.
 _ALMOST_LAYOUT = ("broadcast_in_dim", "reduce_sum")
-_JITTED = ("jit", "pjit")
+# Operations that call a program, and where they have it.
+_CALLS = {
+    "jit": "jaxpr",
+    "linear_call": "callee",
+    "pjit": "jaxpr",
+    "remat2": "jaxpr",
+}
 
 
 class Program:
@@ -64,15 +70,15 @@ class Program:
 
 
 def read_program(fn: Callable[..., list[Any]], *arguments: Any) -> Program:
-    """The program of `fn`, with the functions that were jitted in it written out."""
+    """The program of `fn`, with the functions that it calls written out."""
     program = jax.make_jaxpr(fn)(*arguments)
-    if any(equation.primitive.name in _JITTED for equation in program.eqns):
-        program = jax.make_jaxpr(_without_jit(program))(*arguments)
+    if any(equation.primitive.name in _CALLS for equation in program.eqns):
+        program = jax.make_jaxpr(_written_out(program))(*arguments)
     return Program(program)
 
 
-def _without_jit(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
-    """The same function, with functions that were jitted by themselves written out."""
+def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
+    """The same function, with the functions that it calls in their place."""
 
     def run(*arguments: Any) -> list[Any]:
         jaxpr = program.jaxpr
@@ -83,9 +89,11 @@ def _without_jit(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
             return values[variable] if _is_variable(variable) else variable.val
 
         for equation in jaxpr.eqns:
-            if equation.primitive.name in _JITTED:
-                step, inputs = equation.params["jaxpr"], equation.invars
-                outputs = _without_jit(step)(*map(read, inputs))
+            if (place := _CALLS.get(equation.primitive.name)) is not None:
+                called = equation.params[place]
+                if isinstance(called, core.Jaxpr):
+                    called = core.ClosedJaxpr(called, ())
+                outputs = _written_out(called)(*map(read, equation.invars))
                 values |= dict(zip(equation.outvars, outputs, strict=True))
                 continue
             bound = equation.primitive.get_bind_params(equation.params)

@@ -2,7 +2,7 @@
 
     Jacobi:     M = (diag F + λ)^power
     Nystrom:    M⁻¹ = I - U (I - (λᵣ + λ)(Λ + λ)⁻¹) Uᵀ,    F ≈ U Λ Uᵀ of rank r
-    Kronecker:  M = (A + ε) ⊗ (G + ε') for each dense layer
+    Kronecker:  M = (A + ε) ⊗ (G + ε') for each dense layer and convolution
 
 Conjugate gradients take about as many steps as M⁻¹(F + λI) has clusters of eigenvalues,
 whatever the size of M. What is expensive to build is kept in a state and built anew

@@ -57,27 +57,31 @@ class KroneckerState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kronecker:
-    """Blocks of dense layers as products of small matrices: M = (A + ε) ⊗ (G + ε').
+    """Blocks of layers as products of small matrices: M = (A + ε) ⊗ (G + ε').
 
         A = E[a aᵀ],    G = E[δ δᵀ],    ε = π √λ,    ε' = √λ / π
 
-    a are the inputs of a layer, a one behind them where it has a bias, δ the cotangents
-    of its outputs, and π² = (tr A / dim A) / (tr G / dim G). Layers are found in the
-    program of the gradient, in whatever library the model is written. What belongs to
-    no dense layer (convolutions, norms, embeddings) has an estimate of the diagonal.
+    a are the inputs of a dense layer or the patches of a convolution, a one behind them
+    where there is a bias, δ the cotangents of the outputs, and
+    π² = (tr A / dim A) / (tr G / dim G). Layers are found in the program of the
+    gradient, in whatever library the model is written. What belongs to none of them
+    (norms, embeddings, weights that are used twice) has an estimate of the diagonal.
 
     The factors are averages over the batches of many steps, so that M knows of more
     examples than the F of this batch. They cost a backward pass and the products a aᵀ
     and δ δᵀ at every step, an inverse of each every `refresh_every` steps. With it, one
-    to three steps of CG do: `CG(max_steps=1, preconditioner=Kronecker(key))` is K-FAC
+    to three steps of CG do: `CG(max_steps=1, preconditioner=Kronecker())` is K-FAC
     with the exact length along its direction.
 
     Attributes:
-      key: a typed key, as of `jax.random.key`: the cotangents have random signs.
+      key: a typed key, as of `jax.random.key`: the cotangents have random signs. None
+        for `jax.random.key(0)`: all that is asked of them is that they go with nothing
+        in the data.
       decay: weight of what was before in the averages; they are plain means until
         1 / (1 - decay) batches are seen.
       refresh_every: steps from one inverse to the next.
-      max_size: matrices of larger sides are left to the diagonal.
+      max_size: weights with a longer side are left to the diagonal. A weight of m times
+        n numbers takes 2 (m² + n²) numbers in the state.
 
     Raises:
       ValueError, TypeError: on numbers out of range, and on what is not a typed key.
@@ -88,7 +92,7 @@ class Kronecker:
       >>> fisher = ngd.linearize_fisher(
       ...     lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian()
       ... )
-      >>> precondition = Kronecker(jax.random.key(0))(fisher, 0.0)
+      >>> precondition = Kronecker()(fisher, 0.0)
       >>> precondition(jnp.ones((2, 1))).ravel().round(2)  # F = diag(1/2, 9/2)
       Array([2.  , 0.22], dtype=float32)
 
@@ -97,13 +101,14 @@ class Kronecker:
       curvature, 2015: sections 3 (factors), 5 (averages) and 6.3 (π).
     """
 
-    key: KeyArray
+    key: KeyArray | None = None
     decay: float = 0.95
     refresh_every: int = 5
     max_size: int = 4096
 
     def __post_init__(self) -> None:
-        check_key(self.key, "Kronecker")
+        if self.key is not None:
+            check_key(self.key, "Kronecker")
         check_count("refresh_every", self.refresh_every)
         check_count("max_size", self.max_size)
         if not 0 <= self.decay < 1:
@@ -163,7 +168,8 @@ class Kronecker:
     ) -> tuple[list[Layer], KroneckerState]:
         """Adds this batch to the averages."""
         coefficients = jax.eval_shape(fisher.sqrt_matvec, fisher.params)
-        key = jax.random.fold_in(self.key, state.num_batches)
+        key = jax.random.key(0) if self.key is None else self.key
+        key = jax.random.fold_in(key, state.num_batches)
         signs = random_like(jax.random.rademacher, key, coefficients)
         found, passed = backward_pass(fisher, fisher.sqrt_cotangents(signs))
 

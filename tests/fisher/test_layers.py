@@ -145,7 +145,8 @@ def test_sums_are_those_of_single_examples(case, microbatch_size, x64, rng):
 
     for row, square in zip(rows, passed.squares, strict=True):
         of_examples = (row**2).sum(0)
-        truth = of_examples if row.ndim == 2 else row.sum(0) ** 2
+        truth = (row.sum(0) ** 2).mean(-1, keepdims=True)
+        truth = of_examples if row.ndim == 2 else np.broadcast_to(truth, square.shape)
         if microbatch_size is None or row.ndim == 2:
             np.testing.assert_allclose(square, truth, rtol=1e-9, atol=1e-14)
 
@@ -200,7 +201,9 @@ def test_what_is_no_single_product_is_no_layer(model_fn, x64, rng):
     assert layers == []
     rows = true_gradients(model_fn, params, x, signs)
     for row, square in zip(rows, passed.squares, strict=True):
-        np.testing.assert_allclose(square, row.sum(0) ** 2, rtol=1e-10, atol=1e-14)
+        truth = (row.sum(0) ** 2).mean(-1, keepdims=True)
+        truth = np.broadcast_to(truth, square.shape)
+        np.testing.assert_allclose(square, truth, rtol=1e-10, atol=1e-14)
 
 
 def test_biases_of_equal_size_go_with_their_own_weights(x64, rng):
