@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ngd_jax import tree
 from ngd_jax.arguments import check_count
-from ngd_jax.fisher.layers import Layer, LayerSums, backward_pass
+from ngd_jax.fisher.layers import BackwardPass, Layer, LayerSums, backward_pass
 from ngd_jax.preconditioners.base import check_key, random_like
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree, Scalar
 
@@ -177,9 +177,11 @@ class Kronecker:
         count = state.num_batches + 1
         dtype = tree.accumulator_dtype(state.diagonal)
         share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
+        is_finite = _is_finite(passed)
 
         def mix(old: Array, new: Array) -> Array:
-            return old + share.astype(old.dtype) * (new.astype(old.dtype) - old)
+            mixed = old + share.astype(old.dtype) * (new.astype(old.dtype) - old)
+            return jnp.where(is_finite, mixed, old)
 
         for layer, sums in zip(found, passed.layers, strict=True):
             old, new = averages[layer.weight], _averages(layer, sums)
@@ -188,12 +190,21 @@ class Kronecker:
             layers.append(layer)
             averages[layer.weight] = jax.tree.map(mix, old, new)
         squares = jax.tree.unflatten(jax.tree.structure(state.diagonal), passed.squares)
-        seen = state._replace(
-            num_batches=count,
+        return layers, state._replace(
+            num_batches=jnp.where(is_finite, count, state.num_batches),
             diagonal=jax.tree.map(mix, state.diagonal, squares),
             averages=tuple(averages),
         )
-        return layers, tree.select(tree.all_finite(seen), seen, state)
+
+
+def _is_finite(passed: BackwardPass) -> Array:
+    """Whether all of it is: a sum of squares is where what it is made of is."""
+    diagonals = [
+        jnp.diagonal(matrix)
+        for sums in passed.layers
+        for matrix in (sums.inputs, sums.outputs)
+    ]
+    return tree.all_finite((diagonals, passed.squares))
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
