@@ -128,7 +128,7 @@ def _run(
     for _, products in found:
         a, delta = products.rows(next(values), next(values))
         num_terms = jnp.asarray(len(a), a.dtype)
-        sums.append(LayerSums(num_terms, jnp.sum(a, 0), a.T @ a, delta.T @ delta))
+        sums.append(LayerSums(num_terms, jnp.sum(a, 0), _gram(a), _gram(delta)))
     squares = []
     for value, axes, shape in zip(values, summed_axes, shapes, strict=True):
         square = _square(value)
@@ -182,6 +182,11 @@ def _cotangent_of_bias(program: Program, gradient: Any) -> Any:
     """What a gradient is the sum of; itself where there is one example."""
     total = _sum_over_examples(program, gradient)
     return program.before_layout(gradient if total is None else total.invars[0])
+
+
+def _gram(rows: Array) -> Array:
+    """Σ row rowᵀ; TF32, a default elsewhere, would leave it indefinite."""
+    return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
 
 
 def _square(value: Array) -> Array:

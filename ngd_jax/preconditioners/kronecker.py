@@ -1,6 +1,7 @@
 """Kronecker-factored blocks of F as a preconditioner: K-FAC's metric inside of CG."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ __all__ = ["Kronecker", "KroneckerState"]
 
 # What is estimated from single samples is at least this part of its mean over a leaf.
 _SMALLEST_SHARE = 0.1
+# Where the default is TF32, a barely positive matrix would lose its Cholesky factor.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class _Averages(NamedTuple):
@@ -43,8 +46,8 @@ class KroneckerState(NamedTuple):
       num_batches: int32, that the averages have seen.
       age: int32, steps that the inverses have served, this one included.
       diagonal: an average estimate of diag F, real, shaped like the parameters.
-      averages: for every leaf that may be the weight of a dense layer its factors; ()
-        for the others.
+      averages: for every leaf that may be the weight of a dense layer or a convolution
+        its factors; () for the others.
       inverses: the same, of the damped factors.
     """
 
@@ -63,9 +66,10 @@ class Kronecker:
 
     a are the inputs of a dense layer or the patches of a convolution, a one behind them
     where there is a bias, δ the cotangents of the outputs, and
-    π² = (tr A / dim A) / (tr G / dim G). Layers are found in the program of the
-    gradient, in whatever library the model is written. What belongs to none of them
-    (norms, embeddings, weights that are used twice) has an estimate of the diagonal.
+    π² = (tr A / dim A) / (tr G / dim G). Weights of examples are in G; A counts all
+    examples alike. Layers are found in the program of the gradient, in whatever library
+    the model is written. What belongs to none of them (norms, embeddings, weights that
+    are used twice) has an estimate of the diagonal.
 
     The factors are averages over the batches of many steps, so that M knows of more
     examples than the F of this batch. They cost a backward pass and the products a aᵀ
@@ -263,12 +267,12 @@ def _inverses(averages: _Averages, damping: Scalar, has_bias: bool) -> _Inverses
     on_rows = root * balance + tiny * extent * row_size
     on_columns = root / balance + tiny * len(columns) * column_size
     inverse = _inverse(rows, on_rows)
-    solved_mean = inverse @ mean
+    solved_mean = _matmul(inverse, mean)
     return _Inverses(
         inverse,
         _inverse(columns, on_columns),
         solved_mean,
-        1 + on_rows - mean @ solved_mean,
+        1 + on_rows - _matmul(mean, solved_mean),
     )
 
 
@@ -289,12 +293,12 @@ def _matvec(layers: list[Layer], state: KroneckerState, damping: Scalar) -> MatV
             inverses = state.inverses[layer.weight]
             weight = leaves[layer.weight]
             matrix = weight.reshape(len(inverses.rows), len(inverses.columns))
-            matrix @= inverses.columns
-            image = inverses.rows @ matrix
+            matrix = _matmul(matrix, inverses.columns)
+            image = _matmul(inverses.rows, matrix)
             if layer.bias is not None and _has_bias(layer):
                 # The inverse of [[A, ā], [āᵀ, 1]], bordered.
-                bias = leaves[layer.bias] @ inverses.columns
-                bias = (bias - inverses.solved_mean @ matrix) / inverses.rest
+                bias = _matmul(leaves[layer.bias], inverses.columns)
+                bias = (bias - _matmul(inverses.solved_mean, matrix)) / inverses.rest
                 image -= jnp.outer(inverses.solved_mean, bias)
                 images[layer.bias] = bias
             images[layer.weight] = image.reshape(weight.shape)
