@@ -29,6 +29,7 @@ class OuterProducts(NamedTuple):
       rows: from the two factors to a `[T, m]` and δ `[T, n]`, float32 or wider.
       num_inputs: m.
       num_outputs: n.
+      output_axes: those of the second factor that count outputs.
       inputs_first: whether the weight counts inputs by its first axes and outputs by
         its last ones, or the other way round.
     """
@@ -37,6 +38,7 @@ class OuterProducts(NamedTuple):
     rows: Callable[[Array, Array], tuple[Array, Array]]
     num_inputs: int
     num_outputs: int
+    output_axes: tuple[int, ...]
     inputs_first: bool
 
 
@@ -87,7 +89,9 @@ def _of_matrices(
         return matrix(a, still), matrix(delta, 1 - still)
 
     factors = (operation.invars[still], operation.invars[1 - still])
-    return OuterProducts(factors, rows, m, n, inputs_first)
+    axes = range(len(factors[1].aval.shape))
+    outputs = tuple(axis for axis in axes if axis not in contracted[1 - still])
+    return OuterProducts(factors, rows, m, n, outputs, inputs_first)
 
 
 def _is_in_order(program: Program, variable: Any, rows: int) -> bool | None:
@@ -188,7 +192,8 @@ def _of_images(program: Program, gradient: Any, operation: Any) -> OuterProducts
         return _matrix(patches(images), m), _matrix(delta, n)
 
     m, n = math.prod(sizes[axis] for axis in input_axes), sizes[output]
-    return OuterProducts((images, delta), rows, m, n, inputs_first)
+    outputs = (numbers.rhs_spec[0],)
+    return OuterProducts((images, delta), rows, m, n, outputs, inputs_first)
 
 
 def _axes_after_transposes(program: Program, variable: Any) -> list[int] | None:

@@ -8,6 +8,7 @@ go with them, is read off the program of a backward pass over the batch. Of a la
 is used at many places of an example each place counts as an example.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from ngd_jax import tree
 from ngd_jax.fisher.bilinear import OuterProducts, outer_products
 from ngd_jax.fisher.linearization import Linearization, linearize, sum_microbatches
-from ngd_jax.fisher.programs import Program, read_program
+from ngd_jax.fisher.programs import Program, Range, join, read_program
 from ngd_jax.types import Array, PyTree
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _find_layers(
     """Layers, and for each what the gradient of its weight is the sum of."""
     gradients, found = program.jaxpr.outvars, []
     biases = {
-        place: _cotangent_of_bias(program, gradients[place])
+        place: _source_of_bias(program, gradients[place])
         for place, shape in enumerate(shapes)
         if len(shape) == 1
     }
@@ -154,12 +155,8 @@ def _find_layers(
         products = outer_products(program, gradient)
         if products is None:
             continue
-        delta = program.before_layout(products.factors[1])
-        partners = [
-            other
-            for other, cotangent in biases.items()
-            if cotangent is delta and shapes[other] == (products.num_outputs,)
-        ]
+        delta = _kept(program, products.factors[1], products.output_axes)
+        partners = [other for other, source in biases.items() if source == delta]
         layer = Layer(
             weight=place,
             bias=partners[0] if len(partners) == 1 else None,
@@ -173,15 +170,27 @@ def _find_layers(
 
 def _sum_over_examples(program: Program, gradient: Any) -> Any:
     """The sum that a gradient is, if it is one and nothing more."""
-    total = program.source(program.before_layout(gradient))
+    total = program.source(program.before_layout(gradient, same_order=True))
     is_sum = total is not None and total.primitive.name == "reduce_sum"
     return total if is_sum and program.is_moving(gradient) else None
 
 
-def _cotangent_of_bias(program: Program, gradient: Any) -> Any:
-    """What a gradient is the sum of; itself where there is one example."""
+def _source_of_bias(program: Program, gradient: Any) -> tuple[Any, list[Range]]:
+    """What a gradient is the sum of, and which of its numbers each entry has."""
     total = _sum_over_examples(program, gradient)
-    return program.before_layout(gradient if total is None else total.invars[0])
+    if total is None:  # there may be one example
+        return _kept(program, gradient, (0,))
+    cotangents = total.invars[0]
+    summed, axes = total.params["axes"], range(len(cotangents.aval.shape))
+    return _kept(program, cotangents, [axis for axis in axes if axis not in summed])
+
+
+def _kept(
+    program: Program, variable: Any, axes: Sequence[int]
+) -> tuple[Any, list[Range]]:
+    """Where a value is from, and the places there that some of its axes go along."""
+    source, layout = program.layout(variable)
+    return source, join(one for axis in axes for one in layout[axis])
 
 
 def _gram(rows: Array) -> Array:

@@ -263,11 +263,12 @@ def _find_layers(program: Program) -> list[tuple[Layer, Any, Any]]:
         m, n = (x.aval.size for x in (a, delta))
         if m * n <= 2 * (m + n) + PASS:
             continue
-        source = _summed(program, delta)
+        source = program.before_layout(delta, same_order=True)
         biases = [
             other
             for other, gradient in enumerate(gradients)
-            if gradient.aval.shape == (n,) and _summed(program, gradient) is source
+            if gradient.aval.shape == (n,)
+            and program.before_layout(gradient, same_order=True) is source
         ]
         order = _order(program, variable)
         if product.invars[0] is delta:
@@ -275,19 +276,6 @@ def _find_layers(program: Program) -> list[tuple[Layer, Any, Any]]:
         bias = biases[0] if len(biases) == 1 else None
         found.append((Layer(place, bias, order), a, delta))
     return found
-
-
-def _summed(program: Program, variable: Any) -> Any:
-    """The same numbers, in the same order, before anything was done to their layout."""
-    while (equation := program.source(variable)) is not None:
-        name, (before, *_) = equation.primitive.name, equation.invars
-        is_same = name in ("convert_element_type", "copy", "reshape", "squeeze")
-        # A sum over axes of length one, as over a batch of one example.
-        is_same |= name == "reduce_sum" and before.aval.size == variable.aval.size
-        if not is_same:
-            break
-        variable = before
-    return variable
 
 
 def _order(program: Program, variable: Any) -> np.ndarray:

@@ -5,7 +5,8 @@ who look for structure in it, such as the outer products that the gradients of d
 layers are. Knows nothing of models or metrics.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,7 +14,11 @@ from jax.extend import core
 
 from ngd_jax.types import Array
 
-__all__ = ["Program", "read_program"]
+__all__ = ["Program", "Range", "join", "read_program"]
+
+# Of places in an array that is laid out flat: how many, and how far apart. Of several
+# ranges every sum is a place, and the last one goes fastest.
+Range = tuple[int, int]
 
 # What only changes how an array is laid out or how it is rounded.
 _LAYOUT = ("convert_element_type", "copy", "reshape", "squeeze", "transpose")
@@ -55,13 +60,38 @@ class Program:
         """The operation that a value comes out of; None for arguments and constants."""
         return self._source.get(variable) if _is_variable(variable) else None
 
-    def before_layout(self, variable: Any) -> Any:
-        """The same numbers before anything changed their layout or their rounding."""
+    def before_layout(self, variable: Any, *, same_order: bool = False) -> Any:
+        """The same numbers before anything changed their layout or their rounding.
+
+        Args:
+          variable: the numbers.
+          same_order: goes back no further than their order is the same.
+        """
         while (equation := self.source(variable)) is not None:
             if not _is_layout(equation):
                 break
+            if same_order and equation.primitive.name == "transpose":
+                break
             variable = equation.invars[0]
         return variable
+
+    def layout(self, variable: Any) -> tuple[Any, list[list[Range]]]:
+        """A value before its layout was changed, and where its numbers are in it.
+
+        Returns:
+          The value, as of `before_layout` or, where that is harder to tell, later; and
+          for every axis the ranges of the places that it goes along there.
+        """
+        equation, shape = self.source(variable), variable.aval.shape
+        if equation is not None and _is_layout(equation):
+            source, axes = self.layout(equation.invars[0])
+            if equation.primitive.name == "transpose":
+                return source, [axes[axis] for axis in equation.params["permutation"]]
+            split = _split(join(one for axis in axes for one in axis), shape)
+            if split is not None:
+                return source, split
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        return variable, [[one] for one in zip(shape, strides, strict=True)]
 
     def function(self, outputs: list[Any]) -> Callable[..., list[Array]]:
         """The function from the arguments to any of the values."""
@@ -109,9 +139,43 @@ def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
     return run
 
 
+def join(ranges: Iterable[Range]) -> list[Range]:
+    """The same places, in the same order, by as few ranges as can be."""
+    found: list[Range] = []
+    for size, stride in ranges:
+        if size == 1:
+            continue
+        if found and found[-1][1] == size * stride:
+            size *= found.pop()[0]
+        found.append((size, stride))
+    return found
+
+
+def _split(ranges: list[Range], shape: tuple[int, ...]) -> list[list[Range]] | None:
+    """The ranges of each axis of an array of that shape; None where one is torn."""
+    if 0 in shape:
+        return None
+    rest, axes = list(ranges), []
+    for length in reversed(shape):
+        axis: list[Range] = []
+        while length > 1:
+            size, stride = rest.pop()
+            part = min(size, length)
+            if max(size, length) % part:
+                return None
+            if part < size:
+                rest.append((size // part, part * stride))
+            axis.insert(0, (part, stride))
+            length //= part
+        axes.insert(0, axis)
+    return axes
+
+
 def _is_layout(equation: Any) -> bool:
     if equation.primitive.name in _ALMOST_LAYOUT:
         return equation.invars[0].aval.size == equation.outvars[0].aval.size
+    if equation.params.get("dimensions") and equation.primitive.name == "reshape":
+        return False  # with a transpose in it
     return equation.primitive.name in _LAYOUT
 
 
