@@ -6,7 +6,7 @@ number above 1e8. A preconditioner's price is counted in the same unit, so
 that rows can be compared: a product is one `jvp` and one `vjp`, a pullback half of it.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ __all__ = [
 # Of the condition number: parameters for the dense matrix, products without it.
 _LARGEST_DENSE = 2000
 _POWER_STEPS = 20
-# Steps until a preconditioner is built anew: not while it is measured.
+# Steps until a preconditioner is built anew: once, for all solves.
 _NEVER = 1_000_000
 
 
@@ -101,7 +101,7 @@ def measure_preconditioners(settings: PreconditionersSettings) -> list[Row]:
 
 class _Contestant(NamedTuple):
     name: str
-    preconditioner: Any  # Jacobi, Nystrom or None
+    preconditioner: ngd.Preconditioner | None
     build: float  # in products
     is_reused: bool = False
 
@@ -111,24 +111,24 @@ def _contestants(
 ) -> list[_Contestant]:
     key = jax.random.key(settings.seed + 1)
     probes = settings.num_probes
-    estimated = {"num_probes": probes, "key": key}
+    jacobi = functools.partial(ngd.Jacobi, refresh_every=_NEVER)
+    estimated = functools.partial(jacobi, num_probes=probes, key=key)
     entries = [_Contestant("none", None, 0)]
     if tree.size(problem.params) <= settings.exact_limit:
         outputs = problem.model_fn(problem.params, problem.batch)
         price = outputs.shape[-1] / 2  # a pullback for each output
         entries += [
-            _Contestant("Jacobi", ngd.Jacobi(power=1.0), price),
-            _Contestant("Jacobi, power 3/4", ngd.Jacobi(power=0.75), price),
+            _Contestant("Jacobi", jacobi(power=1.0), price),
+            _Contestant("Jacobi, power 3/4", jacobi(power=0.75), price),
         ]
     name = f"Jacobi, {probes} probes"
     entries += [
-        _Contestant(name, ngd.Jacobi(power=1.0, **estimated), probes / 2),
-        _Contestant(
-            f"{name}, power 3/4", ngd.Jacobi(power=0.75, **estimated), probes / 2
-        ),
+        _Contestant(name, estimated(power=1.0), probes / 2),
+        _Contestant(f"{name}, power 3/4", estimated(power=0.75), probes / 2),
     ]
     for rank in settings.ranks:
-        name, preconditioner = f"Nyström, rank {rank}", ngd.Nystrom(rank, key)
+        name = f"Nyström, rank {rank}"
+        preconditioner = ngd.Nystrom(rank, key, refresh_every=_NEVER)
         price = len(preconditioner.init(problem.params).eigenvalues)
         old = f"{name}, {settings.steps_between} steps old"
         entries += [
@@ -190,9 +190,6 @@ def _make_solve(
 ) -> Callable[[float], _Solved]:
     """Damping -> what the solve came to."""
     preconditioner, calls = contestant.preconditioner, []
-    if preconditioner is not None:
-        # Built once, for all solves.
-        preconditioner = dataclasses.replace(preconditioner, refresh_every=_NEVER)
 
     # Arrays are arguments: as constants, the compiler would fold whole networks.
     @jax.jit

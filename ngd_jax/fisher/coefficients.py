@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ngd_jax import tree
 from ngd_jax.types import Array, PyTree
 
-__all__ = ["ravel_real", "real_parts", "real_size", "unravel_real"]
+__all__ = ["mean_square", "ravel_real", "real_parts", "real_size", "unravel_real"]
 
 
 def ravel_real(values: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
@@ -40,6 +40,17 @@ def ravel_real(values: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
 def real_parts(leaf: Array) -> tuple[Array, ...]:
     """A real leaf, or the real and the imaginary part of a complex one."""
     return (jnp.real(leaf), jnp.imag(leaf)) if jnp.iscomplexobj(leaf) else (leaf,)
+
+
+def mean_square(leaf: Array) -> Array:
+    """Squares; of a complex leaf the mean of both parts, since one number serves both.
+
+    Real, float32 or wider.
+    """
+    leaf = leaf.astype(tree.wide_dtype(leaf))
+    if jnp.iscomplexobj(leaf):
+        return jnp.real(leaf * jnp.conj(leaf)) / 2
+    return leaf**2
 
 
 def unravel_real(vector: Array, like: PyTree) -> PyTree:

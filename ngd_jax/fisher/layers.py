@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ngd_jax import tree
 from ngd_jax.fisher.bilinear import OuterProducts, outer_products
+from ngd_jax.fisher.coefficients import mean_square
 from ngd_jax.fisher.linearization import Linearization, linearize, sum_microbatches
 from ngd_jax.fisher.programs import Program, Range, join, read_program
 from ngd_jax.types import Array, PyTree
@@ -132,7 +132,7 @@ def _run(
         sums.append(LayerSums(num_terms, jnp.sum(a, 0), _gram(a), _gram(delta)))
     squares = []
     for value, axes, shape in zip(values, summed_axes, shapes, strict=True):
-        square = _square(value)
+        square = mean_square(value)
         if axes:
             square = jnp.sum(square, axis=axes).reshape(shape)
         elif shape:
@@ -196,11 +196,3 @@ def _kept(
 def _gram(rows: Array) -> Array:
     """Σ row rowᵀ; TF32, a default elsewhere, would leave it indefinite."""
     return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
-
-
-def _square(value: Array) -> Array:
-    """Of the real and the imaginary part, since one number serves both."""
-    value = value.astype(tree.wide_dtype(value))
-    if jnp.iscomplexobj(value):
-        return jnp.real(value * jnp.conj(value)) / 2
-    return value**2

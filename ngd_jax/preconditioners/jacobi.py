@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ngd_jax import tree
 from ngd_jax.arguments import check_count
+from ngd_jax.fisher.coefficients import mean_square
 from ngd_jax.preconditioners.base import (
     check_key,
     random_like,
@@ -148,7 +149,7 @@ def _estimate_diagonal(fisher: Any, keys: KeyArray, like: PyTree) -> PyTree:
     def add(total: PyTree, key: KeyArray) -> tuple[PyTree, None]:
         signs = random_like(jax.random.rademacher, key, coefficients)
         pulled = fisher.sqrt_rmatvec(signs)
-        squares = jax.tree.map(_mean_square_of_parts, pulled, total)
+        squares = jax.tree.map(mean_square, pulled)
         return jax.tree.map(jnp.add, total, squares), None
 
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), keys)
@@ -168,9 +169,3 @@ def _shaped_like(flat: Array, like: PyTree) -> PyTree:
         parts.append(jnp.reshape(part, leaf.shape).astype(leaf.dtype))
         start += leaf.size
     return jax.tree.unflatten(structure, parts)
-
-
-def _mean_square_of_parts(x: Array, like: Array) -> Array:
-    """Of the real and the imaginary part, since one number serves both."""
-    square = jnp.real(x * jnp.conj(x))
-    return (square / 2 if jnp.iscomplexobj(x) else square).astype(like.dtype)

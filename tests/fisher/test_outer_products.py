@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from ngd_jax.fisher import outer_products
@@ -47,10 +48,10 @@ def true_root(model_fn, params, x, likelihood, **options):
 
     @jax.jit
     def columns(params):
-        flat, unravel = jax.flatten_util.ravel_pytree(params)
+        flat, unravel = ravel_pytree(params)
         fisher = ngd.linearize_fisher(model_fn, params, x, likelihood, **options)
         return jax.lax.map(
-            lambda v: jax.flatten_util.ravel_pytree(fisher.sqrt_matvec(unravel(v)))[0],
+            lambda v: ravel_pytree(fisher.sqrt_matvec(unravel(v)))[0],
             jnp.eye(flat.size, dtype=flat.dtype),
         )
 
@@ -63,14 +64,19 @@ def true_gram(*arguments, **options):
     return root @ root.T
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gram_by_outer_products_is_that_of_the_rows(name, x64, rng):
+def weighted_case(name, rng):
+    """Model, likelihood, parameters, batch, and weights of which one is zero."""
     likelihood, head = CASES[name]
-    model_fn = functools.partial(network, head)
     params, x = make(rng, "float64")
     weights = jnp.asarray(rng.uniform(size=11)).at[3].set(0.0)
     if name == "covariance of many":
         weights = weights[:, None]
+    return functools.partial(network, head), likelihood, params, x, weights
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gram_by_outer_products_is_that_of_the_rows(name, x64, rng):
+    model_fn, likelihood, params, x, weights = weighted_case(name, rng)
 
     @jax.jit
     def gram(params):

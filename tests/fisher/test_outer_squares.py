@@ -9,7 +9,13 @@ import pytest
 import ngd_jax as ngd
 from ngd_jax.fisher import dense_root, outer_squares
 from tests.fisher.test_operator import assert_close
-from tests.fisher.test_outer_products import CASES, make, network, true_root
+from tests.fisher.test_outer_products import (
+    CASES,
+    make,
+    network,
+    true_root,
+    weighted_case,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
@@ -24,12 +30,7 @@ def square(model_fn, x, likelihood, dtype, memory=2**30, **options):
 
 @pytest.mark.parametrize("name", CASES)
 def test_f_by_pairs_is_that_of_the_rows(name, x64, rng):
-    likelihood, head = CASES[name]
-    model_fn = functools.partial(network, head)
-    params, x = make(rng, "float64")
-    weights = jnp.asarray(rng.uniform(size=11)).at[3].set(0.0)
-    if name == "covariance of many":
-        weights = weights[:, None]
+    model_fn, likelihood, params, x, weights = weighted_case(name, rng)
     found, is_separable = square(model_fn, x, likelihood, jnp.float64, weights=weights)(
         params
     )

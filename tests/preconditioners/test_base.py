@@ -24,15 +24,14 @@ from tests.solvers import systems
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
-EVERY_KIND = pytest.mark.parametrize(
-    "make",
-    [
-        ngd.Jacobi,
-        functools.partial(ngd.Jacobi, num_probes=3, key=KEY),
-        functools.partial(ngd.Nystrom, 4, KEY),
-    ],
-    ids=["Jacobi", "Jacobi with probes", "Nystrom"],
-)
+BUILT_WHOLE = {
+    "Jacobi": ngd.Jacobi,
+    "Jacobi with probes": functools.partial(ngd.Jacobi, num_probes=3, key=KEY),
+    "Nystrom": functools.partial(ngd.Nystrom, 4, KEY),
+}
+# The last one looks at every batch.
+KINDS = BUILT_WHOLE | {"Kronecker": functools.partial(ngd.Kronecker, KEY)}
+EVERY_KIND = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 def abstract(fn, *args):
@@ -70,7 +69,26 @@ def _is_spec(x):
     return isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], bool)
 
 
-@EVERY_KIND
+@pytest.mark.parametrize("make", BUILT_WHOLE.values(), ids=BUILT_WHOLE)
+def test_before_anything_is_built_m_is_the_identity(make, rng):
+    params, x, _ = network_problem(rng, "float32")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    preconditioner = make(refresh_every=2)
+
+    @jax.jit
+    def apply(params, x):
+        fisher, state = linearize(params, x), preconditioner.init(params)
+        return preconditioner.prepare(fisher, state, 0.1)[0](params)
+
+    image = apply(params, x * jnp.nan)  # of which nothing is kept
+    for leaf, parameter in zip(
+        jax.tree.leaves(image), jax.tree.leaves(params), strict=True
+    ):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_allclose(leaf, parameter.astype(jnp.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", BUILT_WHOLE.values(), ids=BUILT_WHOLE)
 def test_built_at_every_kth_step_and_kept_between(make, rng):
     params, x, _ = network_problem(rng, "float32")
     preconditioner = make(refresh_every=3)
@@ -197,7 +215,11 @@ def test_trees_without_leaves_have_a_state(make):
 def test_bfloat16_parameters_are_solved_for(rng):
     params, x, truth = network_problem(rng, "float32")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    for preconditioner in (ngd.Jacobi(num_probes=20, key=KEY), ngd.Nystrom(10, KEY)):
+    for preconditioner in (
+        ngd.Jacobi(num_probes=20, key=KEY),
+        ngd.Nystrom(10, KEY),
+        ngd.Kronecker(KEY),
+    ):
         solver = ngd.CG(30, rtol=1e-2, preconditioner=preconditioner)
 
         @jax.jit

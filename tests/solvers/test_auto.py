@@ -167,9 +167,10 @@ def test_models_that_mix_examples_are_solved_by_cg_after_all(rng):
     (expected, cg_info, _), _ = solve(model_fn, cg, params, x, rhs)
     assert int(info.status) == int(cg_info.status) == Status.CONVERGED
     assert int(info.num_steps) == int(cg_info.num_steps) > 0
-    expected = reference.flat(expected)
-    atol = 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(reference.flat(solution), expected, rtol=0, atol=atol)
+    # Float32 entries up to 28, of two compilations of the same steps.
+    np.testing.assert_allclose(
+        reference.flat(solution), reference.flat(expected), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_state_is_that_of_cg_whatever_is_chosen(rng):
