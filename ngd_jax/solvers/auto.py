@@ -130,19 +130,23 @@ class Auto(StatefulSolver):
         likelihood: Likelihood,
         *,
         kind: Kind = "exact",
+        targets: PyTree | None = None,
     ) -> Choice:
         """What is taken for this model and batch, arrays or shapes; computes nothing.
 
         Args:
-          model_fn, params, batch, likelihood, kind: as for `linearize_fisher`.
+          model_fn, params, batch, likelihood, kind, targets: as for `linearize_fisher`.
         """
         found: list[Choice] = []
 
-        def trace(params: Params, batch: Batch) -> None:
-            fisher = linearize_fisher(model_fn, params, batch, likelihood)
-            found.append(self._choose(_sizes(fisher, kind), _multiplications(fisher)))
+        def trace(params: Params, batch: Batch, targets: PyTree | None) -> None:
+            key = jax.random.key(0)  # nothing is drawn
+            fisher = linearize_fisher(
+                model_fn, params, batch, likelihood, kind=kind, key=key, targets=targets
+            )
+            found.append(self.choose(fisher))
 
-        jax.eval_shape(trace, params, batch)
+        jax.eval_shape(trace, params, batch, targets)
         return found[0]
 
     def init(self, params: PyTree) -> PyTree:
@@ -246,10 +250,9 @@ def _multiplications(fisher: Any) -> Multiplications | None:
         return None
 
 
-def _sizes(fisher: Any, kind: Kind | None = None) -> _Sizes:
+def _sizes(fisher: Any) -> _Sizes:
     likelihood, outputs = fisher.likelihood, fisher.outputs
     params, batch = fisher.params, fisher.batch
-    kind = fisher.kind if kind is None else kind
     examples: dict[int, int] = {}
     rows: dict[int, int] = {}
     for (term, _), out in zip(
@@ -259,7 +262,7 @@ def _sizes(fisher: Any, kind: Kind | None = None) -> _Sizes:
         leading, count = (*shape, 0)[0], math.prod(shape)
         # Terms of as many examples are heads of one model on the same batch.
         examples[leading] = max(examples.get(leading, 0), count)
-        size = real_size(out) if kind == "exact" else count
+        size = real_size(out) if fisher.kind == "exact" else count
         rows[leading] = rows.get(leading, 0) + size
     num_params = real_size(params)
     leaves = jax.tree.leaves((params, outputs))

@@ -98,6 +98,35 @@ def test_choice_counts_the_samples_of_the_metric():
     assert " 64 samples" in one_each.reason
 
 
+@pytest.mark.parametrize("kind", ["exact", "sampled", "empirical"])
+def test_choices_by_shapes_are_those_for_the_metric_itself(kind):
+    def model_fn(params, x):
+        return jnp.tanh(x @ params[0]) @ params[1]
+
+    # So many examples that only rows of single coefficients fit into memory.
+    data = ((shape(100, 100), shape(100, 10)), shape(5000, 100))
+    targets = jax.ShapeDtypeStruct((5000,), jnp.int32)
+    auto, choices = ngd.Auto(), []
+
+    def choose_by_metric(params, x, targets):
+        fisher = ngd.linearize_fisher(
+            model_fn,
+            params,
+            x,
+            ngd.Categorical(),
+            kind=kind,
+            key=jax.random.key(1),
+            targets=targets,
+        )
+        choices.append(auto.choose(fisher))
+
+    jax.eval_shape(choose_by_metric, *data, targets)
+    choices.append(
+        auto.choose_for(model_fn, *data, ngd.Categorical(), kind=kind, targets=targets)
+    )
+    assert choices[0] == choices[1]
+
+
 def test_blocks_count_their_own_batches():
     def model_fn(w, batch):
         return {name: x @ w for name, x in batch.items()}
