@@ -20,9 +20,10 @@ class CG(StatefulSolver):
       max_steps: products spent at most. 20 is twice TRPO's; deep autoencoders take
         more (Martens 2010 allows 250).
       rtol: relative residual at which to stop; 0 spends the budget.
-      preconditioner: None, a `Preconditioner` such as `Jacobi` or `Nystrom`, whose
-        state is kept between steps, or a function (fisher, damping) -> (v -> M⁻¹ v),
-        called once for each solve; M symmetric positive definite.
+      preconditioner: None, a `Preconditioner` such as `Jacobi`, `Nystrom` or
+        `Kronecker`, whose state is kept between steps, or a function
+        (fisher, damping) -> (v -> M⁻¹ v), called once for each solve; M symmetric
+        positive definite.
       progress_tol: stops also where the quadratic model gains less than this for each
         step, relative, over the last max(10, ⌈0.1 i⌉) steps; None for no such rule.
         Martens 2010, section 4.4, has 5e-4 and no other rule (so rtol=0).
