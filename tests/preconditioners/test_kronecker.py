@@ -148,6 +148,65 @@ def test_batches_that_are_not_finite_are_not_counted(rng):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(states))
 
 
+def test_networks_under_vmap_are_those_of_each(rng):
+    x = jnp.asarray(rng.normal(size=(COUNT, 5)), jnp.float32)
+    params = {
+        "b": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
+        "w": jnp.asarray(rng.normal(size=(3, 5, 2)), jnp.float32),
+    }
+
+    def two_steps(params):
+        kronecker = ngd.Kronecker(KEY, refresh_every=2)
+        fisher = ngd.linearize_fisher(line, params, x, ngd.Categorical())
+        state = kronecker.prepare(fisher, kronecker.init(params), 0.1)[1]
+        precondition, state = kronecker.prepare(fisher, state, 0.1)
+        return precondition(params), state
+
+    together = jax.jit(jax.vmap(two_steps))(params)
+    alone = jax.jit(two_steps)
+    for k in range(3):
+        one = alone(jax.tree.map(lambda leaf, k=k: leaf[k], params))
+        jax.tree.map(
+            lambda whole, part, k=k: np.testing.assert_allclose(
+                whole[k], part, rtol=1e-4, atol=1e-5
+            ),
+            together,
+            one,
+        )
+
+
+def test_complex_parameters_are_left_to_the_diagonal(x64, rng):
+    def complex_normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) + 1j * rng.normal(size=shape))
+
+    params = {"b": complex_normal(3), "w": complex_normal(4, 3)}
+    x = complex_normal(COUNT, 4)
+
+    def log_amplitude(params, x):
+        return jnp.sum(jnp.log(jnp.cosh(x @ params["w"] + params["b"][None])), axis=-1)
+
+    @jax.jit
+    def run(params, vector):
+        kronecker = ngd.Kronecker(KEY)
+        fisher = ngd.linearize_fisher(log_amplitude, params, x, ngd.LogAmplitude())
+        precondition, state = kronecker.prepare(fisher, kronecker.init(params), 0.01)
+        return precondition(vector), state, fisher.diagonal()
+
+    vector = {"b": complex_normal(3), "w": complex_normal(4, 3)}
+    image, state, truth = run(params, vector)
+    assert state.averages == state.inverses == ((), ())
+    sizes = []
+    for leaf, diagonal, v in zip(
+        *map(jax.tree.leaves, (image, state.diagonal, vector)), strict=True
+    ):
+        assert diagonal.dtype == jnp.float64
+        floored = np.maximum(diagonal, 0.1 * np.mean(diagonal))
+        np.testing.assert_allclose(leaf, v / (floored + 0.01), rtol=1e-12)
+        sizes.append(float(jnp.sum(diagonal)))
+    # A single sample, but of the right size.
+    assert 0.3 < sum(sizes) / float(jnp.sum(truth)) < 3
+
+
 def test_a_rare_unit_does_not_make_it_singular_without_damping():
     # The second column is always zero, and so is its eigenvalue.
     x = jnp.array([[1.0, 0.0], [3.0, 0.0]])
