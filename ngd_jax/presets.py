@@ -78,7 +78,7 @@ def kfac(key: KeyArray | None = None) -> dict[str, Any]:
 
     λ₀ = 150 by Levenberg-Marquardt every 5 steps with ω = (19/20)⁵, factors averaged
     with a decay of 0.95, inverses every 5 steps. `update` needs `value_fn`, unless
-    `output_loss_fn` is given. λ₀ = 150 was not raced: a constant λ of 1e-6 to 0.1 is what
+    `output_loss_fn` is given. λ₀ = 150 was not raced: constants of 1e-6 to 0.1 are what
     the races of `docs/choosing.md` found.
 
     The original adapts the λ of the factors apart from that of the model, and draws
