@@ -51,8 +51,8 @@ class LayerSums(NamedTuple):
     Attributes:
       num_terms: how many.
       input: Σ a.
-      inputs: Σ a aᵀ.
-      outputs: Σ δ δᵀ.
+      inputs: Σ a aᵀ; of long a its diagonal.
+      outputs: Σ δ δᵀ; of long δ its diagonal.
     """
 
     num_terms: Array
@@ -68,7 +68,7 @@ class BackwardPass(NamedTuple):
       layers: of each layer that was found.
       squares: for every leaf of the parameters an estimate of the diagonal of F, real:
         the sum of the squares of single examples where these are known; else the square
-        of the gradient, a single sample, as its mean over the last axis.
+        of the gradient, a single sample.
     """
 
     layers: list[LayerSums]
@@ -76,13 +76,14 @@ class BackwardPass(NamedTuple):
 
 
 def backward_pass(
-    fisher: "Fisher", cotangents: PyTree
+    fisher: "Fisher", cotangents: PyTree, *, max_size: int
 ) -> tuple[list[Layer], BackwardPass]:
     """The layers, and the statistics of their inputs and cotangents.
 
     Args:
       fisher: at which parameters, on which batch.
       cotangents: of the outputs.
+      max_size: longer a and δ have their squares summed, not their products.
     """
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(fisher.params)]
     layers: list[Layer] = []
@@ -97,7 +98,7 @@ def backward_pass(
         )
         found = _find_layers(program, shapes)
         layers[:] = [layer for layer, _ in found]
-        return _run(program, found, shapes, leaves)
+        return _run(program, found, shapes, leaves, max_size)
 
     def on_microbatch(data: PyTree) -> BackwardPass:
         batch, cotangents = data
@@ -114,13 +115,15 @@ def _run(
     found: list[tuple[Layer, OuterProducts]],
     shapes: list[tuple[int, ...]],
     leaves: list[Array],
+    max_size: int,
 ) -> BackwardPass:
     factors = [factor for _, products in found for factor in products.factors]
     gradients = list(program.jaxpr.outvars)
     summed_axes: list[tuple[int, ...]] = [()] * len(shapes)
-    for place, shape in enumerate(shapes):
-        total = _sum_over_examples(program, gradients[place])
-        if len(shape) == 1 and total is not None:
+    for place, gradient in enumerate(gradients):
+        total = _sum_over_examples(program, gradient)
+        # Numbers that are added up may be others than those of examples.
+        if total is not None and _num_terms(total) % len(leaves[0]) == 0:
             gradients[place] = total.invars[0]
             summed_axes[place] = total.params["axes"]
     values = iter(program.function([*factors, *gradients])(*leaves))
@@ -129,15 +132,11 @@ def _run(
     for _, products in found:
         a, delta = products.rows(next(values), next(values))
         num_terms = jnp.asarray(len(a), a.dtype)
-        sums.append(LayerSums(num_terms, jnp.sum(a, 0), _gram(a), _gram(delta)))
+        inputs, outputs = (_gram(x, max_size) for x in (a, delta))
+        sums.append(LayerSums(num_terms, jnp.sum(a, 0), inputs, outputs))
     squares = []
     for value, axes, shape in zip(values, summed_axes, shapes, strict=True):
-        square = mean_square(value)
-        if axes:
-            square = jnp.sum(square, axis=axes).reshape(shape)
-        elif shape:
-            square = jnp.broadcast_to(jnp.mean(square, axis=-1, keepdims=True), shape)
-        squares.append(square)
+        squares.append(jnp.sum(mean_square(value), axis=axes).reshape(shape))
     return BackwardPass(sums, squares)
 
 
@@ -175,6 +174,10 @@ def _sum_over_examples(program: Program, gradient: Any) -> Any:
     return total if is_sum and program.is_moving(gradient) else None
 
 
+def _num_terms(total: Any) -> int:
+    return total.invars[0].aval.size // total.outvars[0].aval.size
+
+
 def _source_of_bias(program: Program, gradient: Any) -> tuple[Any, list[Range]]:
     """What a gradient is the sum of, and which of its numbers each entry has."""
     total = _sum_over_examples(program, gradient)
@@ -193,6 +196,8 @@ def _kept(
     return source, join(one for axis in axes for one in layout[axis])
 
 
-def _gram(rows: Array) -> Array:
-    """Σ row rowᵀ; TF32, a default elsewhere, would leave it indefinite."""
+def _gram(rows: Array, max_size: int) -> Array:
+    """Σ row rowᵀ, or its diagonal; TF32, a default elsewhere, would spoil it."""
+    if rows.shape[1] > max_size:
+        return jnp.sum(rows**2, axis=0)
     return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)

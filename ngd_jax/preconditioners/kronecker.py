@@ -23,7 +23,10 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class _Averages(NamedTuple):
-    """Of a weight as a matrix: means of a aᵀ and a, and Σ δ δᵀ, for either side."""
+    """Of a weight as a matrix: means of a aᵀ and a, and Σ δ δᵀ, for either side.
+
+    Of a long side the diagonal, as a vector.
+    """
 
     rows: Array
     columns: Array
@@ -33,10 +36,17 @@ class _Averages(NamedTuple):
 class _Inverses(NamedTuple):
     """(rows + ε)⁻¹ and (columns + ε)⁻¹; that times a mean; and 1 + ε less its share."""
 
-    rows: Array
-    columns: Array
+    rows: "Array | _DiagonalInverse"
+    columns: "Array | _DiagonalInverse"
     solved_mean: Array
     rest: Array
+
+
+class _DiagonalInverse(NamedTuple):
+    """(diag(v) + ā āᵀ)⁻¹ = diag(d) - u uᵀ."""
+
+    diagonal: Array
+    along_mean: Array
 
 
 class KroneckerState(NamedTuple):
@@ -84,8 +94,10 @@ class Kronecker:
       decay: weight of what was before in the averages; they are plain means until
         1 / (1 - decay) batches are seen.
       refresh_every: steps from one inverse to the next.
-      max_size: weights with a longer side are left to the diagonal. A weight of m times
-        n numbers takes 2 (m² + n²) numbers in the state.
+      max_size: of longer a, A is their mean's ā āᵀ and their variances, and of longer
+        δ, G is its diagonal; a weight with two such sides is left to the diagonal of F.
+        A weight of m times n numbers takes 2 (m² + n²) numbers in the state, and m or n
+        in place of the square of a long side.
 
     Raises:
       ValueError, TypeError: on numbers out of range, and on what is not a typed key.
@@ -108,7 +120,7 @@ class Kronecker:
     key: KeyArray | None = None
     decay: float = 0.95
     refresh_every: int = 5
-    max_size: int = 4096
+    max_size: int = 2048
 
     def __post_init__(self) -> None:
         if self.key is not None:
@@ -151,21 +163,26 @@ class Kronecker:
     def _start(self, leaf: ArrayLike) -> tuple[Any, Any]:
         rows, columns = _sides(jnp.shape(leaf))
         is_real = not jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
-        if min(rows, columns) < 1 or max(rows, columns) > self.max_size or not is_real:
+        if not 1 <= min(rows, columns) <= self.max_size or not is_real:
             return (), ()
         dtype = tree.wide_dtype(leaf)
-        averages = _Averages(
-            jnp.zeros((rows, rows), dtype),
-            jnp.zeros((columns, columns), dtype),
-            jnp.zeros(rows, dtype),
-        )
+        mean = jnp.zeros(rows, dtype)
+        averages = _Averages(self._zero(rows, dtype), self._zero(columns, dtype), mean)
         inverses = _Inverses(
-            jnp.eye(rows, dtype=dtype),
-            jnp.eye(columns, dtype=dtype),
-            jnp.zeros(rows, dtype),
+            self._identity(rows, dtype),
+            self._identity(columns, dtype),
+            mean,
             jnp.ones((), dtype),
         )
         return averages, inverses
+
+    def _zero(self, size: int, dtype: Any) -> Array:
+        return jnp.zeros(size if size > self.max_size else (size, size), dtype)
+
+    def _identity(self, size: int, dtype: Any) -> Any:
+        if size > self.max_size:
+            return _DiagonalInverse(jnp.ones(size, dtype), jnp.zeros(size, dtype))
+        return jnp.eye(size, dtype=dtype)
 
     def _observe(
         self, fisher: Any, state: KroneckerState
@@ -175,7 +192,9 @@ class Kronecker:
         key = jax.random.key(0) if self.key is None else self.key
         key = jax.random.fold_in(key, state.num_batches)
         signs = random_like(jax.random.rademacher, key, coefficients)
-        found, passed = backward_pass(fisher, fisher.sqrt_cotangents(signs))
+        found, passed = backward_pass(
+            fisher, fisher.sqrt_cotangents(signs), max_size=self.max_size
+        )
 
         layers, averages = [], list(state.averages)
         count = state.num_batches + 1
@@ -204,11 +223,16 @@ class Kronecker:
 def _is_finite(passed: BackwardPass) -> Array:
     """Whether all of it is: a sum of squares is where what it is made of is."""
     diagonals = [
-        jnp.diagonal(matrix)
+        _diagonal(factor)
         for sums in passed.layers
-        for matrix in (sums.inputs, sums.outputs)
+        for factor in (sums.inputs, sums.outputs)
     ]
     return tree.all_finite((diagonals, passed.squares))
+
+
+def _diagonal(factor: Array) -> Array:
+    """Of a matrix, or of what is a diagonal already."""
+    return jnp.diagonal(factor) if factor.ndim == 2 else factor
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -229,9 +253,8 @@ def _averages(layer: Layer, sums: LayerSums) -> _Averages:
     if not layer.inputs_first:
         return _Averages(outputs, inputs, jnp.zeros(layer.num_outputs, outputs.dtype))
     mean = sums.input / sums.num_terms
-    return _Averages(
-        inputs, outputs, mean if _has_bias(layer) else jnp.zeros_like(mean)
-    )
+    is_used = _has_bias(layer) or inputs.ndim == 1
+    return _Averages(inputs, outputs, mean if is_used else jnp.zeros_like(mean))
 
 
 def _has_bias(layer: Layer) -> bool:
@@ -258,28 +281,41 @@ def _invert(
 def _inverses(averages: _Averages, damping: Scalar, has_bias: bool) -> _Inverses:
     rows, columns, mean = averages
     extent = len(rows) + has_bias
-    row_size = (jnp.trace(rows) + has_bias) / extent
-    column_size = jnp.trace(columns) / len(columns)
+    row_size = (jnp.sum(_diagonal(rows)) + has_bias) / extent
+    column_size = jnp.mean(_diagonal(columns))
     is_usable = (row_size > 0) & (column_size > 0)
     ratio = jnp.where(is_usable, row_size / jnp.where(is_usable, column_size, 1), 1)
     root, balance = jnp.sqrt(damping).astype(rows.dtype), jnp.sqrt(ratio)
     tiny = jnp.finfo(rows.dtype).eps
     on_rows = root * balance + tiny * extent * row_size
     on_columns = root / balance + tiny * len(columns) * column_size
-    inverse = _inverse(rows, on_rows)
-    solved_mean = _matmul(inverse, mean)
+    inverse = _inverse(rows, on_rows, mean)
+    solved_mean = _multiply(inverse, mean)
     return _Inverses(
         inverse,
-        _inverse(columns, on_columns),
+        _inverse(columns, on_columns, jnp.zeros(len(columns), columns.dtype)),
         solved_mean,
         1 + on_rows - _matmul(mean, solved_mean),
     )
 
 
-def _inverse(matrix: Array, shift: Scalar) -> Array:
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    factor = jax.scipy.linalg.cholesky(matrix + shift * identity, lower=True)
-    return jax.scipy.linalg.cho_solve((factor, True), identity)
+def _inverse(factor: Array, shift: Scalar, mean: Array) -> Any:
+    """(factor + shift)⁻¹, symmetric; the mean is of use to a long side alone."""
+    if factor.ndim == 1:
+        inverse = 1 / (jnp.maximum(factor - mean**2, 0) + shift)
+        image = inverse * mean
+        return _DiagonalInverse(inverse, image / jnp.sqrt(1 + jnp.vdot(mean, image)))
+    identity = jnp.eye(len(factor), dtype=factor.dtype)
+    root = jax.scipy.linalg.cholesky(factor + shift * identity, lower=True)
+    return jax.scipy.linalg.cho_solve((root, True), identity)
+
+
+def _multiply(inverse: Any, values: Array) -> Array:
+    """The inverse of a factor times a vector or the columns of a matrix."""
+    if not isinstance(inverse, _DiagonalInverse):
+        return _matmul(inverse, values)
+    diagonal, u = (x.reshape(-1, *(1,) * (values.ndim - 1)) for x in inverse)
+    return diagonal * values - u * jnp.sum(u * values, axis=0, keepdims=True)
 
 
 def _matvec(layers: list[Layer], state: KroneckerState, damping: Scalar) -> MatVec:
@@ -292,12 +328,12 @@ def _matvec(layers: list[Layer], state: KroneckerState, damping: Scalar) -> MatV
         for layer in layers:
             inverses = state.inverses[layer.weight]
             weight = leaves[layer.weight]
-            matrix = weight.reshape(len(inverses.rows), len(inverses.columns))
-            matrix = _matmul(matrix, inverses.columns)
-            image = _matmul(inverses.rows, matrix)
+            matrix = weight.reshape(len(inverses.solved_mean), -1)
+            matrix = _multiply(inverses.columns, matrix.T).T
+            image = _multiply(inverses.rows, matrix)
             if layer.bias is not None and _has_bias(layer):
                 # The inverse of [[A, ā], [āᵀ, 1]], bordered.
-                bias = _matmul(leaves[layer.bias], inverses.columns)
+                bias = _multiply(inverses.columns, leaves[layer.bias])
                 bias = (bias - _matmul(inverses.solved_mean, matrix)) / inverses.rest
                 image -= jnp.outer(inverses.solved_mean, bias)
                 images[layer.bias] = bias

@@ -97,7 +97,8 @@ def layers_of(model_fn, params, x, signs, options=()):
         fisher = ngd.linearize_fisher(
             model_fn, params, x, ngd.Categorical(), **dict(options)
         )
-        layers[:], passed = backward_pass(fisher, fisher.sqrt_cotangents(signs))
+        cotangents = fisher.sqrt_cotangents(signs)
+        layers[:], passed = backward_pass(fisher, cotangents, max_size=99)
         return passed
 
     passed = jax.jit(run)(params, x, signs)
@@ -141,10 +142,9 @@ def test_sums_are_those_of_single_examples(case, microbatch_size, x64, rng):
             np.testing.assert_allclose(sums.input, a_rows.sum(0), rtol=1e-9, atol=1e-9)
 
     for row, square in zip(rows, passed.squares, strict=True):
-        of_examples = (row**2).sum(0)
-        truth = (row.sum(0) ** 2).mean(-1, keepdims=True)
-        truth = of_examples if row.ndim == 2 else np.broadcast_to(truth, square.shape)
-        if microbatch_size is None or row.ndim == 2:
+        is_bias = row.shape[1:] in [(row.shape[-1],), (2, 3)]
+        truth = (row**2).sum(0) if is_bias else row.sum(0) ** 2
+        if microbatch_size is None or is_bias:
             np.testing.assert_allclose(square, truth, rtol=1e-9, atol=1e-14)
 
 
@@ -204,7 +204,7 @@ def test_a_bias_of_places_is_not_that_of_the_outputs(layer, output_axis, bias_ax
     def trace(params):
         fisher = ngd.linearize_fisher(model_fn, params, x, ngd.Gaussian())
         cotangents = fisher.sqrt_cotangents(jnp.ones((COUNT, 4, 4)))
-        layers[:], passed = backward_pass(fisher, cotangents)
+        layers[:], passed = backward_pass(fisher, cotangents, max_size=99)
         return passed
 
     jax.eval_shape(trace, params)
@@ -241,9 +241,23 @@ def test_what_is_no_single_product_is_no_layer(model_fn, x64, rng):
     assert layers == []
     rows = true_gradients(model_fn, params, x, signs)
     for row, square in zip(rows, passed.squares, strict=True):
-        truth = (row.sum(0) ** 2).mean(-1, keepdims=True)
-        truth = np.broadcast_to(truth, square.shape)
-        np.testing.assert_allclose(square, truth, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(square, row.sum(0) ** 2, rtol=1e-10, atol=1e-14)
+
+
+def test_squares_of_a_table_of_places_are_those_of_examples(x64, rng):
+    # Its gradient has two axes, and is a sum over examples all the same.
+    x = jnp.asarray(rng.normal(size=(COUNT, 3, 4)))
+    table = jnp.asarray(rng.normal(size=(3, 4)))
+    signs = jnp.asarray(rng.choice([-1.0, 1.0], size=(COUNT, 3, 4)))
+
+    def model_fn(table, x):
+        return x + table
+
+    layers, passed = layers_of(model_fn, table, x, signs)
+    assert layers == []
+    (row,) = true_gradients(model_fn, table, x, signs)
+    (square,) = passed.squares
+    np.testing.assert_allclose(square, (row**2).sum(0), rtol=1e-10, atol=1e-14)
 
 
 def test_biases_of_equal_size_go_with_their_own_weights(x64, rng):

@@ -52,20 +52,31 @@ def test_one_layer_with_one_output_is_solved_exactly(dtype, rng):
     np.testing.assert_allclose(inverse @ fisher, np.eye(6), atol=rtol)
 
 
-def test_damped_factors_are_the_formula(dtype, rng):
-    params, x = line_problem(rng, dtype, 3)
-    inverse, state = inverse_on_line(params, x, 0.1)
+@pytest.mark.parametrize(
+    ("num_outputs", "max_size"), [(3, 9), (3, 4), (6, 5)], ids=["", "long a", "long δ"]
+)
+def test_damped_factors_are_the_formula(num_outputs, max_size, dtype, rng):
+    params, x = line_problem(rng, dtype, num_outputs)
+    inverse, state = inverse_on_line(params, x, 0.1, max_size=max_size)
     extended = np.concatenate([np.ones((COUNT, 1)), np.asarray(x, float)], axis=1)
     a = extended.T @ extended / COUNT
+    if max_size < 5:
+        mean = extended.mean(0)
+        a = np.outer(mean, mean) + np.diag(extended.var(0))
     (averages,) = [one for one in state.averages if one != ()]
     g = np.asarray(averages.columns, float)
-    np.testing.assert_allclose(np.diag(g), np.ones(3), rtol=1e-5)  # signs are signs
-    pi = np.sqrt(np.trace(a) / 6 / (np.trace(g) / 3))
+    if max_size < num_outputs:
+        g = np.diag(g)
+    assert g.shape == (num_outputs, num_outputs)
+    np.testing.assert_allclose(np.diag(g), 1.0, rtol=1e-5)  # signs are signs
+    pi = np.sqrt(np.trace(a) / 6 / (np.trace(g) / num_outputs))
     damped = np.kron(
-        a + pi * np.sqrt(0.1) * np.eye(6), g + np.sqrt(0.1) / pi * np.eye(3)
+        a + pi * np.sqrt(0.1) * np.eye(6), g + np.sqrt(0.1) / pi * np.eye(num_outputs)
     )
     tolerance = 1e-4 if dtype == "float32" else 1e-10
-    np.testing.assert_allclose(inverse @ damped, np.eye(18), atol=tolerance)
+    np.testing.assert_allclose(
+        inverse @ damped, np.eye(6 * num_outputs), atol=tolerance
+    )
 
 
 def test_an_average_over_many_batches_is_the_mean_fisher_of_a_layer(x64, rng):
