@@ -49,7 +49,8 @@ class CGConfig:
       max_steps: steps at most, each one Fisher-vector product.
       rtol: stop once the residual is this fraction of the gradient.
       preconditioner: "none", "jacobi" (the diagonal), "nystrom" (a sketch of F) or
-        "kronecker" (factored blocks of dense layers, averaged over steps).
+        "kronecker" (factored blocks of dense layers and convolutions, averaged over
+        steps).
       refresh_every: steps for which the preconditioner is kept.
       rank: vectors of the sketch.
       decay: of kronecker: weight of the past in its averages.
