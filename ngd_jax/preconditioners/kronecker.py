@@ -149,7 +149,7 @@ class Kronecker:
         dtype = tree.accumulator_dtype(state.diagonal)
         damping = jnp.asarray(damping).astype(dtype)
         state = jax.lax.cond(
-            state.age >= self.refresh_every,
+            (state.age >= self.refresh_every) & (state.num_batches > 0),
             lambda state: _invert(layers, state, damping),
             lambda state: state._replace(age=state.age + 1),
             state,
@@ -320,7 +320,8 @@ def _multiply(inverse: Any, values: Array) -> Array:
 
 def _matvec(layers: list[Layer], state: KroneckerState, damping: Scalar) -> MatVec:
     diagonals, structure = jax.tree.flatten(state.diagonal)
-    scales = [_damped(diagonal, damping) for diagonal in diagonals]
+    is_seen = state.num_batches > 0
+    scales = [jnp.where(is_seen, _damped(one, damping), 1) for one in diagonals]
 
     def matvec(vector: PyTree) -> PyTree:
         leaves = jax.tree.leaves(tree.widen(vector))

@@ -69,7 +69,7 @@ def _is_spec(x):
     return isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], bool)
 
 
-@pytest.mark.parametrize("make", BUILT_WHOLE.values(), ids=BUILT_WHOLE)
+@EVERY_KIND
 def test_before_anything_is_built_m_is_the_identity(make, rng):
     params, x, _ = network_problem(rng, "float32")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
