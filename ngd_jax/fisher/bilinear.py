@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
-from ngd_jax.fisher.programs import Program
+from ngd_jax.fisher.programs import Program, join
 from ngd_jax.types import Array
 
 __all__ = ["OuterProducts", "outer_products"]
@@ -74,7 +74,7 @@ def _of_matrices(
     ]
     m, n = sizes[still], sizes[1 - still]
     # What comes out counts what is free of its left factor by its first axes.
-    is_in_order = _is_in_order(program, gradient, sizes[0])
+    is_in_order = _is_in_order(program, gradient, *sizes)
     if is_in_order is None:
         return None
     inputs_first = is_in_order == (still == 0)
@@ -94,35 +94,18 @@ def _of_matrices(
     return OuterProducts(factors, rows, m, n, outputs, inputs_first)
 
 
-def _is_in_order(program: Program, variable: Any, rows: int) -> bool | None:
-    """Whether a matrix is still as it came out of the product that made it.
-
-    Args:
-      program: where it is from.
-      variable: the matrix.
-      rows: how many it had then.
-
-    Returns:
-      False where it is transposed; None where something else happened to its axes.
-    """
-    operation = program.source(variable)
-    if operation.primitive.name == "dot_general":
+def _is_in_order(
+    program: Program, gradient: Any, rows: int, columns: int
+) -> bool | None:
+    """Whether a matrix is as it came out of its product; None where it is torn."""
+    source, axes = program.layout(gradient)
+    if source is not program.before_layout(gradient):
+        return None
+    order = join(one for axis in axes for one in axis)
+    by_rows, by_columns = (rows, columns), (columns, 1)
+    if order == join([by_rows, by_columns]):
         return True
-    before = _is_in_order(program, operation.invars[0], rows)
-    if before is None or operation.primitive.name != "transpose":
-        return before
-    shape = operation.invars[0].aval.shape
-    axes = [axis for axis in operation.params["permutation"] if shape[axis] > 1]
-    first = rows if before else math.prod(shape) // rows
-    order = sorted(axes)
-    for k in range(len(order)):
-        if axes != order[k:] + order[:k]:
-            continue
-        if k == 0:
-            return before
-        if math.prod(shape[axis] for axis in order[:k]) == first:
-            return not before
-    return before if not order else None
+    return False if order == join([by_columns, by_rows]) else None
 
 
 def _of_images(program: Program, gradient: Any, operation: Any) -> OuterProducts | None:
