@@ -61,6 +61,10 @@ def size(tree: PyTree) -> int:
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
+# Below this many entries a leaf is not worth a kernel of its own.
+_SMALL = 2**16
+
+
 def vdot(a: PyTree, b: PyTree) -> Scalar:
     """Re Σ conj(a) b over all leaves, accumulated in float32 or wider.
 
@@ -78,15 +82,19 @@ def vdot(a: PyTree, b: PyTree) -> Scalar:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         wide = jnp.promote_types(wide_dtype(x), wide_dtype(y))
         x, y = jnp.asarray(x, wide), jnp.asarray(y, wide)
-        axes = tuple(range(x.ndim))
-        # One contraction, where a sum of products would be four kernels on CPU; and
-        # over all axes, since flattening would move the data of a sharded array.
-        product = jax.lax.dot_general(
-            jnp.conj(x),
-            y,
-            ((axes, axes), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        x = jnp.conj(x)
+        # Over all axes, since flattening would move the data of a sharded array. A sum
+        # into one number waits on a CPU for each addition before the next: long ones
+        # go by columns, which the compiler must not merge again. Short ones are one
+        # contraction, which is less to compile.
+        if x.ndim > 1 and x.size >= _SMALL:
+            columns = jnp.sum(x * y, axis=tuple(range(x.ndim - 1)))
+            product = jnp.sum(jax.lax.optimization_barrier(columns))
+        else:
+            axes = tuple(range(x.ndim))
+            precision = jax.lax.Precision.HIGHEST
+            dimensions = ((axes, axes), ((), ()))
+            product = jax.lax.dot_general(x, y, dimensions, precision=precision)
         total += jnp.real(product).astype(dtype)
     return total
 
@@ -96,10 +104,6 @@ def norm(x: PyTree) -> Scalar:
     square = vdot(x, x)
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
-
-
-# Below this many entries a leaf is not worth a kernel of its own.
-_SMALL = 2**16
 
 
 def pack(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
