@@ -57,7 +57,7 @@ CONSTRUCTION = {
         "`targets_fn` is for kind='empirical' only",
     ),
     "loss for constant damping": (
-        {"output_loss_fn": lambda *_: 0.0},
+        {"output_loss_fn": lambda *_: 0.0, "solver": ngd.CG()},
         "`output_loss_fn` is for damping=LevenbergMarquardt",
     ),
     "unknown keyword": ({"lr": 0.1}, "lr"),

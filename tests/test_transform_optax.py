@@ -209,11 +209,15 @@ def test_hyperparameters_can_be_read_and_changed():
     assert update._cache_size() == 1
 
 
-def test_map_params_reaches_the_directions_only():
+def test_map_params_reaches_what_is_shaped_like_parameters():
     state = TX.init(PARAMS)
     mapped = optax.tree.map_params(TX, lambda x: x + 1, state)
-    assert_same(mapped.direction, jax.tree.map(jnp.ones_like, PARAMS))
-    assert_same(mapped._replace(direction=state.direction), state)
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    assert_same(mapped.direction, ones)
+    assert_same(mapped.solver_state.diagonal, ones)
+    of_solver = mapped.solver_state._replace(diagonal=state.solver_state.diagonal)
+    rest = mapped._replace(direction=state.direction, solver_state=of_solver)
+    assert_same(rest, state)
 
 
 @pytest.mark.parametrize("params", [{}, None, (), {"a": {}}])
@@ -221,6 +225,15 @@ def test_init_survives_a_tree_without_leaves(params):
     state = TX.init(params)
     assert state.count == 0
     assert not jax.tree.leaves(state.direction)
+
+
+def test_updates_of_a_tree_without_leaves():
+    tx = ngd.natural_gradient(
+        1.0, lambda _, batch: batch["x"], ngd.Gaussian(), max_kl=0.1
+    )
+    updates, state = jax.jit(tx.update)({}, tx.init({}), {}, batch=BATCH)
+    assert updates == {}
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init({}))
 
 
 # --- JAX transformations.

@@ -64,8 +64,8 @@ class KroneckerState(NamedTuple):
     num_batches: Array
     age: Array
     diagonal: PyTree
-    averages: tuple[Any, ...]
-    inverses: tuple[Any, ...]
+    averages: PyTree
+    inverses: PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Kronecker:
 
     The factors are averages over the batches of many steps, so that M knows of more
     examples than the F of this batch. They cost a backward pass and the products a aᵀ
-    and δ δᵀ at every step, an inverse of each every `refresh_every` steps. With it, one
+    and δ δᵀ at every step, an inverse of each at some of them. With it, one
     to three steps of CG do: `CG(max_steps=1, preconditioner=Kronecker())` is K-FAC
     with the exact length along its direction.
 
@@ -93,7 +93,8 @@ class Kronecker:
         in the data.
       decay: weight of what was before in the averages; they are plain means until
         1 / (1 - decay) batches are seen.
-      refresh_every: steps from one inverse to the next.
+      refresh_every: steps from one inverse to the next, at most: in the beginning there
+        is one after batch 1, 2, 3, 5, 8, 12, each time half as many have come in again.
       max_size: of longer a, A is their mean's ā āᵀ and their variances, and of longer
         δ, G is its diagonal; a weight with two such sides is left to the diagonal of F.
         A weight of m times n numbers takes 2 (m² + n²) numbers in the state, and m or n
@@ -133,23 +134,33 @@ class Kronecker:
     def init(self, params: Params) -> KroneckerState:
         """The state before anything is built, with which M = I."""
         leaves = [self._start(leaf) for leaf in jax.tree.leaves(params)]
+        # `optax.tree.map_params` takes what this makes of no parameters for a prefix of
+        # every state: a leaf there stands for all that is not shaped like them.
+        averages, inverses = (
+            zip(*leaves, strict=True) if leaves else [jnp.zeros(())] * 2
+        )
         return KroneckerState(
             num_batches=jnp.zeros((), jnp.int32),
             age=jnp.asarray(self.refresh_every, jnp.int32),
             diagonal=jax.tree.map(_real_zeros, params),
-            averages=tuple(averages for averages, _ in leaves),
-            inverses=tuple(inverses for _, inverses in leaves),
+            averages=averages,
+            inverses=inverses,
         )
 
     def prepare(
         self, fisher: Any, state: KroneckerState, damping: ArrayLike
     ) -> tuple[MatVec, KroneckerState]:
         """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
+        if not jax.tree.leaves(state.diagonal):
+            return lambda vector: vector, state
         layers, state = self._observe(fisher, state)
         dtype = tree.accumulator_dtype(state.diagonal)
         damping = jnp.asarray(damping).astype(dtype)
+        # While the averages are young, half as many batches again change them a lot.
+        half = (state.num_batches - state.age + 1) // 2
         state = jax.lax.cond(
-            (state.age >= self.refresh_every) & (state.num_batches > 0),
+            (state.age >= jnp.minimum(half, self.refresh_every))
+            & (state.num_batches > 0),
             lambda state: _invert(layers, state, damping),
             lambda state: state._replace(age=state.age + 1),
             state,

@@ -207,7 +207,7 @@ class Auto(StatefulSolver):
         samples = self.solve_cost + factor * sizes.samples**3 + gram
 
         costs: dict[Solver, float] = {}
-        if sizes.params**2 * sizes.itemsize <= self.memory:
+        if 0 < sizes.params**2 * sizes.itemsize <= self.memory:
             costs[self.cholesky] = cholesky
         if sizes.has_rows and sizes.samples**2 * sizes.itemsize <= self.memory:
             costs[self.sample_space] = samples
@@ -275,5 +275,5 @@ def _sizes(fisher: Any) -> _Sizes:
         samples=sum(rows.values()),
         params=num_params,
         itemsize=itemsize,
-        has_rows=is_cut and 2 * largest * num_params * itemsize <= MEMORY,
+        has_rows=is_cut and 0 < 2 * largest * num_params * itemsize <= MEMORY,
     )

@@ -7,8 +7,9 @@ import optax
 from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.fisher import Kind
 from ngd_jax.likelihoods import Likelihood
+from ngd_jax.preconditioners import Kronecker
 from ngd_jax.relative_radius import RelativeRadius
-from ngd_jax.solvers import CG, Solver
+from ngd_jax.solvers import CG, Auto, Solver
 from ngd_jax.transform.step import Damping, NaturalGradientStep, Radius, Rate
 from ngd_jax.types import (
     Batch,
@@ -22,6 +23,10 @@ from ngd_jax.types import (
 
 __all__ = ["natural_gradient", "scale_by_natural_gradient"]
 
+# Exact where that costs little, as on small models and small batches; on networks, more
+# steps of CG fit the batch and not what its factors know of those before.
+_SOLVER = Auto(cg=CG(max_steps=3, preconditioner=Kronecker()))
+
 
 def natural_gradient(
     learning_rate: Rate,
@@ -30,7 +35,7 @@ def natural_gradient(
     *,
     max_kl: Radius = None,
     damping: Damping = 1e-3,
-    solver: Solver = CG(),
+    solver: Solver = _SOLVER,
     kind: Kind = "exact",
     momentum: ScalarOrSchedule = 0.0,
     warm_start: ScalarOrSchedule = 0.0,
@@ -74,7 +79,10 @@ def natural_gradient(
         `RelativeDamping`, `LevenbergMarquardt`, or a `CovariantDamping` around one of
         them. F is singular for most networks, so 0 is for special cases.
       solver: `CG`, `SampleSpace`, `LSMR`, `SVD`, `DampingSearch`, `Cholesky`, `Auto`,
-        `Lineax` or any `Solver`.
+        `Lineax` or any `Solver`. The default solves exactly where that costs about as
+        much as a dozen gradients, or less, and else takes three steps of CG with
+        Kronecker factors, which the state keeps:
+        `Auto(cg=CG(3, preconditioner=Kronecker()))`. `CG()` has no state.
       kind: "exact", "sampled" (needs `key`) or "empirical" (needs `targets_fn`); see
         `linearize_fisher`.
       momentum: proximal momentum μ in [0, 1): (F + λI) d = g + λ μ d_previous, started
@@ -171,7 +179,7 @@ def scale_by_natural_gradient(
     *,
     max_kl: Radius = None,
     damping: Damping = 1e-3,
-    solver: Solver = CG(),
+    solver: Solver = _SOLVER,
     kind: Kind = "exact",
     momentum: ScalarOrSchedule = 0.0,
     warm_start: ScalarOrSchedule = 0.0,

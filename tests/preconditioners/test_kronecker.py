@@ -105,7 +105,7 @@ def test_an_average_over_many_batches_is_the_mean_fisher_of_a_layer(x64, rng):
 
 def test_old_batches_are_forgotten_at_the_rate_of_the_decay(x64, rng):
     params, x = line_problem(rng, "float64", 1)
-    kronecker = ngd.Kronecker(KEY, decay=0.75, refresh_every=3)
+    kronecker = ngd.Kronecker(KEY, decay=0.75)
     scales = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 
     def step(state, scale):
@@ -123,11 +123,37 @@ def test_old_batches_are_forgotten_at_the_rate_of_the_decay(x64, rng):
         expected.append(mean)
     size = np.asarray(x.T @ x / COUNT)
     np.testing.assert_allclose(averages.rows[:, 0, 0], np.array(expected) * size[0, 0])
-    # Inverses are those of steps 1 and 4.
-    (inverses,) = [one for one in states.inverses if one != ()]
-    changes = np.abs(np.diff(inverses.rows, axis=0)).max((1, 2)) > 0
-    np.testing.assert_array_equal(changes, [False, False, True, False, False])
-    np.testing.assert_array_equal(states.age, [1, 2, 3, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("refresh_every", "expected"),
+    [
+        (1, list(range(1, 21))),
+        (2, [1, 2, 3, 5, 7, 9, 11, 13, 15, 17, 19]),
+        (5, [1, 2, 3, 5, 8, 12, 17]),
+        (100, [1, 2, 3, 5, 8, 12, 18]),
+    ],
+)
+def test_inverses_come_when_the_averages_have_changed(refresh_every, expected, rng):
+    params, x = line_problem(rng, "float32", 1)
+    kronecker = ngd.Kronecker(KEY, refresh_every=refresh_every)
+
+    def step(state, scale):
+        fisher = ngd.linearize_fisher(line, params, scale * x, ngd.Gaussian())
+        state = kronecker.prepare(fisher, state, 0.1)[1]
+        return state, state
+
+    run = jax.jit(lambda state, scales: jax.lax.scan(step, state, scales)[1])
+    start = kronecker.init(params)
+    states = run(start, jnp.linspace(1, 2, 20))
+    np.testing.assert_array_equal(1 + np.flatnonzero(states.age == 1), expected)
+    old, new = (
+        next(one.rows for one in state.inverses if one != ())
+        for state in (start, states)
+    )
+    changes = np.diff(np.concatenate([old[None], new]), axis=0)
+    has_changed = np.abs(changes).max((1, 2)) > 0
+    np.testing.assert_array_equal(1 + np.flatnonzero(has_changed), expected)
 
 
 @pytest.mark.parametrize("max_size", [2, 4096])
