@@ -32,6 +32,7 @@ __all__ = [
     "NaturalGradientConfig",
     "PPOConfig",
     "make_optimizer",
+    "make_solver",
     "read_step_info",
 ]
 
@@ -96,7 +97,8 @@ class NaturalGradientConfig:
       metric_examples: the metric is that of the first so many examples of a batch;
         null for all.
       microbatch_size: examples in memory at once; null for all.
-      solver: "cg", "lsmr", "svd", "sample_space", "cholesky", "auto", or
+      solver: "cg", "lsmr", "svd", "sample_space", "cholesky", "auto";
+        "approximate_inverse", which takes the preconditioner of cg for the metric; or
         "damping_search", which finds λ by itself: `damping` is the least.
       cg: settings of cg, which auto falls back on.
       lsmr: settings of lsmr.
@@ -123,7 +125,14 @@ class NaturalGradientConfig:
     solver: Annotated[
         str,
         one_of(
-            "cg", "lsmr", "svd", "sample_space", "cholesky", "auto", "damping_search"
+            "cg",
+            "approximate_inverse",
+            "lsmr",
+            "svd",
+            "sample_space",
+            "cholesky",
+            "auto",
+            "damping_search",
         ),
     ]
     cg: CGConfig
@@ -302,7 +311,7 @@ def _make_natural_gradient(
     config: NaturalGradientConfig, task: Task
 ) -> optax.GradientTransformationExtraArgs:
     damping = _make_damping(config)
-    solver = _make_solver(config)
+    solver = make_solver(config)
     metric_batch_fn = None
     if config.metric_examples is not None:
         metric_batch_fn = functools.partial(_first_examples, config.metric_examples)
@@ -373,11 +382,19 @@ def _make_damping(
     return ngd.LevenbergMarquardt(initial=config.damping)
 
 
-def _make_solver(config: NaturalGradientConfig) -> ngd.Solver:
-    if config.solver not in ("cg", "auto") and config.cg.preconditioner != "none":
+def make_solver(config: NaturalGradientConfig) -> ngd.Solver:
+    """Builds the solver that `config.solver` names.
+
+    Raises:
+      ConfigError: for a setting that this solver has no use for, or that it lacks.
+    """
+    preconditioner = _make_preconditioner(config.cg)
+    has_use = config.solver in ("cg", "auto", "approximate_inverse")
+    if not has_use and preconditioner is not None:
         raise ConfigError(
-            f"`optimizer.cg.preconditioner` is for optimizer.solver=cg or auto: got "
-            f"preconditioner={config.cg.preconditioner} with solver={config.solver}."
+            f"`optimizer.cg.preconditioner` is for optimizer.solver=cg, auto or "
+            f"approximate_inverse: got preconditioner={config.cg.preconditioner} with "
+            f"solver={config.solver}."
         )
     if config.solver != "svd" and config.rcond is not None:
         raise ConfigError(
@@ -392,7 +409,16 @@ def _make_solver(config: NaturalGradientConfig) -> ngd.Solver:
         )
     match config.solver:
         case "cg":
-            return _make_cg(config.cg)
+            return ngd.CG(config.cg.max_steps, config.cg.rtol, preconditioner)
+        case "approximate_inverse":
+            if preconditioner is None:
+                raise ConfigError(
+                    "`optimizer.solver=approximate_inverse` needs a preconditioner, as "
+                    "in optimizer.cg.preconditioner=kronecker."
+                )
+            # The other rule finds the length by itself.
+            is_exact = config.rate_rule == "constant"
+            return ngd.ApproximateInverse(preconditioner, exact_length=is_exact)
         case "lsmr":
             return ngd.LSMR(max_steps=config.lsmr.max_steps, rtol=config.lsmr.rtol)
         case "svd":
@@ -404,23 +430,25 @@ def _make_solver(config: NaturalGradientConfig) -> ngd.Solver:
         case "cholesky":
             return ngd.Cholesky()
         case _:
-            return ngd.Auto(cg=_make_cg(config.cg))
+            cg = ngd.CG(config.cg.max_steps, config.cg.rtol, preconditioner)
+            return ngd.Auto(cg=cg)
 
 
-def _make_cg(config: CGConfig) -> ngd.CG:
-    preconditioner = None
-    if config.preconditioner == "jacobi":
-        preconditioner = ngd.Jacobi(refresh_every=config.refresh_every)
-    elif config.preconditioner == "nystrom":
-        # All that the sketch asks of chance is to be no special direction.
-        preconditioner = ngd.Nystrom(
-            rank=config.rank, key=jax.random.key(0), refresh_every=config.refresh_every
-        )
-    elif config.preconditioner == "kronecker":
-        preconditioner = ngd.Kronecker(
-            decay=config.decay, refresh_every=config.refresh_every
-        )
-    return ngd.CG(config.max_steps, config.rtol, preconditioner)
+def _make_preconditioner(config: CGConfig) -> ngd.Preconditioner | None:
+    match config.preconditioner:
+        case "jacobi":
+            return ngd.Jacobi(refresh_every=config.refresh_every)
+        case "nystrom":
+            # All that the sketch asks of chance is to be no special direction.
+            return ngd.Nystrom(
+                rank=config.rank,
+                key=jax.random.key(0),
+                refresh_every=config.refresh_every,
+            )
+        case "kronecker":
+            return ngd.Kronecker(decay=config.decay, refresh_every=config.refresh_every)
+        case _:
+            return None
 
 
 def read_step_info(opt_state: PyTree) -> dict[str, jax.Array]:

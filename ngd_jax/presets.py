@@ -16,7 +16,7 @@ from ngd_jax.acceptance import SufficientDecrease
 from ngd_jax.damping import LevenbergMarquardt
 from ngd_jax.preconditioners import Jacobi, Kronecker
 from ngd_jax.quadratic_model import QuadraticModelRate
-from ngd_jax.solvers import CG
+from ngd_jax.solvers import CG, ApproximateInverse
 from ngd_jax.types import Batch, KeyArray
 
 __all__ = ["hessian_free", "kfac", "pascanu_bengio", "trpo"]
@@ -97,7 +97,7 @@ def kfac(key: KeyArray | None = None) -> dict[str, Any]:
         "damping": LevenbergMarquardt(
             initial=150.0, increase=1 / decay, decrease=decay, every=5
         ),
-        "solver": CG(max_steps=1, rtol=0.0, preconditioner=Kronecker(key)),
+        "solver": ApproximateInverse(Kronecker(key), exact_length=False),
     }
 
 

@@ -21,7 +21,7 @@ __all__ = ["QuadraticModelRate", "minimize_quadratic_model"]
 class QuadraticModelRate:
     """As `learning_rate`: rate and momentum that minimise the quadratic model.
 
-    Costs two more products with the square root of F (one `jvp` each).
+    Costs two more `jvp`s of the model.
 
     Attributes:
       momentum: whether the last step is the second variable; else the rate alone.
@@ -40,20 +40,25 @@ class QuadraticModelRate:
 
 
 def minimize_quadratic_model(
-    sqrt_matvec: Callable[[PyTree], PyTree],
+    image_fn: Callable[[PyTree], PyTree],
     gradient: PyTree,
     direction: PyTree,
     previous: PyTree | None,
     damping: ArrayLike,
-) -> PyTree:
-    """The D = α d + β p that minimises ½ Dᵀ(AᵀA + λI) D - gᵀD.
+    *,
+    image: PyTree | None = None,
+    inner: Callable[[PyTree, PyTree], Scalar] = tree.vdot,
+) -> tuple[PyTree, PyTree]:
+    """The D = α d + β p that minimises ½ ⟨J D, J D⟩ + ½ λ DᵀD - gᵀD, and J D.
 
     Args:
-      sqrt_matvec: v -> A v, with F = AᵀA.
+      image_fn: v -> J v.
       gradient: g.
       direction: d.
       previous: p, or None for D = α d. Where it adds nothing to d, β is 0.
       damping: λ.
+      image: J d, if it is known.
+      inner: ⟨·, ·⟩ of images, with ⟨J v, J v⟩ = vᵀFv.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,13 +68,13 @@ def minimize_quadratic_model(
       ...     jnp.array([1.0, 0.0]),
       ...     jnp.array([1.0, 1.0]),
       ...     damping=1.0,
-      ... )
+      ... )[0]
       Array([1., 2.], dtype=float32)
     """
     eps = float(jnp.finfo(tree.accumulator_dtype(gradient)).eps)
 
     def form(vector: PyTree, image: PyTree) -> Scalar:
-        return tree.vdot(image, image) + damping * tree.vdot(vector, vector)
+        return inner(image, image) + damping * tree.vdot(vector, vector)
 
     def multiple(vector: PyTree, curvature: Scalar, usable: ArrayLike) -> Scalar:
         usable &= curvature > 0
@@ -77,23 +82,24 @@ def minimize_quadratic_model(
         return jnp.where(usable, slope / jnp.where(usable, curvature, 1.0), 0.0)
 
     # Both in units of their largest entry: squares could over- or underflow.
-    d = _in_units(direction)
-    image = sqrt_matvec(d)
+    d, unit, _ = tree.in_units(direction)
+    image = tree.widen(image_fn(d)) if image is None else tree.divide(image, unit)
     curvature = form(d, image)
-    combined = tree.scale(multiple(d, curvature, usable=True), d)
+    rate = multiple(d, curvature, usable=True)
+    combined, combined_image = tree.scale(rate, d), tree.scale(rate, image)
     if previous is None:
-        return combined
-    p = _in_units(previous)
-    p_image = sqrt_matvec(p)
+        return combined, combined_image
+    p, _, _ = tree.in_units(previous)
+    p_image = tree.widen(image_fn(p))
     p_curvature = form(p, p_image)
     # What is left of p after d, as vectors: differences of curvatures would lose it.
-    overlap = tree.vdot(image, p_image) + damping * tree.vdot(d, p)
+    overlap = inner(image, p_image) + damping * tree.vdot(d, p)
     share = -jnp.where(curvature > 0, overlap / curvature, 0.0)
-    rest = tree.axpy(share, d, p)
-    rest_curvature = form(rest, tree.axpy(share, image, p_image))
+    rest, rest_image = tree.axpy(share, d, p), tree.axpy(share, image, p_image)
+    rest_curvature = form(rest, rest_image)
     is_new = rest_curvature > (100 * eps) ** 2 * p_curvature
-    return tree.axpy(multiple(rest, rest_curvature, is_new), rest, combined)
-
-
-def _in_units(vector: PyTree) -> PyTree:
-    return tree.divide(vector, tree.usable_unit(tree.max_abs(vector)))
+    rest_rate = multiple(rest, rest_curvature, is_new)
+    return (
+        tree.axpy(rest_rate, rest, combined),
+        tree.axpy(rest_rate, rest_image, combined_image),
+    )

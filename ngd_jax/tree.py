@@ -20,6 +20,7 @@ __all__ = [
     "check_like",
     "check_parameters",
     "divide",
+    "in_units",
     "max_abs",
     "norm",
     "pack",
@@ -206,6 +207,19 @@ def usable_unit(largest: Scalar) -> Scalar:
     """
     info = jnp.finfo(largest.dtype)
     return jnp.clip(largest, float(info.tiny) ** 0.8, float(info.max) ** 0.8)
+
+
+def in_units(vector: PyTree) -> tuple[PyTree, Scalar, Scalar]:
+    """A vector in units of its largest entry, whose square cannot over- or underflow.
+
+    Returns:
+      vector / unit, the unit, and the largest entry, which is the unit where that is
+      fit to divide by.
+    """
+    packed, unpack = pack(vector)
+    largest = max_abs(packed)
+    unit = usable_unit(largest)
+    return unpack(divide(packed, unit)), unit, largest
 
 
 def _real_like(dtype: jnp.dtype) -> jnp.dtype:

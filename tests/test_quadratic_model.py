@@ -25,7 +25,7 @@ def _problem(seed, dtype, *, scale=1.0):
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), damping=st.floats(0, 10))
 def test_it_is_the_minimum_over_the_plane(dtype, scale, seed, damping):
     root, g, d, p = _problem(seed, dtype, scale=scale)
-    found = minimize_quadratic_model(lambda v: root @ v, g, d, p, damping)
+    found, _ = minimize_quadratic_model(lambda v: root @ v, g, d, p, damping)
     root, g, d, p = (np.asarray(x, np.float64) for x in (root, g, d, p))
     curvature = root.T @ root + damping * np.eye(SIZE)
     plane = np.stack([d, p], 1)
@@ -40,7 +40,7 @@ def test_it_is_the_minimum_over_the_plane(dtype, scale, seed, damping):
 def test_without_a_second_direction_it_is_the_minimum_along_the_first(dtype, previous):
     root, g, d, _ = _problem(0, dtype)
     p = {"none": None, "zero": jnp.zeros_like(d), "parallel": -3 * d}[previous]
-    found = minimize_quadratic_model(lambda v: root @ v, g, d, p, 0.1)
+    found, _ = minimize_quadratic_model(lambda v: root @ v, g, d, p, 0.1)
     curvature = np.asarray(root.T @ root, np.float64) + 0.1 * np.eye(SIZE)
     d, g = np.asarray(d, np.float64), np.asarray(g, np.float64)
     best = (d @ g) / (d @ curvature @ d) * d
@@ -50,7 +50,7 @@ def test_without_a_second_direction_it_is_the_minimum_along_the_first(dtype, pre
 def test_a_zero_direction_gives_a_zero_step(dtype):
     root, g, d, _ = _problem(0, dtype)
     zero = jnp.zeros_like(d)
-    found = minimize_quadratic_model(lambda v: root @ v, g, zero, zero, 0.0)
+    found, _ = minimize_quadratic_model(lambda v: root @ v, g, zero, zero, 0.0)
     np.testing.assert_array_equal(found, zero)
 
 

@@ -104,6 +104,54 @@ def test_update_equals_the_damped_dense_solve(solver, x64):
     )
 
 
+PREDICTIONS = {
+    "one step of cg": {"solver": ngd.CG(1, rtol=0.0)},
+    "three steps, by auto": {"solver": ngd.Auto(cg=ngd.CG(3), exactness=0.0)},
+    "converged": {"solver": ngd.CG(40, rtol=1e-10)},
+    "with residuals replaced": {"solver": ngd.CG(120, rtol=1e-12)},
+    "to the end": {"solver": ngd.CG(120, rtol=0.0)},
+    "momentum": {"solver": ngd.CG(3), "momentum": 0.9},
+    "warm start": {"solver": ngd.CG(3), "warm_start": 0.9},
+    "backtracking": {"solver": ngd.CG(9, rtol=0.0, backtracking=True)},
+    "lsmr": {"solver": ngd.LSMR(5), "momentum": 0.9},
+    "quadratic model": {"rate": ngd.QuadraticModelRate(), "solver": ngd.CG(2)},
+    "approximate inverse": {
+        "solver": ngd.ApproximateInverse(ngd.Jacobi()),
+        "momentum": 0.9,
+    },
+    "its direction": {
+        "rate": ngd.QuadraticModelRate(),
+        "solver": ngd.ApproximateInverse(ngd.Jacobi(), exact_length=False),
+    },
+    "microbatches": {"solver": ngd.CG(3), "momentum": 0.9, "microbatch_size": 5},
+}
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_predicted_kl_is_that_of_the_update(name, x64):
+    """Whoever comes by J d: the form of the update with F by enumeration."""
+    params, batch = make_problem(dtype=jnp.float64)
+    options = {"rate": 0.3, "momentum": 0.0} | PREDICTIONS[name]
+    rate = options.pop("rate")
+    tx = ngd.natural_gradient(
+        rate, model_fn, ngd.Categorical(), max_kl=0.02, damping=1e-3, **options
+    )
+    update_fn = jax.jit(
+        lambda grads, state, params: tx.update(
+            grads, state, params, batch=batch, value_fn=wide_loss_fn
+        )
+    )
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = update_fn(grad_fn(params, batch), state, params)
+        update = flat(updates)
+        expected = update @ dense_fisher(params, batch) @ update / 2
+        assert state.info.status == ngd.StepStatus.TAKEN
+        assert expected > 0
+        np.testing.assert_allclose(state.info.predicted_kl, expected, rtol=1e-7)
+        params = optax.apply_updates(params, updates)
+
+
 def test_scaled_direction_has_neither_sign_nor_rate(x64):
     params, batch = make_problem(dtype=jnp.float64)
     tx = ngd.scale_by_natural_gradient(

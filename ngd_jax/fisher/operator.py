@@ -81,6 +81,11 @@ class Fisher:
     targets: PyTree | None
     linearization: Linearization | Chunks
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether J is kept between products; made anew in each with microbatches."""
+        return isinstance(self.linearization, Linearization)
+
     def matvec(self, vector: PyTree) -> PyTree:
         """F v, in the structure and the dtypes of `vector`.
 
@@ -95,9 +100,43 @@ class Fisher:
 
         def product(part: _Part) -> PyTree:
             tangents = part.linearization.push(wide)
-            return part.linearization.pull(self._cotangents(part, tangents))
+            return part.linearization.pull(self._metric(tangents, part))
 
         return optax.tree.cast_like(self._sum(product, wide), vector)
+
+    def matvec_with_image(self, vector: PyTree) -> tuple[PyTree, PyTree]:
+        """F v, as of `matvec`, and J v, as of `pushforward`, at the price of F v.
+
+        With microbatches, where nothing is kept between passes, of one `jvp` more.
+        """
+        image = self.pushforward(vector)
+        if not isinstance(self.linearization, Linearization):
+            return self.matvec(vector), image
+        product = self.linearization.pull(self._metric(image))
+        return optax.tree.cast_like(product, vector), image
+
+    def pushforward(self, vector: PyTree) -> PyTree:
+        """J v, the tangents of the outputs, in their dtypes.
+
+        Raises:
+          ValueError: at trace time, where `vector` does not fit `params`.
+        """
+        wide = self._widen_vector(vector)
+        if isinstance(self.linearization, Linearization):
+            return self.linearization.push(wide)
+
+        def push(batch: Batch) -> PyTree:
+            return linearize(self.model_fn, self.params, batch).push(wide)
+
+        return map_microbatches(push, self.batch, self.linearization)
+
+    def inner(self, tangents: PyTree, other: PyTree) -> Scalar:
+        """Σₙ μₙ ⟨tₙ, Hₙ t'ₙ⟩: with J v for both this is vᵀ F v.
+
+        Args:
+          tangents, other: of the outputs, as of `pushforward`.
+        """
+        return tree.vdot(tangents, self._metric(other))
 
     def sqrt_matvec(self, vector: PyTree) -> PyTree:
         """A v with F = Aᵀ A: the coefficients √μ Bᵀ J v, float32 or wider.
@@ -108,15 +147,7 @@ class Fisher:
         Raises:
           ValueError: at trace time, where `vector` does not fit `params`.
         """
-        wide = self._widen_vector(vector)
-        if isinstance(self.linearization, Linearization):
-            tangents = self.linearization.push(wide)
-        else:
-
-            def push(batch: Batch) -> PyTree:
-                return linearize(self.model_fn, self.params, batch).push(wide)
-
-            tangents = map_microbatches(push, self.batch, self.linearization)
+        tangents = self.pushforward(vector)
         return root.coefficients_from_tangents(
             self.likelihood, self.outputs, tangents, self.measure, self._scores()
         )
@@ -168,7 +199,7 @@ class Fisher:
 
         def form(part: _Part) -> Scalar:
             tangents = part.linearization.push(wide)
-            return tree.vdot(tangents, self._cotangents(part, tangents))
+            return tree.vdot(tangents, self._metric(tangents, part))
 
         # F is positive semi-definite, so anything below zero is round-off.
         return jnp.maximum(self._sum(form, wide), 0.0)
@@ -319,17 +350,19 @@ class Fisher:
             return None
         return average.score_terms(self.likelihood, self.outputs, self.targets)
 
-    def _cotangents(self, part: "_Part", tangents: PyTree) -> PyTree:
-        """μ H t for the examples of `part`."""
-        outputs = part.linearization.outputs
+    def _metric(self, tangents: PyTree, part: "_Part | None" = None) -> PyTree:
+        """μ H t for the examples of `part`, or for all of them."""
+        outputs, measure, targets, centers = (
+            (self.outputs, self.measure, self.targets, None)
+            if part is None
+            else (part.linearization.outputs, *part[1:])
+        )
         if self.kind == "exact":
             return average.exact_cotangents(
-                self.likelihood, outputs, tangents, part.measure, part.centers
+                self.likelihood, outputs, tangents, measure, centers
             )
-        scores = average.score_terms(self.likelihood, outputs, part.targets)
-        return average.rank_one_cotangents(
-            self.likelihood, scores, tangents, part.measure
-        )
+        scores = average.score_terms(self.likelihood, outputs, targets)
+        return average.rank_one_cotangents(self.likelihood, scores, tangents, measure)
 
     def _sum(self, fn: Callable[["_Part"], PyTree], vector: PyTree) -> PyTree:
         """`fn` of the whole batch, or its sum over microbatches."""

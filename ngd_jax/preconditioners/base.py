@@ -12,6 +12,7 @@ from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
 __all__ = [
     "Preconditioner",
     "check_key",
+    "prepare",
     "random_like",
     "refresh",
 ]
@@ -41,6 +42,19 @@ class Preconditioner(Protocol):
     def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
         """The same, built for this Fisher and not kept."""
         ...
+
+
+def prepare(
+    preconditioner: Preconditioner | Callable[[Any, ArrayLike], MatVec],
+    fisher: Any,
+    state: PyTree,
+    damping: ArrayLike,
+) -> tuple[MatVec, PyTree]:
+    """The map v -> M⁻¹ v for this step, and the state; () where nothing is kept."""
+    is_empty = isinstance(state, tuple) and not state
+    if isinstance(preconditioner, Preconditioner) and not is_empty:
+        return preconditioner.prepare(fisher, state, damping)
+    return preconditioner(fisher, damping), state
 
 
 def refresh(

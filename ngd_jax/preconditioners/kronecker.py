@@ -83,9 +83,9 @@ class Kronecker:
 
     The factors are averages over the batches of many steps, so that M knows of more
     examples than the F of this batch. They cost a backward pass and the products a aᵀ
-    and δ δᵀ at every step, an inverse of each at some of them. With it, one
-    to three steps of CG do: `CG(max_steps=1, preconditioner=Kronecker())` is K-FAC
-    with the exact length along its direction.
+    and δ δᵀ at every step, an inverse of each at some of them. With it, one to three
+    steps of CG do; `ApproximateInverse(Kronecker())` is K-FAC with the exact length
+    along its direction.
 
     Attributes:
       key: a typed key, as of `jax.random.key`: the cotangents have random signs. None

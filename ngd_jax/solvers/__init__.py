@@ -6,6 +6,7 @@ A solver is a frozen dataclass. It sees the Fisher as an operator, knows nothing
 steps or Optax, and never returns a non-finite solution: trouble goes into the report.
 """
 
+from ngd_jax.solvers.approximate_inverse import ApproximateInverse
 from ngd_jax.solvers.auto import Auto, Choice
 from ngd_jax.solvers.cg import CG
 from ngd_jax.solvers.conjugate_gradient import conjugate_gradient
@@ -26,6 +27,7 @@ __all__ = [
     "CG",
     "LSMR",
     "SVD",
+    "ApproximateInverse",
     "Auto",
     "Choice",
     "Cholesky",

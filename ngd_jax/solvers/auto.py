@@ -13,6 +13,7 @@ those for what one row adds to F.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -35,7 +36,7 @@ from ngd_jax.solvers.interface import (
     Solver,
     SolverInfo,
     SolverStatus,
-    StatefulSolver,
+    SolverWithImages,
     check_system,
 )
 from ngd_jax.solvers.sample_space import SampleSpace, solve_in_sample_space
@@ -57,7 +58,7 @@ class Choice(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Auto(StatefulSolver):
+class Auto(SolverWithImages):
     """`CG`, `SampleSpace` or `Cholesky`, by their cost for the shapes at hand.
 
     A direct solver is exact, CG as good as its budget; so a direct one is taken where
@@ -153,7 +154,7 @@ class Auto(StatefulSolver):
         """The state of `cg`: the choice is not known before a batch is seen."""
         return self.cg.init(params)
 
-    def solve(
+    def solve_with_image(
         self,
         fisher: Any,
         rhs: PyTree,
@@ -163,32 +164,39 @@ class Auto(StatefulSolver):
         coefficients: PyTree | None = None,
         objective: Callable[[PyTree], Scalar] | None = None,
         state: PyTree = (),
-    ) -> tuple[PyTree, SolverInfo, PyTree]:
-        """Solves (F + λI) d = g; see `StatefulSolver`."""
+    ) -> tuple[PyTree, PyTree | None, SolverInfo, PyTree]:
+        """Solves (F + λI) d = g; J d is known where CG does. See `StatefulSolver`."""
         check_system(rhs, damping, x0)
         solver = self.choose(fisher).solver
-
-        def by_cg() -> tuple[PyTree, SolverInfo, PyTree]:
-            return self.cg.solve(
-                fisher, rhs, damping=damping, x0=x0, objective=objective, state=state
-            )
-
+        by_cg = functools.partial(
+            self.cg.solve_with_image,
+            fisher,
+            rhs,
+            damping=damping,
+            x0=x0,
+            objective=objective,
+            state=state,
+        )
         if isinstance(solver, Cholesky):
-            return *solver(fisher, rhs, damping=damping), state
+            solution, info = solver(fisher, rhs, damping=damping)
+            return solution, None, info, state
         if isinstance(solver, CG):
             return by_cg()
         try:
             gram = gram_matrix(fisher, self.sample_space.block_size)
         except NoRowsError:
             return by_cg()
-        direct = (
-            *solve_in_sample_space(
-                fisher, gram, rhs, damping=damping, coefficients=coefficients
-            ),
-            state,
+        solution, info = solve_in_sample_space(
+            fisher, gram, rhs, damping=damping, coefficients=coefficients
         )
-        is_mixed = direct[1].status == SolverStatus.NOT_SEPARABLE
-        return jax.lax.cond(is_mixed, by_cg, lambda: direct)
+        direct = solution, None, info, state
+
+        def by_products() -> tuple[PyTree, None, SolverInfo, PyTree]:
+            solution, _, info, state = by_cg()
+            return solution, None, info, state
+
+        is_mixed = info.status == SolverStatus.NOT_SEPARABLE
+        return jax.lax.cond(is_mixed, by_products, lambda: direct)
 
     def _choose(self, sizes: "_Sizes", of_layers: Multiplications | None) -> Choice:
         """The rule; see the class."""

@@ -5,15 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 from ngd_jax.preconditioners import Preconditioner
-from ngd_jax.solvers.conjugate_gradient import check_budget, conjugate_gradient
-from ngd_jax.solvers.interface import SolverInfo, StatefulSolver, check_system
+from ngd_jax.preconditioners.base import prepare
+from ngd_jax.solvers.cg_loop import conjugate_gradient_with_image
+from ngd_jax.solvers.conjugate_gradient import check_budget
+from ngd_jax.solvers.interface import SolverInfo, SolverWithImages, check_system
 from ngd_jax.types import ArrayLike, MatVec, Params, PyTree, Scalar
 
 __all__ = ["CG"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CG(StatefulSolver):
+class CG(SolverWithImages):
     """Conjugate gradients on F + λI: the reference, for every size of problem.
 
     Attributes:
@@ -62,7 +64,7 @@ class CG(StatefulSolver):
             return self.preconditioner.init(params)
         return ()
 
-    def solve(
+    def solve_with_image(
         self,
         fisher: Any,
         rhs: PyTree,
@@ -72,7 +74,7 @@ class CG(StatefulSolver):
         coefficients: PyTree | None = None,
         objective: Callable[[PyTree], Scalar] | None = None,
         state: PyTree = (),
-    ) -> tuple[PyTree, SolverInfo, PyTree]:
+    ) -> tuple[PyTree, PyTree | None, SolverInfo, PyTree]:
         """Solves (F + λI) d = g; see `StatefulSolver`.
 
         `coefficients` are of no use here. The state () builds the preconditioner anew
@@ -91,12 +93,14 @@ class CG(StatefulSolver):
                 "objective=objective) with objective(d) the loss after a step of -d."
             )
         precondition = None
-        if isinstance(self.preconditioner, Preconditioner) and not _is_empty(state):
-            precondition, state = self.preconditioner.prepare(fisher, state, damping)
-        elif self.preconditioner is not None:
-            precondition = self.preconditioner(fisher, damping)
-        solution, info = conjugate_gradient(
-            fisher.matvec,
+        if self.preconditioner is not None:
+            precondition, state = prepare(self.preconditioner, fisher, state, damping)
+        # By microbatches J v is one more pass; and others than ours may not have it.
+        has_images = getattr(fisher, "is_kept", False)
+        solution, image, info = conjugate_gradient_with_image(
+            fisher.matvec_with_image
+            if has_images
+            else lambda vector: (fisher.matvec(vector), ()),
             rhs,
             x0=x0,
             max_steps=self.max_steps,
@@ -106,8 +110,4 @@ class CG(StatefulSolver):
             progress_tol=self.progress_tol,
             objective=objective if self.backtracking else None,
         )
-        return solution, info, state
-
-
-def _is_empty(state: PyTree) -> bool:
-    return isinstance(state, tuple) and not state
+        return solution, image if has_images else None, info, state

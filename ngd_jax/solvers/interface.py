@@ -14,6 +14,7 @@ __all__ = [
     "Solver",
     "SolverInfo",
     "SolverStatus",
+    "SolverWithImages",
     "StatefulSolver",
     "check_system",
     "forward_only",
@@ -36,6 +37,7 @@ class SolverStatus(enum.IntEnum):
     NOT_SEPARABLE = 5
     SETTLED = 6
     BACKTRACKED = 7
+    UNCHECKED = 8
 
     @property
     def message(self) -> str:
@@ -71,6 +73,10 @@ _MESSAGES = {
     SolverStatus.BACKTRACKED: (
         "An earlier iterate than the last has the lower loss, and is the solution."
     ),
+    SolverStatus.UNCHECKED: (
+        "The solution is that of an approximation of the matrix; its residual was not "
+        "computed."
+    ),
 }
 
 
@@ -80,7 +86,7 @@ class SolverInfo(NamedTuple):
     Attributes:
       num_steps: int32, iterations taken; 0 for direct solvers.
       relative_residual: ‖g - (F + λI) d‖ / ‖g‖, 0 for g = 0, 1 where d = 0 is returned
-        for want of anything better.
+        for want of anything better; infinity where it was not computed.
       status: int32, a `SolverStatus`.
     """
 
@@ -184,6 +190,64 @@ class StatefulSolver(Solver, Protocol):
           d, the report, and the next state, of the structure and dtypes of `state`.
         """
         ...
+
+    def solve_with_image(
+        self,
+        fisher: Any,
+        rhs: PyTree,
+        *,
+        damping: ArrayLike,
+        x0: PyTree | None = None,
+        coefficients: PyTree | None = None,
+        objective: Callable[[PyTree], Scalar] | None = None,
+        state: PyTree = (),
+    ) -> tuple[PyTree, PyTree | None, SolverInfo, PyTree]:
+        """The same with J d, if the solve has come by it.
+
+        The transformation needs dᵀFd, which costs a `jvp` of the model where nobody
+        knows J d. A solver that does defines this method too.
+
+        Returns:
+          d; J d as of `fisher.pushforward`, float32 or wider, or None; the report; the
+          state.
+        """
+        solution, info, state = self.solve(
+            fisher,
+            rhs,
+            damping=damping,
+            x0=x0,
+            coefficients=coefficients,
+            objective=objective,
+            state=state,
+        )
+        return solution, None, info, state
+
+
+class SolverWithImages(StatefulSolver, Protocol):
+    """A solver that comes by J d, and defines `solve_with_image` alone."""
+
+    def solve(
+        self,
+        fisher: Any,
+        rhs: PyTree,
+        *,
+        damping: ArrayLike,
+        x0: PyTree | None = None,
+        coefficients: PyTree | None = None,
+        objective: Callable[[PyTree], Scalar] | None = None,
+        state: PyTree = (),
+    ) -> tuple[PyTree, SolverInfo, PyTree]:
+        """Solves (F + λI) d = g; see `StatefulSolver`."""
+        solution, _, info, state = self.solve_with_image(
+            fisher,
+            rhs,
+            damping=damping,
+            x0=x0,
+            coefficients=coefficients,
+            objective=objective,
+            state=state,
+        )
+        return solution, info, state
 
 
 def check_system(rhs: PyTree, damping: ArrayLike, x0: PyTree | None) -> None:

@@ -40,11 +40,13 @@ class Direction(NamedTuple):
       direction: d, float32 or wider, in the coordinates of the damping.
       info: how the solve went.
       solver_state: what the solver keeps.
+      image: J d, float32 or wider, where someone has come by it, else None.
     """
 
     direction: PyTree
     info: SolverInfo
     solver_state: PyTree
+    image: PyTree | None
 
 
 def find_direction(
@@ -72,16 +74,18 @@ def find_direction(
       hints: for solvers that have a use for them.
       solver_state: what the solver returned last time.
     """
-    start, pulled = None, None
+    start, pulled, pulled_image = None, None, None
     if not _is_static_zero(momentum):
         pulled = tree.scale(momentum, previous)
-        gradient = tree.axpy(-1.0, fisher.matvec(pulled), gradient)
+        product, pulled_image = fisher.matvec_with_image(pulled)
+        gradient = tree.axpy(-1.0, product, gradient)
         hints = _shift(hints, fisher, pulled)
     elif not _is_static_zero(warm_start):
         start = tree.scale(warm_start, previous)
 
+    image = None
     if isinstance(solver, StatefulSolver):
-        direction, info, solver_state = solver.solve(
+        direction, image, info, solver_state = solver.solve_with_image(
             fisher,
             gradient,
             damping=damping,
@@ -94,7 +98,9 @@ def find_direction(
         direction, info = solver(fisher, gradient, damping=damping, x0=start)
     if pulled is not None:
         direction = tree.axpy(1.0, direction, pulled)
-    return Direction(direction, info, solver_state)
+        if image is not None:
+            image = tree.axpy(1.0, tree.widen(pulled_image), image)
+    return Direction(direction, info, solver_state, image)
 
 
 def _shift(hints: Hints, fisher: Fisher, pulled: PyTree) -> Hints:
@@ -117,14 +123,16 @@ def rescale(
     damping: Scalar,
 ) -> Direction:
     """The direction at the rate and the momentum of the quadratic model."""
-    combined = minimize_quadratic_model(
-        fisher.sqrt_matvec,
+    combined, image = minimize_quadratic_model(
+        fisher.pushforward,
         gradient,
         found.direction,
         previous if rate.momentum else None,
         damping,
+        image=found.image,
+        inner=fisher.inner,
     )
-    return found._replace(direction=combined)
+    return found._replace(direction=combined, image=image)
 
 
 def _is_static_zero(value: ArrayLike) -> bool:

@@ -37,18 +37,25 @@ class Course(NamedTuple):
     quadratic: Scalar
 
 
-def make_course(fisher: Fisher, gradient: PyTree, direction: PyTree) -> Course:
-    """The course along `direction`, d in the coordinates of the parameters."""
-    packed, unpack = tree.pack(direction)
-    largest = tree.max_abs(packed)
-    unit = tree.usable_unit(largest)
-    direction = unpack(tree.divide(packed, unit))
+def make_course(
+    fisher: Fisher, gradient: PyTree, direction: PyTree, image: PyTree | None
+) -> Course:
+    """The course along `direction`, d in the coordinates of the parameters.
+
+    Args:
+      fisher: F.
+      gradient: g.
+      direction: d.
+      image: J d, or None where nobody knows it.
+    """
+    direction, unit, largest = tree.in_units(direction)
+    if image is None:
+        quadratic = fisher.quadratic(direction)
+    else:
+        image = tree.divide(image, unit)
+        quadratic = jnp.maximum(fisher.inner(image, image), 0.0)
     return Course(
-        direction,
-        unit,
-        largest == 0,
-        tree.vdot(gradient, direction),
-        fisher.quadratic(direction),
+        direction, unit, largest == 0, tree.vdot(gradient, direction), quadratic
     )
 
 

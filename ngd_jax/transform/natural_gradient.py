@@ -78,10 +78,10 @@ def natural_gradient(
       damping: λ ≥ 0 in units of F, a mean over examples: a number, a schedule, a
         `RelativeDamping`, `LevenbergMarquardt`, or a `CovariantDamping` around one of
         them. F is singular for most networks, so 0 is for special cases.
-      solver: `CG`, `SampleSpace`, `LSMR`, `SVD`, `DampingSearch`, `Cholesky`, `Auto`,
-        `Lineax` or any `Solver`. The default solves exactly where that costs about as
-        much as a dozen gradients, or less, and else takes three steps of CG with
-        Kronecker factors, which the state keeps:
+      solver: `CG`, `ApproximateInverse`, `SampleSpace`, `LSMR`, `SVD`, `DampingSearch`,
+        `Cholesky`, `Auto`, `Lineax` or any `Solver`. The default solves exactly where
+        that costs about as much as a dozen gradients, or less, and else takes three
+        steps of CG with Kronecker factors, which the state keeps:
         `Auto(cg=CG(3, preconditioner=Kronecker()))`. `CG()` has no state.
       kind: "exact", "sampled" (needs `key`) or "empirical" (needs `targets_fn`); see
         `linearize_fisher`.

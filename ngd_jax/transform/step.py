@@ -160,7 +160,7 @@ class NaturalGradientStep:
         found, direction, damping = self._solve(
             fisher, gradient, state, batch, objective
         )
-        course = make_course(fisher, gradient, direction)
+        course = make_course(fisher, gradient, direction, found.image)
 
         # 3. The length, by the KL of the very parameters that it leads to; and, where
         #    a rule asks for it, by their loss.

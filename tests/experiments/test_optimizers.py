@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 import ngd_jax as ngd
-from experiments.optimizers import make_optimizer, read_step_info
+from experiments.optimizers import make_optimizer, make_solver, read_step_info
 from experiments.settings import ConfigError
 from experiments.tasks import make_task
 from tests.experiments.helpers import make_config
@@ -28,10 +28,17 @@ WORDS = {
     "auto": ["solver=auto", "warm_start=0.9"],
     "jacobi": ["cg.preconditioner=jacobi", "damping_rule=levenberg_marquardt"],
     "nystrom": ["cg.preconditioner=nystrom", "metric_examples=8", "microbatch_size=4"],
-    "kronecker": [
-        "cg={max_steps: 1, preconditioner: kronecker}",
+    "kronecker": ["cg={max_steps: 3, preconditioner: kronecker}"],
+    "approximate_inverse": [
+        "solver=approximate_inverse",
+        "cg.preconditioner=kronecker",
         "learning_rate=null",
         "rate_rule=quadratic_model",
+    ],
+    "approximate_inverse of exact length": [
+        "solver=approximate_inverse",
+        "cg.preconditioner=jacobi",
+        "momentum=0.9",
     ],
     "levenberg_marquardt in output space": [
         "solver=sample_space",
@@ -64,6 +71,26 @@ def test_a_word_changes_the_solver(name):
         values.append(float(value))
         assert read_step_info(state)["status"] == 0
     assert values[-1] < values[0]
+
+
+def test_an_approximate_inverse_is_as_long_as_its_rate_rule_needs():
+    words = [
+        "optimizer.solver=approximate_inverse",
+        "optimizer.cg.preconditioner=jacobi",
+    ]
+    by_rule = ["optimizer.learning_rate=null", "optimizer.rate_rule=quadratic_model"]
+    for changes, is_exact in ([], True), (by_rule, False):
+        solver = make_solver(make_config(*words, *changes).optimizer)
+        assert isinstance(solver, ngd.ApproximateInverse)
+        assert isinstance(solver.preconditioner, ngd.Jacobi)
+        assert solver.preconditioner.refresh_every == 5
+        assert solver.exact_length == is_exact
+
+
+def test_an_approximate_inverse_needs_a_preconditioner():
+    config = make_config("optimizer.solver=approximate_inverse")
+    with pytest.raises(ConfigError, match="needs a preconditioner, as in"):
+        make_optimizer(config.optimizer, make_task(config.task))
 
 
 def test_a_rule_that_needs_damping_says_so():

@@ -58,10 +58,12 @@ def test_microbatches_equal_the_whole_batch(name, options, num_examples, size, r
                 microbatch_size=microbatch_size,
                 **options,
             )
+            assert fisher.is_kept == (microbatch_size is None)
             results.append(
                 {
                     "outputs": fisher.outputs,
                     "matvec": fisher.matvec(vector),
+                    "matvec with image": fisher.matvec_with_image(vector),
                     "quadratic": fisher.quadratic(vector),
                     "kl": fisher.kl(new_params),
                 }

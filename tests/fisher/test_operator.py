@@ -49,13 +49,25 @@ def random_like(params, rng):
     return jax.tree.map(draw, params)
 
 
+def named(outputs):
+    """The arrays of a tree by their places."""
+    return [
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(outputs)
+    ]
+
+
 def products(case, params, x, vector, new_params):
     """What solvers and the radius search need of the operator."""
     fisher = ngd.linearize_fisher(case.model_fn, params, x, case.likelihood)
+    product, image = fisher.matvec_with_image(vector)
     return {
         "outputs": fisher.outputs,
         "matvec": fisher.matvec(vector),
+        "matvec with image": product,
+        "pushforward": image,
         "quadratic": fisher.quadratic(vector),
+        "inner": fisher.inner(image, fisher.pushforward(new_params)),
         "kl": fisher.kl(new_params),
         "no_kl": fisher.kl(params),
     }
@@ -79,7 +91,16 @@ def test_products_and_kl_equal_dense_definition(case, dtype, rng):
         result["outputs"], outputs, rtol=10 * tolerance, atol=tolerance
     )
     assert_close(reference.flat(result["matvec"]), truth @ v, tolerance)
+    product = reference.flat(result["matvec with image"])
+    assert_close(product, truth @ v, tolerance)
+    pushed = {name: np.einsum("...p,p->...", rows, v) for name, rows in named(jacobian)}
+    for name, image in named(result["pushforward"]):
+        assert_close(image, pushed[name], tolerance)
     assert_close(result["quadratic"], (v.conj() @ truth @ v).real, tolerance)
+    other = reference.flat(new_params)
+    size = np.sqrt((v.conj() @ truth @ v).real * (other.conj() @ truth @ other).real)
+    inner = (v.conj() @ truth @ other).real
+    assert abs(result["inner"] - inner) <= 10 * tolerance * size
     assert_close(result["kl"], case.true_kl(outputs, new_outputs), 10 * tolerance)
     assert float(result["no_kl"]) == 0.0
     assert result["quadratic"].dtype == result["kl"].dtype == dtype
