@@ -45,7 +45,14 @@ def make_problem(rng, num_examples, dtype="float64"):
         truth = v.T @ (s / (s**2 + damping) * (u.T @ w))
         return np.linalg.norm(d - truth) / np.linalg.norm(truth)
 
-    return solver_of, error, s[0] ** 2
+    def round_off(d, damping):
+        """(‖g‖ + ‖F + λI‖ ‖d‖) / ‖g‖ in units of ε, the norm that of Frobenius."""
+        squares = np.zeros(len(d))
+        squares[: len(s)] = s**2
+        size = np.linalg.norm(squares + damping)
+        return 1 + size * np.linalg.norm(d) / np.linalg.norm(root.T @ w)
+
+    return solver_of, error, round_off, s[0] ** 2
 
 
 # Regular, and singular.
@@ -53,7 +60,7 @@ def make_problem(rng, num_examples, dtype="float64"):
     "num_examples", [pytest.param(400, marks=pytest.mark.slow), 60]
 )
 def test_a_float32_factor_is_as_good_as_a_float64_one(num_examples, x64, rng):
-    solver_of, error, largest = make_problem(rng, num_examples)
+    solver_of, error, round_off, largest = make_problem(rng, num_examples)
     full, low = solver_of(None), solver_of(jnp.float32)
     for relative in (1.0, 1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12):
         damping = relative * largest
@@ -65,17 +72,20 @@ def test_a_float32_factor_is_as_good_as_a_float64_one(num_examples, x64, rng):
             assert int(info.status) == Status.CONVERGED
         # Backward stable: the round-off times the condition number.
         assert errors[1] <= max(2 * errors[0], 32 * 2e-16 / relative)
-        assert float(infos[1].relative_residual) < 1e-14
+        # What is documented, with a tenth for the norm of a float32 matrix.
+        bound = 1.1 * 16 * 2.3e-16 * round_off(np.asarray(d), damping)
+        assert float(infos[1].relative_residual) <= bound
         assert int(infos[0].num_steps) == 0
         if relative >= 1e-4:
             assert 1 <= int(infos[1].num_steps) <= 8
-        if num_examples == 60 and relative <= 1e-8:
+        # At 1e-8 it depends on round-off whether 20 steps get there.
+        if num_examples == 60 and relative <= 1e-10:
             assert int(infos[1].num_steps) == 0  # done again in float64
             assert errors[1] == errors[0]
 
 
 def test_what_is_no_narrower_changes_nothing(rng):
-    solver_of, error, largest = make_problem(rng, 60, "float32")
+    solver_of, error, _, largest = make_problem(rng, 60, "float32")
     damping = 1e-3 * largest
     d, info = solver_of(jnp.float32)(damping)
     assert int(info.num_steps) == 0
