@@ -113,15 +113,19 @@ class ApproximateInverse(SolverWithImages):
 
         # Both in units of their largest entry: squares could over- or underflow.
         residual, unit, size = tree.in_units(residual)
-        z, length, z_size = tree.in_units(tree.widen(precondition(residual)))
-        image, is_finite, is_usable = None, jnp.isfinite(size), jnp.asarray(True)
+        z = tree.widen(precondition(residual))
+        length, image, is_usable = jnp.ones_like(unit), None, jnp.asarray(True)
+        is_finite = jnp.isfinite(size)
         if self.exact_length:
+            z, _, z_size = tree.in_units(z)
             image = tree.widen(fisher.pushforward(z))
             curvature = fisher.inner(image, image) + damping * tree.vdot(z, z)
             slope = tree.vdot(residual, z)
             is_finite &= jnp.isfinite(curvature)
             is_usable = (curvature > 0) & (slope > 0) | (size == 0)
             length = slope / jnp.where(curvature > 0, curvature, 1)
+        else:
+            z_size = tree.max_abs(tree.pack(z)[0])
         length = length * unit
         is_finite &= jnp.isfinite(z_size) & jnp.isfinite(length)
         is_taken = is_finite & is_usable
