@@ -5,18 +5,19 @@ fill a batch is dropped for that epoch. Since nothing but the key and the step g
 a resumed run sees the very batches of a run that was never stopped.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 __all__ = ["epoch_and_position", "epoch_permutation", "take_batch"]
 
 PyTree = Any
+Step = TypeVar("Step", int, jax.Array)
 
 
 def epoch_and_position(
-    step: jax.Array, num_examples: int, batch_size: int
-) -> tuple[jax.Array, jax.Array]:
+    step: Step, num_examples: int, batch_size: int
+) -> tuple[Step, Step]:
     """Returns the epoch that `step` is in, and which batch of that epoch it takes."""
     batches_per_epoch = num_examples // batch_size
     return step // batches_per_epoch, step % batches_per_epoch

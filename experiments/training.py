@@ -105,15 +105,20 @@ def make_train_chunk(
         `[steps_per_dispatch, batch_size, ...]`, and not the training set.
 
     Returns:
-      `train_chunk(state, data, num_steps) -> (state, records)`. It donates `state`,
-      takes `num_steps <= steps_per_dispatch` steps, and returns records with a leading
-      axis of length `steps_per_dispatch`, of which the first `num_steps` count.
+      `train_chunk(state, data, num_steps, permutation=None) -> (state, records)`. It
+      donates `state`, takes `num_steps <= steps_per_dispatch` steps, and returns
+      records with a leading axis of length `steps_per_dispatch`, of which the first
+      `num_steps` count. `permutation` is that of the first step's epoch, for a caller
+      who has it: making it can take as long as a step.
     """
     train_step = functools.partial(_train_step, task, tx, measure_kl)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def train_chunk(
-        state: TrainState, data: PyTree, num_steps: jax.Array
+        state: TrainState,
+        data: PyTree,
+        num_steps: jax.Array,
+        permutation: jax.Array | None = None,
     ) -> tuple[TrainState, Records]:
         size = num_examples(data)
 
@@ -140,8 +145,9 @@ def make_train_chunk(
             state, record = train_step(state, batch)
             return (state, permutation), record
 
-        permutation = jnp.zeros(0, jnp.int32)
-        if not is_streamed:
+        if is_streamed:
+            permutation = jnp.zeros(0, jnp.int32)
+        elif permutation is None:
             first_epoch, _ = epoch_and_position(state.step, size, batch_size)
             permutation = epoch_permutation(state.key, first_epoch, size)
         carry = (state, permutation)

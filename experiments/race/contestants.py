@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from experiments.batches import epoch_and_position, epoch_permutation
 from experiments.measure.space import planned_memory
 from experiments.optimizers import make_optimizer
 from experiments.tasks import Task, num_examples
@@ -32,6 +33,22 @@ class Snapshot(NamedTuple):
 
     params: PyTree
     model_state: PyTree
+
+
+class OptaxState(NamedTuple):
+    """The state of a training.
+
+    Attributes:
+      train: parameters, state of the optimizer and all that.
+      epoch: the one that the next step is in.
+      permutation: the order of the examples in that epoch. Kept from dispatch to
+        dispatch: made anew for each, it would be counted as training, and cost those
+        most whose dispatches are short, since their steps are long.
+    """
+
+    train: TrainState
+    epoch: int
+    permutation: jax.Array
 
 
 class Contestant(Protocol):
@@ -86,36 +103,51 @@ class OptaxContestant:
     ):
         self.max_dispatch = max_dispatch
         self._task, self._data = task, data
+        self._size = num_examples(data)
+        self._batch_size = batch_size_of(batch_size, data)
+        self._permute = jax.jit(epoch_permutation, static_argnums=2)
         self._tx = make_optimizer(optimizer, task)
         train_chunk = make_train_chunk(
             task,
             self._tx,
-            batch_size=batch_size_of(batch_size, data),
+            batch_size=self._batch_size,
             steps_per_dispatch=max_dispatch,
             measure_kl=False,
         )
         state = self.start(0)
         start = time.process_time()
         self._advance: Callable[..., Any] = train_chunk.lower(
-            state, data, jnp.int32(1)
+            state.train, data, jnp.int32(1), state.permutation
         ).compile()
         self.compile_seconds = time.process_time() - start
         data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(data))
         self.peak_bytes = planned_memory(self._advance).peak - data_bytes  # pyright: ignore[reportArgumentType]
         self.advance(state, 1)
 
-    def start(self, seed: int) -> TrainState:
+    def start(self, seed: int) -> OptaxState:
         """The state before the first step."""
-        return init_state(self._task, self._tx, seed)
+        return self._in_order(init_state(self._task, self._tx, seed))
 
-    def advance(self, state: TrainState, num_steps: int) -> tuple[TrainState, float]:
+    def advance(self, state: OptaxState, num_steps: int) -> tuple[OptaxState, float]:
         """Takes steps, of which the last one's batch had the loss that is returned."""
-        state, records = self._advance(state, self._data, jnp.int32(num_steps))
-        return state, float(jax.block_until_ready(records)["loss"][num_steps - 1])
+        train, records = self._advance(
+            state.train, self._data, jnp.int32(num_steps), state.permutation
+        )
+        loss = float(jax.block_until_ready(records)["loss"][num_steps - 1])
+        return self._in_order(train, state), loss
 
-    def snapshot(self, state: TrainState) -> Snapshot:
+    def snapshot(self, state: OptaxState) -> Snapshot:
         """The model as it is."""
-        return Snapshot(state.params, state.model_state)
+        return Snapshot(state.train.params, state.train.model_state)
+
+    def _in_order(
+        self, train: TrainState, before: OptaxState | None = None
+    ) -> OptaxState:
+        epoch, _ = epoch_and_position(int(train.step), self._size, self._batch_size)
+        if before is not None and before.epoch == epoch:
+            return before._replace(train=train)
+        order = self._permute(train.key, jnp.int32(epoch), self._size)
+        return OptaxState(train, epoch, jax.block_until_ready(order))
 
 
 def batch_size_of(batch_size: int | None, data: PyTree) -> int:

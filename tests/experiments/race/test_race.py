@@ -21,7 +21,7 @@ from experiments.race.results import Result, Store
 from experiments.race.table import race_table, summarize, verdicts
 from experiments.race.timing import Trace
 from experiments.settings import ConfigError
-from experiments.tasks import make_task
+from experiments.tasks import make_task, num_examples
 from experiments.training import init_state, make_train_chunk
 from tests.experiments.race.test_settings import entrant, read
 
@@ -117,20 +117,22 @@ def test_a_missing_kfac_jax_is_told():
         )
 
 
-def test_steps_of_a_contestant_are_those_of_the_training_program():
+@pytest.mark.parametrize("batches_per_epoch", [1, 2, 4, 9])
+def test_steps_of_a_contestant_are_those_of_the_training_program(batches_per_epoch):
     one = entrant("adam", *SMALL)
     config, _ = read(*SMALL)
     task = make_task(config.task)
     data = jax.tree.map(jnp.asarray, task.train)
+    batch_size = num_examples(data) // batches_per_epoch
     contestant = OptaxContestant(
-        task, one.optimizer, data, batch_size=64, max_dispatch=3
+        task, one.optimizer, data, batch_size=batch_size, max_dispatch=3
     )
     state, _ = contestant.advance(contestant.start(5), 2)
     state, loss = contestant.advance(state, 3)
 
     tx = make_optimizer(one.optimizer, task)
     chunk = make_train_chunk(
-        task, tx, batch_size=64, steps_per_dispatch=5, measure_kl=False
+        task, tx, batch_size=batch_size, steps_per_dispatch=5, measure_kl=False
     )
     expected, records = chunk(init_state(task, tx, 5), data, jnp.int32(5))
     np.testing.assert_allclose(loss, records["loss"][-1], rtol=1e-5)
