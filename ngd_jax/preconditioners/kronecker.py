@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ngd_jax import tree
 from ngd_jax.arguments import check_count
-from ngd_jax.fisher.layers import BackwardPass, Layer, LayerSums, backward_pass
+from ngd_jax.fisher.layers import Layer, LayerSums, backward_pass
 from ngd_jax.preconditioners.base import check_key, random_like
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree, Scalar
 
@@ -55,7 +55,8 @@ class KroneckerState(NamedTuple):
     Attributes:
       num_batches: int32, that the averages have seen.
       age: int32, steps that the inverses have served, this one included.
-      diagonal: an average estimate of diag F, real, shaped like the parameters.
+      diagonal: an average estimate of diag F, real, shaped like the parameters; zero
+        where factors have its place.
       averages: for every leaf that may be the weight of a dense layer or a convolution
         its factors; () for the others.
       inverses: the same, of the damped factors.
@@ -207,38 +208,61 @@ class Kronecker:
             fisher, fisher.sqrt_cotangents(signs), max_size=self.max_size
         )
 
-        layers, averages = [], list(state.averages)
+        known = [
+            (layer, sums)
+            for layer, sums in zip(found, passed.layers, strict=True)
+            if _is_layer_of(layer, state.averages[layer.weight])
+        ]
+        layers = [layer for layer, _ in known]
+        # What is read of the others alone is computed.
+        places = set(range(len(passed.squares))) - _factored(layers)
+        squares = {place: passed.squares[place] for place in places}
+        is_finite = _is_finite([sums for _, sums in known], squares)
         count = state.num_batches + 1
         dtype = tree.accumulator_dtype(state.diagonal)
         share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
-        is_finite = _is_finite(passed)
 
         def mix(old: Array, new: Array) -> Array:
             mixed = old + share.astype(old.dtype) * (new.astype(old.dtype) - old)
             return jnp.where(is_finite, mixed, old)
 
-        for layer, sums in zip(found, passed.layers, strict=True):
+        averages = list(state.averages)
+        for layer, sums in known:
             old, new = averages[layer.weight], _averages(layer, sums)
-            if old == () or [x.shape for x in old] != [x.shape for x in new]:
-                continue
-            layers.append(layer)
             averages[layer.weight] = jax.tree.map(mix, old, new)
-        squares = jax.tree.unflatten(jax.tree.structure(state.diagonal), passed.squares)
+        diagonal, structure = jax.tree.flatten(state.diagonal)
+        for place, square in squares.items():
+            diagonal[place] = mix(diagonal[place], square)
         return layers, state._replace(
             num_batches=jnp.where(is_finite, count, state.num_batches),
-            diagonal=jax.tree.map(mix, state.diagonal, squares),
+            diagonal=jax.tree.unflatten(structure, diagonal),
             averages=tuple(averages),
         )
 
 
-def _is_finite(passed: BackwardPass) -> Array:
+def _is_layer_of(layer: Layer, averages: Any) -> bool:
+    """Whether a layer has the factors for which there is room in the state."""
+    sides = layer.num_inputs, layer.num_outputs
+    if not layer.inputs_first:
+        sides = sides[::-1]
+    return averages != () and sides == (len(averages.rows), len(averages.columns))
+
+
+def _factored(layers: list[Layer]) -> set[int]:
+    """The places of the parameters that have no need of the diagonal."""
+    places = {layer.weight for layer in layers}
+    for layer in layers:
+        if layer.bias is not None and _has_bias(layer):
+            places.add(layer.bias)
+    return places
+
+
+def _is_finite(layers: list[LayerSums], squares: PyTree) -> Array:
     """Whether all of it is: a sum of squares is where what it is made of is."""
     diagonals = [
-        _diagonal(factor)
-        for sums in passed.layers
-        for factor in (sums.inputs, sums.outputs)
+        _diagonal(factor) for sums in layers for factor in (sums.inputs, sums.outputs)
     ]
-    return tree.all_finite((diagonals, passed.squares))
+    return tree.all_finite((diagonals, squares))
 
 
 def _diagonal(factor: Array) -> Array:

@@ -79,13 +79,21 @@ def test_damped_factors_are_the_formula(num_outputs, max_size, dtype, rng):
     )
 
 
-def test_an_average_over_many_batches_is_the_mean_fisher_of_a_layer(x64, rng):
+def shifted_line(params, x):
+    return line(params, x) + params["shift"][None]
+
+
+@pytest.mark.parametrize("has_shift", [False, True])
+def test_an_average_over_many_batches_is_the_mean_fisher(has_shift, x64, rng):
     params, x = line_problem(rng, "float64", 3)
+    if has_shift:  # which of the two is the bias cannot be told
+        params["shift"] = jnp.ones(3)
+    model_fn = shifted_line if has_shift else line
 
     @jax.jit
     def averaged(params, x):
         kronecker = ngd.Kronecker(KEY, decay=0.9999, refresh_every=10_000)
-        fisher = ngd.linearize_fisher(line, params, x, ngd.Categorical())
+        fisher = ngd.linearize_fisher(model_fn, params, x, ngd.Categorical())
 
         def step(state, _):
             return kronecker.prepare(fisher, state, 0.1)[1], None
@@ -94,13 +102,17 @@ def test_an_average_over_many_batches_is_the_mean_fisher_of_a_layer(x64, rng):
 
     state = averaged(params, x)
     assert int(state.num_batches) == 2000
-    probabilities = np.asarray(jax.nn.softmax(line(params, x)))
+    probabilities = np.asarray(jax.nn.softmax(model_fn(params, x)))
     mean_metric = sum(np.diag(p) - np.outer(p, p) for p in probabilities) / COUNT
     (averages,) = [one for one in state.averages if one != ()]
     np.testing.assert_allclose(averages.columns, mean_metric, atol=6e-3)
     np.testing.assert_allclose(averages.rows, x.T @ x / COUNT, rtol=1e-10)
-    np.testing.assert_allclose(averages.mean, x.mean(0), rtol=1e-10)
-    np.testing.assert_allclose(state.diagonal["b"], np.diag(mean_metric), atol=6e-3)
+    mean = 0 if has_shift else x.mean(0)  # of use together with a bias alone
+    np.testing.assert_allclose(averages.mean, mean, rtol=1e-10)
+    assert not np.any(state.diagonal["w"])
+    for name in {"b", "shift"} & params.keys():
+        diagonal = np.diag(mean_metric) if has_shift else 0
+        np.testing.assert_allclose(state.diagonal[name], diagonal, atol=6e-3)
 
 
 def test_old_batches_are_forgotten_at_the_rate_of_the_decay(x64, rng):
