@@ -13,9 +13,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jaxlib.version
 
-# Compiling is most of what the tests do, and with the fusion emitters that XLA had
-# before it takes half as long. XLA_FLAGS="" runs the tests with the present ones, as
-# `.ci/run` does in part. Later versions of jaxlib may not know the flag, and end at it.
+# Compiling is most of what the tests do. Left unoptimized, and with the fusion emitters
+# that XLA had before, it takes a tenth. JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=""
+# runs the tests on programs as they come, as `.ci/run` does in part. Later versions of
+# jaxlib may not know the flag, and end at it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if jaxlib.version.__version_info__ < (0, 11):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
