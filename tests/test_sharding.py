@@ -27,8 +27,9 @@ GATHERS = {"sample_space", "jacobi"}
     ],
 )
 def test_a_step_is_the_same_on_eight_devices(name):
+    flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }

@@ -117,6 +117,7 @@ def test_eight_devices_of_one_process_give_the_result_of_one(
     folder, dump = tmp_path / "run", tmp_path / "dump"
     monkeypatch.setenv(
         "XLA_FLAGS",
+        f"{os.environ.get('XLA_FLAGS', '')} "
         "--xla_force_host_platform_device_count=8 --xla_dump_hlo_as_text "
         f"--xla_dump_to={dump} --xla_dump_hlo_module_re=.*train_chunk.*",
     )
