@@ -191,7 +191,8 @@ def assert_one_process_finishes(folder, step, uninterrupted):
 
 
 @needs_proc
-@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
 def test_killed_process_ends_the_run_and_one_process_finishes_it(
     uninterrupted, tmp_path, number
 ):
