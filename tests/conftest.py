@@ -90,6 +90,15 @@ def dtype(request):
 
 
 @pytest.fixture
+def optimized():
+    """Compiles programs as they come: two of the same steps then agree to the bit."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def strict_ranks():
     """Broadcasting between arrays of different rank raises."""
     with jax.numpy_rank_promotion("raise"):
