@@ -24,6 +24,7 @@ from experiments.settings import (
     one_of,
 )
 from experiments.tasks import Task
+from ngd_jax import contrib
 
 __all__ = [
     "ALL_OPTIMIZER_CONFIGS",
@@ -52,9 +53,9 @@ class CGConfig:
       preconditioner: "none", "jacobi" (the diagonal), "nystrom" (a sketch of F) or
         "kronecker" (factored blocks of dense layers and convolutions, averaged over
         steps).
-      refresh_every: steps for which the preconditioner is kept.
+      refresh_every: steps for which the preconditioner is kept, or what kfac inverts.
       rank: vectors of the sketch.
-      decay: of kronecker: weight of the past in its averages.
+      decay: of kronecker, and of the solver kfac: weight of the past in its averages.
     """
 
     max_steps: Annotated[int, AT_LEAST_ONE]
@@ -93,14 +94,15 @@ class NaturalGradientConfig:
       damping_rule: "constant"; "relative", λ in units of the mean eigenvalue; or
         "levenberg_marquardt", λ as it is at first.
       momentum: weight of the previous direction, in [0, 1).
-      warm_start: the solver starts from this multiple of the last direction.
+      warm_start: cg starts from this multiple of the last direction; 0 for the other
+        solvers.
       metric_examples: the metric is that of the first so many examples of a batch;
         null for all.
       microbatch_size: examples in memory at once; null for all.
-      solver: "cg", "lsmr", "svd", "sample_space", "cholesky", "auto";
-        "approximate_inverse", which takes the preconditioner of cg for the metric; or
-        "damping_search", which finds λ by itself: `damping` is the least.
-      cg: settings of cg, which auto falls back on.
+      solver: "cg", "kfac", "lsmr", "svd", "sample_space", "cholesky"; "auto", which is
+        cholesky where that is cheap, and else cg; or "damping_search", which finds λ by
+        itself: `damping` is the least.
+      cg: settings of cg, and of what it shares with kfac.
       lsmr: settings of lsmr.
       min_decrease: a step is taken only where the loss falls by this part of what the
         gradient promises; null takes all.
@@ -126,7 +128,7 @@ class NaturalGradientConfig:
         str,
         one_of(
             "cg",
-            "approximate_inverse",
+            "kfac",
             "lsmr",
             "svd",
             "sample_space",
@@ -268,7 +270,8 @@ def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtra
                 task.model_fn,
                 task.likelihood,
                 max_kl=config.max_kl,
-                weights_fn=task.weights_fn,  # which examples there are, no setting
+                # Which examples there are, no setting.
+                metric=ngd.Metric(weights_fn=task.weights_fn),
             )
         case AdamConfig():
             tx = optax.adam(config.learning_rate, b1=config.b1, b2=config.b2)
@@ -310,31 +313,32 @@ def make_optimizer(config: Any, task: Task) -> optax.GradientTransformationExtra
 def _make_natural_gradient(
     config: NaturalGradientConfig, task: Task
 ) -> optax.GradientTransformationExtraArgs:
-    damping = _make_damping(config)
-    solver = make_solver(config)
-    metric_batch_fn = None
+    batch_fn = None
     if config.metric_examples is not None:
-        metric_batch_fn = functools.partial(_first_examples, config.metric_examples)
-    in_output_space = getattr(solver, "uses_coefficients", False)
-    in_output_space = in_output_space and metric_batch_fn is None
+        batch_fn = functools.partial(_first_examples, config.metric_examples)
+    solver = make_solver(config)
+    in_output_space = solver.uses_coefficients and batch_fn is None
     return ngd.natural_gradient(
         _make_rate(config),
         task.model_fn,
         task.likelihood,
         max_kl=config.max_kl,
-        damping=damping,
+        damping=_make_damping(config),
         momentum=config.momentum,
-        warm_start=config.warm_start,
         solver=solver,
-        weights_fn=task.weights_fn,
-        metric_batch_fn=metric_batch_fn,
-        output_loss_fn=task.output_loss_fn if in_output_space else None,
-        microbatch_size=config.microbatch_size,
-        acceptance=_make_acceptance(config),
+        loss_fn=task.output_loss_fn if in_output_space else None,
+        accept=_make_acceptance(config),
+        metric=ngd.Metric(
+            weights_fn=task.weights_fn,
+            batch_fn=batch_fn,
+            microbatch_size=config.microbatch_size,
+        ),
     )
 
 
-def _make_rate(config: NaturalGradientConfig) -> float | ngd.QuadraticModelRate | None:
+def _make_rate(
+    config: NaturalGradientConfig,
+) -> float | contrib.QuadraticModelRate | None:
     if config.rate_rule == "quadratic_model":
         if config.learning_rate is not None or config.momentum:
             raise ConfigError(
@@ -342,7 +346,7 @@ def _make_rate(config: NaturalGradientConfig) -> float | ngd.QuadraticModelRate 
                 f"needs learning_rate=null and momentum=0, got {config.learning_rate} "
                 f"and {config.momentum}."
             )
-        return ngd.QuadraticModelRate()
+        return contrib.QuadraticModelRate()
     if config.learning_rate is None and config.max_kl is None:
         raise ConfigError(
             "`optimizer.learning_rate` and `optimizer.max_kl` cannot both be null: one "
@@ -382,20 +386,17 @@ def _make_damping(
     return ngd.LevenbergMarquardt(initial=config.damping)
 
 
-def make_solver(config: NaturalGradientConfig) -> ngd.Solver:
-    """Builds the solver that `config.solver` names.
-
-    Raises:
-      ConfigError: for a setting that this solver has no use for, or that it lacks.
-    """
-    preconditioner = _make_preconditioner(config.cg)
-    has_use = config.solver in ("cg", "auto", "approximate_inverse")
-    if not has_use and preconditioner is not None:
-        raise ConfigError(
-            f"`optimizer.cg.preconditioner` is for optimizer.solver=cg, auto or "
-            f"approximate_inverse: got preconditioner={config.cg.preconditioner} with "
-            f"solver={config.solver}."
-        )
+def _check_solver(config: NaturalGradientConfig) -> None:
+    has_cg = config.solver in ("cg", "auto")
+    for name, value, unused in (
+        ("cg.preconditioner", config.cg.preconditioner, "none"),
+        ("warm_start", config.warm_start, 0.0),
+    ):
+        if not has_cg and value != unused:
+            raise ConfigError(
+                f"`optimizer.{name}` is for optimizer.solver=cg or auto: got {value} "
+                f"with solver={config.solver}."
+            )
     if config.solver != "svd" and config.rcond is not None:
         raise ConfigError(
             f"`optimizer.rcond` is for optimizer.solver=svd: got rcond={config.rcond} "
@@ -407,40 +408,48 @@ def make_solver(config: NaturalGradientConfig) -> ngd.Solver:
             f"and null for the others: got slack={config.slack} with "
             f"solver={config.solver}."
         )
+
+
+def make_solver(config: NaturalGradientConfig) -> ngd.Solver:
+    """Builds the solver that `config.solver` names.
+
+    Raises:
+      ConfigError: for a setting that this solver has no use for, or that it lacks.
+    """
+    _check_solver(config)
+    preconditioner = _make_preconditioner(config.cg)
+    cg = ngd.CG(config.cg.max_steps, config.cg.rtol, preconditioner, config.warm_start)
     match config.solver:
         case "cg":
-            return ngd.CG(config.cg.max_steps, config.cg.rtol, preconditioner)
-        case "approximate_inverse":
-            if preconditioner is None:
-                raise ConfigError(
-                    "`optimizer.solver=approximate_inverse` needs a preconditioner, as "
-                    "in optimizer.cg.preconditioner=kronecker."
-                )
-            # The other rule finds the length by itself.
-            is_exact = config.rate_rule == "constant"
-            return ngd.ApproximateInverse(preconditioner, exact_length=is_exact)
+            return cg
+        case "kfac":
+            return ngd.KFAC(
+                decay=config.cg.decay,
+                refresh_every=config.cg.refresh_every,
+                # The other rule finds the length by itself.
+                exact_length=config.rate_rule == "constant",
+            )
         case "lsmr":
             return ngd.LSMR(max_steps=config.lsmr.max_steps, rtol=config.lsmr.rtol)
         case "svd":
-            return ngd.SVD(config.rcond)
+            return contrib.SVD(config.rcond)
         case "damping_search":
-            return ngd.DampingSearch(slack=config.slack or 1.0)
+            return contrib.DampingSearch(slack=config.slack or 1.0)
         case "sample_space":
             return ngd.SampleSpace()
         case "cholesky":
             return ngd.Cholesky()
         case _:
-            cg = ngd.CG(config.cg.max_steps, config.cg.rtol, preconditioner)
-            return ngd.Auto(cg=cg)
+            return ngd.Auto(otherwise=cg)
 
 
 def _make_preconditioner(config: CGConfig) -> ngd.Preconditioner | None:
     match config.preconditioner:
         case "jacobi":
-            return ngd.Jacobi(refresh_every=config.refresh_every)
+            return contrib.Jacobi(refresh_every=config.refresh_every)
         case "nystrom":
             # All that the sketch asks of chance is to be no special direction.
-            return ngd.Nystrom(
+            return contrib.Nystrom(
                 rank=config.rank,
                 key=jax.random.key(0),
                 refresh_every=config.refresh_every,

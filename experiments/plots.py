@@ -50,7 +50,7 @@ def plot_curves(
 
 
 def save_figure(figure: Figure, axes: np.ndarray, path: Path) -> None:
-    """Gives the panels `[2, 2]` grid, legends and the step below, and writes `path`."""
+    """Gives all panels a grid and legends, the last row the step, and writes `path`."""
     for axis in axes.flat:
         axis.grid(visible=True, which="major", alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

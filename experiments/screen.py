@@ -40,7 +40,7 @@ COLUMNS = (
     Column("accuracy", "accuracy", ".1%"),
     Column("KL/nats", "measured_kl", ".2e"),
     Column("radius", "max_kl", ".2e"),
-    Column("CG", "solver_steps", "d"),
+    Column("solver", "solver_steps", "d"),
     Column("search", "linesearch_steps", "d"),
     Column("damping", "damping", ".2e"),
 )
@@ -51,7 +51,7 @@ BAR_COLUMNS = (
     Column("acc", "accuracy", ".0%"),
     Column("KL", "measured_kl", ".1e"),
     Column("radius", "max_kl", ".1e"),
-    Column("CG", "solver_steps", "d"),
+    Column("solver", "solver_steps", "d"),
     Column("search", "linesearch_steps", "d"),
 )
 BAR_WIDTH = 6

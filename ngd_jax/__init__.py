@@ -1,26 +1,21 @@
 """Exact natural gradient descent with a measured KL radius, for JAX, Optax and Flax.
 
     import ngd_jax as ngd
-    tx = ngd.natural_gradient(1.0, model_fn, ngd.Categorical(), max_kl=1e-2)
+    tx = ngd.natural_gradient(1.0, model_fn, ngd.Categorical(), max_kl=0.1)
 
-`ngd_jax.flax` holds the adapters for Flax, and imports Flax when it is first used.
+`ngd_jax.flax` holds the adapters for Flax, `ngd_jax.contrib` what the core can do
+without; both are imported when they are first used.
 """
 
 import importlib
 from typing import Any
 
-from ngd_jax import presets as presets
-from ngd_jax.acceptance import SufficientDecrease
+from ngd_jax.auto import Auto
 from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
-from ngd_jax.fisher import (
-    Fisher,
-    dense_fisher,
-    fisher_diagonal,
-    fisher_trace,
-    fisher_vector_product,
-    linearize_fisher,
-    mean_kl,
-)
+from ngd_jax.dense import dense_fisher, fisher_diagonal
+from ngd_jax.describe import describe
+from ngd_jax.fisher import Fisher, fisher_vector_product, linearize_fisher, mean_kl
+from ngd_jax.kfac import KFAC, Kronecker
 from ngd_jax.likelihoods import (
     Bernoulli,
     Categorical,
@@ -34,27 +29,25 @@ from ngd_jax.likelihoods import (
     Poisson,
     Product,
 )
-from ngd_jax.preconditioners import Jacobi, Kronecker, Nystrom, Preconditioner
-from ngd_jax.quadratic_model import QuadraticModelRate
-from ngd_jax.relative_radius import RelativeRadius
+from ngd_jax.metric import Metric, take_examples
 from ngd_jax.solvers import (
     CG,
     LSMR,
-    SVD,
-    ApproximateInverse,
-    Auto,
     Cholesky,
-    DampingSearch,
-    Lineax,
+    Preconditioner,
+    RightHandSide,
     SampleSpace,
+    Solution,
     Solver,
     SolverInfo,
     SolverStatus,
-    StatefulSolver,
+    check_solution,
     conjugate_gradient,
     lsmr,
+    solve_scaled,
 )
 from ngd_jax.transform import (
+    STATIC_ARGS,
     NaturalGradientInfo,
     NaturalGradientState,
     StepStatus,
@@ -62,6 +55,7 @@ from ngd_jax.transform import (
     scale_by_natural_gradient,
 )
 from ngd_jax.trust_region import (
+    SufficientDecrease,
     TrustRegionResult,
     quadratic_step_scale,
     search_kl_radius,
@@ -71,48 +65,45 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "KFAC",
     "LSMR",
-    "SVD",
-    "ApproximateInverse",
+    "STATIC_ARGS",
     "Auto",
     "Bernoulli",
     "Categorical",
     "Cholesky",
     "CovariantDamping",
-    "DampingSearch",
     "DiagonalGaussian",
     "Fisher",
     "FromDistribution",
     "FromKL",
     "Gaussian",
-    "Jacobi",
     "Kronecker",
     "LevenbergMarquardt",
     "Likelihood",
-    "Lineax",
     "LogAmplitude",
     "LogDensity",
+    "Metric",
     "NaturalGradientInfo",
     "NaturalGradientState",
-    "Nystrom",
     "Poisson",
     "Preconditioner",
     "Product",
-    "QuadraticModelRate",
     "RelativeDamping",
-    "RelativeRadius",
+    "RightHandSide",
     "SampleSpace",
+    "Solution",
     "Solver",
     "SolverInfo",
     "SolverStatus",
-    "StatefulSolver",
     "StepStatus",
     "SufficientDecrease",
     "TrustRegionResult",
+    "check_solution",
     "conjugate_gradient",
     "dense_fisher",
+    "describe",
     "fisher_diagonal",
-    "fisher_trace",
     "fisher_vector_product",
     "linearize_fisher",
     "lsmr",
@@ -121,10 +112,12 @@ __all__ = [
     "quadratic_step_scale",
     "scale_by_natural_gradient",
     "search_kl_radius",
+    "solve_scaled",
+    "take_examples",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "flax":
-        return importlib.import_module("ngd_jax.flax")
+    if name in ("flax", "contrib"):
+        return importlib.import_module(f"ngd_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

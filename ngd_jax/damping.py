@@ -1,5 +1,7 @@
 """Damping λ in (F + λI) d = g: relative, Levenberg-Marquardt, in other coordinates.
 
+    λ = ratio · tr F / P,    λ by actual against predicted reduction,    λD for λI
+
 λ is in units of F as this library defines it, a mean over examples without a factor ½.
 A library that sums over N examples needs N times the number, one whose matrix is half
 or twice ours half or twice.
@@ -15,8 +17,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from ngd_jax import tree
-from ngd_jax.arguments import check_count
+from ngd_jax import dense, tree
+from ngd_jax.fisher import Fisher
+from ngd_jax.metric import check_count
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
 __all__ = ["CovariantDamping", "LevenbergMarquardt", "RelativeDamping"]
@@ -33,7 +36,7 @@ class RelativeDamping:
 
     Follows the scale of the model, so that one number serves outputs in any units.
     The trace is exact, so a step costs about as many more backward passes as an
-    example has outputs; see `Fisher.diagonal`.
+    example has outputs; see `fisher_diagonal`.
 
     Attributes:
       ratio: positive.
@@ -48,14 +51,15 @@ class RelativeDamping:
     def __post_init__(self) -> None:
         _check_positive("ratio", self.ratio)
 
-    def value(self, fisher: Any, num_parameters: int) -> Scalar:
+    def value(self, fisher: Any) -> Scalar:
         """λ for `fisher`."""
-        return self.ratio * fisher.trace() / num_parameters
+        diagonal = dense.diagonal(fisher)
+        return self.ratio * jnp.sum(diagonal) / max(1, diagonal.size)
 
 
 @dataclasses.dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Adapts λ by how well the quadratic model foretold the reduction of the loss.
+    """Adapts λ by how well the quadratic model predicted the reduction of the loss.
 
         ρ = (f(θ) - f(θ + δ)) / (-gᵀδ - ½ δᵀFδ)
 
@@ -126,7 +130,7 @@ class LevenbergMarquardt:
           predicted: -gᵀδ - ½ δᵀFδ.
         """
         actual, predicted = jnp.asarray(actual), jnp.asarray(predicted)
-        # A step so long that the model itself foretells a rise was too long.
+        # A step so long that the model itself predicts a rise was too long.
         grow = ~(actual >= self.low * predicted) | (predicted < 0)
         shrink = actual > self.high * predicted
         factor = jnp.where(grow, self.increase, jnp.where(shrink, self.decrease, 1.0))
@@ -146,9 +150,9 @@ class CovariantDamping:
         (F + λD) d = g,    D = S⁻ᵀ S⁻¹,    S = diag(scales), or any linear map
 
     λI treats all parameters as if they were measured in one unit, and so depends on how
-    the network is written. With D the user says what a change of size one is: θ = S φ
-    are the parameters that the damping takes for equal. Write the network anew as
-    θ' = T θ, take S' = T S, and the step is the same function of the inputs, exactly.
+    the network is written. With D you say what a change of size one is: the damping
+    treats the coordinates φ with θ = S φ as equal. Write the network anew as θ' = T θ,
+    take S' = T S, and the step is the same function of the inputs, exactly.
 
     Attributes:
       damping: λ: a number, a schedule, a `RelativeDamping` or a `LevenbergMarquardt`.
@@ -193,24 +197,29 @@ class CovariantDamping:
             coordinates,
         )
 
-    def check(self, params: PyTree) -> None:
-        """Raises at trace time unless the map fits `params`.
+    def coordinates(self, fisher: Fisher) -> Fisher:
+        """The Fisher in the coordinates φ, in which this damping is λI.
 
         Raises:
-          ValueError: where the scales have another structure or do not broadcast.
+          ValueError: at trace time, if the scales have another structure than the
+            parameters or do not broadcast to them.
         """
-        wide = tree.zeros_like_wide(params)
-        if not callable(self.scales):
+        wide = tree.zeros_like_wide(fisher.params)
+        if callable(self.scales):
+            scales = None
+        else:
             structure = jax.tree.structure(self.scales)
-            if structure != jax.tree.structure(params):
+            if structure != jax.tree.structure(wide):
                 raise ValueError(
                     f"`scales` of CovariantDamping must have the structure of the "
                     f"parameters: got {structure}, expected "
-                    f"{jax.tree.structure(params)}."
+                    f"{jax.tree.structure(wide)}."
                 )
+            scales = self.scales
         tree.check_like(
             jax.eval_shape(self.params_from, wide),
             wide,
             name="scales",
             like_name="params",
         )
+        return fisher.in_coordinates(self.params_from, scales)

@@ -1,15 +1,21 @@
 """The few operations on trees of arrays that Optax lacks.
 
-⟨a, b⟩ = Re Σᵢ conj(aᵢ) bᵢ, accumulated in float32 or wider whatever the leaves are.
-Everything here keeps the dtype of each leaf, so that trees of mixed precision stay so.
-Knows nothing of models, likelihoods or optimizers.
+    ⟨a, b⟩ = Re Σᵢ conj(aᵢ) bᵢ,    accumulated in float32 or wider
+
+Everything here keeps the dtype of each leaf, so that trees of mixed precision stay so,
+and works on arrays that are sharded over devices, with automatic and with explicit mesh
+axes. Knows nothing of models, likelihoods or optimizers.
 """
 
 import functools
-from collections.abc import Callable
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
@@ -19,11 +25,14 @@ __all__ = [
     "axpy",
     "check_like",
     "check_parameters",
+    "contract",
     "divide",
     "in_units",
     "max_abs",
     "norm",
     "pack",
+    "real_dtype",
+    "replicate",
     "scale",
     "select",
     "size",
@@ -34,16 +43,23 @@ __all__ = [
     "zeros_like_wide",
 ]
 
+# Leaves with fewer entries are not worth a kernel of their own.
+_SMALL = 2**16
+
 
 def wide_dtype(leaf: ArrayLike) -> jnp.dtype:
     """The dtype of a leaf, float32 where that is narrower."""
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
+def real_dtype(leaf: ArrayLike) -> jnp.dtype:
+    """The dtype of the real part of a leaf, float32 or wider."""
+    return jnp.finfo(wide_dtype(leaf)).dtype
+
+
 def accumulator_dtype(tree: PyTree) -> jnp.dtype:
     """The real dtype in which sums over `tree` are taken: float32 or wider."""
-    leaves = jax.tree.leaves(tree)
-    real = (jnp.finfo(wide_dtype(leaf)).dtype for leaf in leaves)
+    real = map(real_dtype, jax.tree.leaves(tree))
     return functools.reduce(jnp.promote_types, real, jnp.dtype(jnp.float32))
 
 
@@ -59,11 +75,7 @@ def zeros_like_wide(tree: PyTree) -> PyTree:
 
 def size(tree: PyTree) -> int:
     """The number of scalars in `tree`."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
-
-
-# Below this many entries a leaf is not worth a kernel of its own.
-_SMALL = 2**16
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 def vdot(a: PyTree, b: PyTree) -> Scalar:
@@ -82,20 +94,19 @@ def vdot(a: PyTree, b: PyTree) -> Scalar:
     total = jnp.zeros((), dtype)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         wide = jnp.promote_types(wide_dtype(x), wide_dtype(y))
-        x, y = jnp.asarray(x, wide), jnp.asarray(y, wide)
-        x = jnp.conj(x)
-        # Over all axes, since flattening would move the data of a sharded array. A sum
-        # into one number waits on a CPU for each addition before the next: long ones
-        # go by columns, which the compiler must not merge again. Short ones are one
-        # contraction, which is less to compile.
-        if x.ndim > 1 and x.size >= _SMALL:
+        x, y = jnp.conj(jnp.asarray(x, wide)), jnp.asarray(y, wide)
+        # A CPU adds up a sum into one number one entry after the other. Long sums are
+        # therefore taken by columns first, which the barrier keeps the compiler from
+        # merging again; short ones are one contraction, which is less to compile.
+        # Nothing is flattened, since that would move the data of a sharded array.
+        if _is_split(x) or _is_split(y):
+            product = jnp.sum(x * y)
+        elif x.ndim > 1 and x.size >= _SMALL:
             columns = jnp.sum(x * y, axis=tuple(range(x.ndim - 1)))
             product = jnp.sum(jax.lax.optimization_barrier(columns))
         else:
             axes = tuple(range(x.ndim))
-            precision = jax.lax.Precision.HIGHEST
-            dimensions = ((axes, axes), ((), ()))
-            product = jax.lax.dot_general(x, y, dimensions, precision=precision)
+            product = contract(x, y, axes, axes)
         total += jnp.real(product).astype(dtype)
     return total
 
@@ -105,6 +116,67 @@ def norm(x: PyTree) -> Scalar:
     square = vdot(x, x)
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+
+
+def contract(a: Array, b: Array, axes_a: Sequence[int], axes_b: Sequence[int]) -> Array:
+    """Sums a·b over pairs of axes at full precision; the free axes of a come first.
+
+    With explicit mesh axes JAX asks where the result shall lie: here its axes lie as
+    those of the operands do, and what was summed over is on every device.
+    """
+    dimensions = ((tuple(axes_a), tuple(axes_b)), ((), ()))
+    highest = jax.lax.Precision.HIGHEST
+    if not (_is_split(a) or _is_split(b)):
+        return jax.lax.dot_general(a, b, dimensions, precision=highest)
+    free = _free_spec(a, axes_a)
+    if set(free) & set(_free_spec(b, axes_b)) - {None}:
+        b = replicate(b)
+    spec = PartitionSpec(*free, *_free_spec(b, axes_b))
+    mesh = jax.typeof(a if _is_split(a) else b).sharding.mesh
+    # One of the operands may be split along a contracted axis and the other one not.
+    split = [
+        x if _is_split(x) else jax.sharding.reshard(x, _replicated(x, mesh))
+        for x in (a, b)
+    ]
+    out_sharding = NamedSharding(mesh, spec)
+    return jax.lax.dot_general(
+        split[0], split[1], dimensions, precision=highest, out_sharding=out_sharding
+    )
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """The same values on every device, where mesh axes are explicit; else unchanged.
+
+    Dense linear algebra ravels arrays, which an array that is split over an explicit
+    axis does not allow.
+    """
+
+    def on_leaf(leaf: Any) -> Any:
+        if not _is_split(leaf):
+            return leaf
+        mesh = jax.typeof(leaf).sharding.mesh
+        return jax.sharding.reshard(leaf, _replicated(leaf, mesh))
+
+    return jax.tree.map(on_leaf, tree)
+
+
+def _replicated(leaf: Any, mesh: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*[None] * jnp.ndim(leaf)))
+
+
+def _is_split(leaf: Any) -> bool:
+    """Whether an array is split over mesh axes that are explicit."""
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return False
+    return any(entry is not None for entry in sharding.spec)
+
+
+def _free_spec(leaf: Array, contracted: Sequence[int]) -> list[Any]:
+    if not _is_split(leaf):
+        return [None] * (leaf.ndim - len(contracted))
+    spec = [*jax.typeof(leaf).sharding.spec] + [None] * leaf.ndim
+    return [spec[axis] for axis in range(leaf.ndim) if axis not in contracted]
 
 
 def pack(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
@@ -126,43 +198,47 @@ def pack(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     groups: dict[jnp.dtype, list[int]] = {}
     for index, leaf in enumerate(leaves):
-        if leaf.size < _SMALL:
+        if leaf.size < _SMALL and not _is_split(leaf):
             groups.setdefault(leaf.dtype, []).append(index)
-    large = [index for index, leaf in enumerate(leaves) if leaf.size >= _SMALL]
+    small = {index for group in groups.values() for index in group}
+    alone = [index for index in range(len(leaves)) if index not in small]
 
-    def join(values: list[Array]) -> list[Array]:
-        small = [
-            jnp.concatenate([jnp.ravel(values[index]) for index in group])
-            for group in groups.values()
-        ]
-        return [values[index] for index in large] + small
+    joined = [leaves[index] for index in alone] + [
+        jnp.concatenate([jnp.ravel(leaves[index]) for index in group])
+        for group in groups.values()
+    ]
 
     def unpack(packed: list[Array]) -> PyTree:
-        values: list[Array] = [jnp.zeros(())] * len(leaves)
-        for index, value in zip(large, packed, strict=False):
-            values[index] = value
-        for group, vector in zip(groups.values(), packed[len(large) :], strict=True):
+        values: dict[int, Array] = dict(zip(alone, packed, strict=False))
+        for group, vector in zip(groups.values(), packed[len(alone) :], strict=True):
             start = 0
             for index in group:
                 stop = start + leaves[index].size
                 values[index] = jnp.reshape(vector[start:stop], leaves[index].shape)
                 start = stop
-        return jax.tree.unflatten(structure, values)
+        return jax.tree.unflatten(structure, [values[i] for i in range(len(leaves))])
 
-    return join(leaves), unpack
+    return joined, unpack
 
 
 def max_abs(tree: PyTree) -> Scalar:
     """The largest absolute value in `tree`; 0 without entries, NaN if one is NaN.
 
-    So one reduction tells both the scale of a tree and whether all of it is finite.
+    So one reduction tells both the scale of a tree and whether all of it is finite. Its
+    derivative is zero: it is a unit to measure in.
     """
     dtype = accumulator_dtype(tree)
-    total = jnp.zeros((), dtype)
+    integer = jnp.int64 if dtype == jnp.float64 else jnp.int32
+    total = jnp.zeros((), integer)
     for leaf in jax.tree.leaves(tree):
-        leaf = jnp.asarray(leaf)
-        total = jnp.maximum(total, jnp.max(jnp.abs(leaf), initial=0).astype(dtype))
-    return total
+        leaf = jax.lax.stop_gradient(jnp.asarray(leaf))
+        # The maximum of floating point numbers in jaxlib 0.10 loses NaN in arrays of
+        # 2^15 entries and more, on a CPU. Numbers that are not negative are ordered
+        # like the integers of their bits, and NaN is above them all.
+        size = jnp.abs(leaf).astype(dtype)
+        bits = jax.lax.bitcast_convert_type(size, integer)
+        total = jnp.maximum(total, jnp.max(bits, initial=0))
+    return jax.lax.bitcast_convert_type(total, dtype)
 
 
 def axpy(alpha: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
@@ -170,9 +246,8 @@ def axpy(alpha: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
 
     def combine(x_leaf: ArrayLike, y_leaf: ArrayLike) -> Array:
         wide = jnp.promote_types(wide_dtype(x_leaf), wide_dtype(y_leaf))
-        total = jnp.asarray(alpha).astype(_real_like(wide)) * jnp.asarray(
-            x_leaf, wide
-        ) + jnp.asarray(y_leaf, wide)
+        factor = jnp.asarray(alpha).astype(jnp.finfo(wide).dtype)
+        total = factor * jnp.asarray(x_leaf, wide) + jnp.asarray(y_leaf, wide)
         return total.astype(jnp.result_type(y_leaf))
 
     return jax.tree.map(combine, x, y)
@@ -180,30 +255,27 @@ def axpy(alpha: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
 
 def scale(alpha: ArrayLike, x: PyTree) -> PyTree:
     """Multiplies alpha·x, computed wide, in the dtype of the leaves of `x`."""
-
-    def multiply(leaf: ArrayLike) -> Array:
-        wide = wide_dtype(leaf)
-        product = jnp.asarray(alpha).astype(_real_like(wide)) * jnp.asarray(leaf, wide)
-        return product.astype(jnp.result_type(leaf))
-
-    return jax.tree.map(multiply, x)
+    return _with_scalar(operator.mul, x, alpha)
 
 
 def divide(x: PyTree, by: ArrayLike) -> PyTree:
     """Divides by a scalar, x / by; exact where the inverse of `by` would overflow."""
+    return _with_scalar(operator.truediv, x, by)
 
-    def quotient(leaf: ArrayLike) -> Array:
+
+def _with_scalar(operation: Callable, x: PyTree, scalar: ArrayLike) -> PyTree:
+    def combine(leaf: ArrayLike) -> Array:
         wide = wide_dtype(leaf)
-        divisor = jnp.asarray(by).astype(_real_like(wide))
-        return (jnp.asarray(leaf, wide) / divisor).astype(jnp.result_type(leaf))
+        other = jnp.asarray(scalar).astype(jnp.finfo(wide).dtype)
+        return operation(jnp.asarray(leaf, wide), other).astype(jnp.result_type(leaf))
 
-    return jax.tree.map(quotient, x)
+    return jax.tree.map(combine, x)
 
 
 def usable_unit(largest: Scalar) -> Scalar:
     """A number to divide by so that entries up to `largest` are near 1, or become so.
 
-    It is `largest` but where XLA could flush the inverse to zero or infinity.
+    It is `largest` itself unless XLA could flush its inverse to zero or to infinity.
     """
     info = jnp.finfo(largest.dtype)
     return jnp.clip(largest, float(info.tiny) ** 0.8, float(info.max) ** 0.8)
@@ -220,10 +292,6 @@ def in_units(vector: PyTree) -> tuple[PyTree, Scalar, Scalar]:
     largest = max_abs(packed)
     unit = usable_unit(largest)
     return unpack(divide(packed, unit)), unit, largest
-
-
-def _real_like(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.finfo(dtype).dtype
 
 
 def select(predicate: ArrayLike, on_true: PyTree, on_false: PyTree) -> PyTree:
@@ -270,10 +338,11 @@ def check_parameters(params: PyTree, *, name: str = "params") -> None:
       TypeError: naming the first leaf that is neither real nor complex floating.
     """
     for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"`{name}` must hold floating point or complex arrays: at "
-                f"{jax.tree_util.keystr(path) or 'the root'} got "
-                f"{jnp.result_type(leaf)}. Keep counters, keys and other state out of "
-                f"`{name}` and hand them to the model through `batch`."
+                f"{jax.tree_util.keystr(path) or 'the root'} got {dtype}. Keep "
+                f"counters, keys and other state out of `{name}` and hand them to the "
+                f"model through `batch`."
             )

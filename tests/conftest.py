@@ -27,9 +27,13 @@ import jaxtyping
 # those of the likelihoods, whose shape checks take `jax.ShapeDtypeStruct` for arrays.
 jaxtyping.install_import_hook(
     [
+        "ngd_jax.auto",
+        "ngd_jax.contrib",
         "ngd_jax.damping",
+        "ngd_jax.dense",
         "ngd_jax.fisher",
-        "ngd_jax.preconditioners",
+        "ngd_jax.kfac",
+        "ngd_jax.layers",
         "ngd_jax.solvers",
         "ngd_jax.tree",
         "ngd_jax.trust_region",

@@ -102,5 +102,5 @@ def test_relative_damping_is_in_units_of_the_mean_eigenvalue(units, rng):
         lambda w, x: units * (x @ w), jnp.ones((3, 2)), x, ngd.Gaussian()
     )
     eigenvalues = units**2 * np.linalg.eigvalsh(np.asarray(x, float).T @ x / 8)
-    damping = ngd.RelativeDamping(1e-2).value(fisher, 6)
+    damping = ngd.RelativeDamping(1e-2).value(fisher)
     np.testing.assert_allclose(damping, 1e-2 * eigenvalues.mean(), rtol=1e-5)

@@ -65,7 +65,7 @@ def test_everything_of_ours_at_the_top_is_declared():
         if getattr(value, "__module__", "").startswith("ngd_jax")
         and not name.startswith("_")
     }
-    assert ours == set(ngd.__all__)
+    assert ours == set(ngd.__all__) - {"STATIC_ARGS"}
 
 
 def test_version_is_a_version():
@@ -78,10 +78,14 @@ READ_ONLY = {
     "NaturalGradientInfo",
     "NaturalGradientState",
     "Preconditioner",
-    "Solver",
+    "RightHandSide",
+    "STATIC_ARGS",
+    "Solution",
     "SolverInfo",
-    "StepStatus",
     "TrustRegionResult",
+    # For authors of solvers: the example of `Solver` shows them.
+    "check_solution",
+    "solve_scaled",
 }
 
 
@@ -94,7 +98,7 @@ def test_public_callables_have_an_example_that_runs(name):
     assert examples
 
 
-@pytest.mark.parametrize("name", ngd.__all__)
+@pytest.mark.parametrize("name", sorted(set(ngd.__all__) - {"STATIC_ARGS"}))
 def test_public_names_are_documented(name):
     value = getattr(ngd, name)
     first_line, *rest = inspect.getdoc(value).splitlines()
@@ -103,3 +107,40 @@ def test_public_names_are_documented(name):
         for attribute, method in inspect.getmembers(value, inspect.isfunction):
             if not attribute.startswith("_") and method.__module__.startswith("ngd"):
                 assert inspect.getdoc(method), f"{name}.{attribute}"
+
+
+CONTRACT = {
+    *("Bernoulli", "Categorical", "DiagonalGaussian", "FromDistribution", "FromKL"),
+    *("Gaussian", "Likelihood", "LogAmplitude", "LogDensity", "Poisson", "Product"),
+    *("Fisher", "dense_fisher", "fisher_diagonal", "fisher_vector_product"),
+    *("linearize_fisher", "mean_kl", "Metric", "take_examples"),
+    *("CG", "LSMR", "Cholesky", "SampleSpace", "KFAC", "Kronecker", "Auto"),
+    *("Solver", "Solution", "SolverInfo", "SolverStatus", "RightHandSide"),
+    *("conjugate_gradient", "lsmr", "CovariantDamping", "LevenbergMarquardt"),
+    *("RelativeDamping", "SufficientDecrease", "natural_gradient"),
+    *("scale_by_natural_gradient", "NaturalGradientState", "NaturalGradientInfo"),
+    *("StepStatus", "STATIC_ARGS", "describe"),
+}
+
+
+def test_the_contract_is_public():
+    assert set(ngd.__all__) >= CONTRACT
+
+
+def test_contrib_and_flax_are_reached_from_the_top_and_not_imported_before():
+    assert set(ngd.contrib.__all__) >= {"SVD", "DampingSearch", "Nystrom", "Jacobi"}
+    program = "import ngd_jax as n, sys; assert not {x} & set(sys.modules); n.flax"
+    names = '{"ngd_jax.flax", "ngd_jax.contrib", "flax", "lineax"}'
+    subprocess.run(
+        [sys.executable, "-c", program.replace("{x}", names)],
+        check=True,
+        env={"PYTHONPATH": ":".join(p for p in sys.path if p), "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_static_args_are_arguments_of_the_transformation():
+    parameters = inspect.signature(ngd.natural_gradient).parameters
+    assert set(ngd.STATIC_ARGS) <= set(parameters)
+    # The rest are numbers or schedules, which `optax.inject_hyperparams` may trace.
+    numbers = set(parameters) - set(ngd.STATIC_ARGS)
+    assert numbers == {"learning_rate", "max_kl", "damping", "momentum"}

@@ -200,3 +200,13 @@ def test_parameters_that_cannot_be_differentiated_raise(leaf):
     with pytest.raises(TypeError, match=r"`params` must hold floating.*\['count'\]"):
         tree.check_parameters({"w": jnp.ones(2), "count": leaf})
     tree.check_parameters({"w": jnp.ones(2, jnp.bfloat16), "z": jnp.ones(1, complex)})
+
+
+@pytest.mark.parametrize("shape", [(40_000,), (400, 100)])
+def test_largest_entry_of_a_long_leaf_is_nan_where_one_entry_is(shape):
+    # The maximum of jaxlib 0.10 loses it from 2^15 entries on.
+    values = np.ones(shape, np.float32)
+    values.reshape(-1)[12_345] = np.nan
+    assert np.isnan(jax.jit(tree.max_abs)({"w": jnp.asarray(values)}))
+    values.reshape(-1)[12_345] = -3.0
+    assert jax.jit(tree.max_abs)({"w": jnp.asarray(values)}) == 3.0

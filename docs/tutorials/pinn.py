@@ -82,8 +82,8 @@ tx = ngd.natural_gradient(
     model_fn,
     likelihood,
     damping=0.0,  # the least; how much, each step finds by the loss itself
-    solver=ngd.DampingSearch(),  # without squaring the condition number
-    output_loss_fn=output_loss_fn,  # the gradient where it still has its digits
+    solver=ngd.contrib.DampingSearch(),  # without squaring the condition number
+    loss_fn=output_loss_fn,  # the gradient where it still has its digits
 )
 
 

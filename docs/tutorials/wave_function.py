@@ -64,7 +64,7 @@ tx = ngd.natural_gradient(
     momentum=0.8,  # SPRING; 0 for plain stochastic reconfiguration
     max_kl=0.1,  # no step changes |ψ|² by more, however bad the samples are
     solver=ngd.SampleSpace(),  # minSR: the solve has the size of the samples
-    output_loss_fn=output_loss_fn,
+    loss_fn=output_loss_fn,
 )
 
 

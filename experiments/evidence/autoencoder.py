@@ -69,9 +69,8 @@ def _natural_gradient() -> optax.GradientTransformation:
         model_fn,
         _LIKELIHOOD,
         damping=ngd.LevenbergMarquardt(initial=1.0, increase=2.0, decrease=0.5),
-        warm_start=0.95,
-        solver=ngd.CG(max_steps=30, rtol=0.0),
-        output_loss_fn=_output_loss_fn,
+        solver=ngd.CG(max_steps=30, rtol=0.0, warm_start=0.95),
+        loss_fn=_output_loss_fn,
     )
 
 

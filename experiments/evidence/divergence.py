@@ -22,6 +22,7 @@ from experiments.evidence.claim import (
 from experiments.evidence.drawing import COLORS, finish, new_figure
 from experiments.evidence.networks import Layers, digits, mlp, mlp_params
 from experiments.markdown import Table
+from ngd_jax import dense
 
 __all__ = ["DIVERGENCE"]
 
@@ -99,7 +100,7 @@ def _measure(
         value,
         gradient,
         hessian,
-        fisher.dense(),
+        dense.dense(fisher),
         along,
         fisher.quadratic(unravel(direction)),
         in_outputs,

@@ -48,7 +48,7 @@ _WHY = (
     "eigenvalue λ there, and its inverse makes that round-off ε‖g‖/λ. Dense Cholesky "
     "in the space of parameters pays the same price. SampleSpace drops that part where "
     "it is not longer than round-off can be, and has nothing to drop where it is told "
-    "w, the gradient in the space of outputs (`output_loss_fn` of `natural_gradient`). "
+    "w, the gradient in the space of outputs (`loss_fn` of `natural_gradient`). "
     "CG never leaves the span; round-off makes it take more steps than the 60 of exact "
     "arithmetic, so it may take 600 here."
 )
@@ -92,9 +92,9 @@ def solve_all(
     coefficients = fisher.sqrt_solve(by_outputs)
 
     def in_samples(damping: jax.Array, coefficients: jax.Array) -> Any:
-        return ngd.SampleSpace().solve(
-            fisher, gradient, damping=damping, coefficients=coefficients
-        )[0]
+        rhs = ngd.RightHandSide(gradient, coefficients)
+        solver = ngd.SampleSpace()
+        return ngd.solve_scaled(solver, fisher, rhs, damping=damping).direction
 
     def solve(damping: jax.Array) -> dict[str, Any]:
         # Coefficients of zero tell the solver nothing: all of g is left to split.

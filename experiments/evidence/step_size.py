@@ -110,7 +110,7 @@ def _to_the_radius(runs: Sequence[tuple[float, float]], batch: Data) -> _Steps:
         setting: jax.Array, before: Layers, after: Layers, state: Any, batch: Data
     ) -> _Steps:
         fisher = ngd.linearize_fisher(model_fn, before, batch, _LIKELIHOOD)
-        direction = state.direction
+        direction = jax.tree.map(jnp.subtract, before, after)  # any multiple of it
         scale = ngd.quadratic_step_scale(fisher.quadratic(direction), setting[0])
         guessed = jax.tree.map(lambda p, d: p - scale * d, before, direction)
         return _Steps(

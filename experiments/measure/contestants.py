@@ -198,8 +198,9 @@ def check_taken(opt_state: Any) -> ngd.NaturalGradientInfo:
       RuntimeError: where the step was refused, so that its price means nothing.
     """
     info = optax.tree.get(opt_state, "NaturalGradientInfo")
-    if int(info.status) != ngd.StepStatus.TAKEN:
-        raise RuntimeError(ngd.StepStatus(int(info.status)).message)
+    status = ngd.StepStatus(int(info.status))
+    if not status.is_taken:
+        raise RuntimeError(status.message)
     return info
 
 
@@ -207,7 +208,6 @@ def natural_step(
     problem: Problem, solver: ngd.Solver, *, damping: float = 1e-3
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A training step to the radius 1e-2, and its arguments."""
-    in_outputs = getattr(solver, "uses_coefficients", False)
     tx = ngd.natural_gradient(
         None,
         problem.model_fn,
@@ -215,7 +215,7 @@ def natural_step(
         max_kl=1e-2,
         damping=damping,
         solver=solver,
-        output_loss_fn=problem.output_loss_fn if in_outputs else None,
+        loss_fn=problem.output_loss_fn if solver.uses_coefficients else None,
     )
     step, opt_state = train_step(problem, tx)
     return step, (problem.params, opt_state, problem.batch)

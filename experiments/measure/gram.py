@@ -1,16 +1,10 @@
-"""The table of the Gram matrix and the solve beyond it; the constants of `Auto`.
+"""The table of the Gram matrix and the solve beyond it."""
 
-    SampleSpace:  gram_cost M² / N + factor_cost M³ / (18 N P) + solve_cost
-
-in gradients, as in `ngd_jax.solvers.auto`, with M = N K.
-"""
-
-import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
-import numpy as np
 
 import ngd_jax as ngd
 from experiments.markdown import Figure, Table
@@ -21,9 +15,10 @@ from experiments.measure.contestants import (
     make_problem,
     widths_of,
 )
-from ngd_jax.solvers.sample_space import solve_in_sample_space
+from ngd_jax import dense
+from ngd_jax.solvers import sample_space
 
-__all__ = ["GramCost", "fit_constants", "gram_table", "measure_gram"]
+__all__ = ["GramCost", "gram_table", "measure_gram"]
 
 _BEYOND_THE_GRAM = 4.0
 
@@ -54,7 +49,7 @@ def measure_gram(cell: Sequence[int], *, repeats: int) -> GramCost:
     args = (problem.params, problem.batch)
     gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
     _, rhs = gradient(*args)
-    build = jax.jit(lambda *args: problem.linearize(*args).gram())
+    build = jax.jit(lambda *args: dense.gram(problem.linearize(*args)))
     gram = build(*args)
     known = jax.jit(lambda *rest: _solve(problem, *rest, in_outputs=True))
     unknown = jax.jit(lambda *rest: _solve(problem, *rest, in_outputs=False))
@@ -79,18 +74,13 @@ def _solve(
     if in_outputs:
         cotangents = jax.grad(problem.output_loss_fn)(fisher.outputs, batch)
         coefficients = fisher.sqrt_solve(cotangents)
-    return solve_in_sample_space(
-        fisher, gram, rhs, damping=1e-3, coefficients=coefficients
-    )
+    right = ngd.RightHandSide(rhs, coefficients)
+    with mock.patch.object(sample_space, "gram", return_value=gram):
+        return ngd.solve_scaled(ngd.SampleSpace(), fisher, right, damping=1e-3)[0]
 
 
-def gram_table(costs: Sequence[GramCost], product_cost: float | None) -> Table:
-    """The costs, the goal at the first of them, and the constants fitted to all.
-
-    Args:
-      costs: as measured.
-      product_cost: gradients of a product in a solve, as measured, or None.
-    """
+def gram_table(costs: Sequence[GramCost]) -> Table:
+    """The costs, and the goal at the first of them."""
     rows = [
         [
             *(f"{number:,}" for number in cost.cell),
@@ -107,17 +97,9 @@ def gram_table(costs: Sequence[GramCost], product_cost: float | None) -> Table:
             _BEYOND_THE_GRAM,
         )
         for what, price in (
-            ("with `output_loss_fn`", first.known),
+            ("with `loss_fn`", first.known),
             ("without", first.unknown),
         )
-    ]
-    constants = fit_constants(costs)
-    if product_cost is not None:
-        constants = {"product_cost": product_cost, **constants}
-    now = ngd.Auto()
-    goals += [
-        Figure(f"`Auto.{name}` by these tables, {getattr(now, name):.3g} as it is", new)
-        for name, new in constants.items()
     ]
     return Table(
         "Where SampleSpace spends its time, in gradients",
@@ -125,47 +107,3 @@ def gram_table(costs: Sequence[GramCost], product_cost: float | None) -> Table:
         rows,
         goals,
     )
-
-
-def fit_constants(costs: Sequence[GramCost]) -> dict[str, float]:
-    """`gram_cost`, `solve_cost` and `factor_cost` of `Auto`.
-
-    The first is a geometric mean; the others are a fit by least squares of relative
-    errors, neither below zero, to the solves with a gradient in output space.
-    """
-    gram = [cost.gram / _count_gram(cost.cell) for cost in costs]
-    counts = np.array([_count_factor(cost.cell) for cost in costs])
-    prices = np.array([cost.known for cost in costs])
-    columns = np.stack([np.ones_like(counts), counts], axis=1) / prices[:, None]
-    solve, factor = _fit_non_negative(columns)
-    return {
-        "gram_cost": statistics.geometric_mean(gram),
-        "solve_cost": solve,
-        "factor_cost": factor,
-    }
-
-
-def _fit_non_negative(columns: np.ndarray) -> tuple[float, float]:
-    """The x ≥ 0 of least ‖columns x - 1‖: where one is negative, the other alone."""
-    ones = np.ones(len(columns))
-    both = np.linalg.lstsq(columns, ones)[0]
-    if len(columns) > 1 and np.all(both >= 0):
-        return float(both[0]), float(both[1])
-    fits = []
-    for index in range(2):
-        x = np.zeros(2)
-        column = columns[:, index]
-        x[index] = column @ ones / (column @ column)
-        fits.append((float(np.linalg.norm(columns @ x - ones)), x))
-    best = min(fits, key=lambda fit: fit[0])[1]
-    return float(best[0]), float(best[1])
-
-
-def _count_gram(cell: Sequence[int]) -> float:
-    _, examples, outputs = cell
-    return (examples * outputs) ** 2 / examples
-
-
-def _count_factor(cell: Sequence[int]) -> float:
-    num_parameters, examples, outputs = cell
-    return (examples * outputs) ** 3 / (18 * examples * num_parameters)

@@ -35,8 +35,7 @@ from experiments.measure.contestants import (
     widths_of,
 )
 from experiments.measure.settings import PrecisionSettings
-from ngd_jax import tree
-from ngd_jax.solvers import StatefulSolver
+from ngd_jax import dense, tree
 
 __all__ = [
     "dense_system",
@@ -62,11 +61,11 @@ def dense_system(problem: Problem) -> tuple[np.ndarray, _Vector]:
 
     @jax.jit
     def build(params: Any, batch: Any) -> Any:
-        dense = problem.linearize(params, batch).dense()
-        return dense, ravel_pytree(tree.widen(_gradient(problem, params, batch)))[0]
+        matrix = dense.dense(problem.linearize(params, batch))
+        return matrix, ravel_pytree(tree.widen(_gradient(problem, params, batch)))[0]
 
-    dense, gradient = build(problem.params, problem.batch)
-    return np.asarray(dense, np.float64), np.asarray(gradient, np.float64)
+    matrix, gradient = build(problem.params, problem.batch)
+    return np.asarray(matrix, np.float64), np.asarray(gradient, np.float64)
 
 
 def least_squares_system(problem: Problem) -> tuple[np.ndarray, _Vector]:
@@ -105,18 +104,14 @@ def directions(
     @jax.jit
     def solve(params: Any, batch: Any, damping: jax.Array) -> jax.Array:
         fisher = problem.linearize(params, batch)
-        rhs = tree.widen(_gradient(problem, params, batch))
-        if isinstance(solver, StatefulSolver):
-            found = solver.solve(
-                fisher,
-                rhs,
-                damping=damping,
-                coefficients=_coefficients(problem, fisher, batch),
-                state=solver.init(params),
-            )
-        else:
-            found = solver(fisher, rhs, damping=damping)
-        return ravel_pytree(found[0])[0]
+        rhs = ngd.RightHandSide(
+            tree.widen(_gradient(problem, params, batch)),
+            _coefficients(problem, fisher, batch),
+        )
+        found = ngd.solve_scaled(
+            solver, fisher, rhs, damping=damping, state=solver.init(params)
+        )
+        return ravel_pytree(found.direction)[0]
 
     return [
         np.asarray(solve(problem.params, problem.batch, jnp.asarray(x)), np.float64)

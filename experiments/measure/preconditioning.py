@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 import ngd_jax as ngd
 from experiments.measure.settings import PreconditionersSettings
 from experiments.measure.systems import Problem, make_autoencoder, make_raw_wine
-from ngd_jax import tree
+from ngd_jax import contrib, dense, tree
 from ngd_jax.types import ArrayLike
 
 __all__ = [
@@ -111,7 +111,7 @@ def _contestants(
 ) -> list[_Contestant]:
     key = jax.random.key(settings.seed + 1)
     probes = settings.num_probes
-    jacobi = functools.partial(ngd.Jacobi, refresh_every=_NEVER)
+    jacobi = functools.partial(contrib.Jacobi, refresh_every=_NEVER)
     estimated = functools.partial(jacobi, num_probes=probes, key=key)
     entries = [_Contestant("none", None, 0)]
     if tree.size(problem.params) <= settings.exact_limit:
@@ -128,7 +128,7 @@ def _contestants(
     ]
     for rank in settings.ranks:
         name = f"Nyström, rank {rank}"
-        preconditioner = ngd.Nystrom(rank, key, refresh_every=_NEVER)
+        preconditioner = contrib.Nystrom(rank, key, refresh_every=_NEVER)
         price = len(preconditioner.init(problem.params).eigenvalues)
         old = f"{name}, {settings.steps_between} steps old"
         entries += [
@@ -180,9 +180,13 @@ class _Counted(NamedTuple):
     fisher: ngd.Fisher
     calls: list[int]
 
-    def matvec(self, vector: Any) -> Any:
+    @property
+    def chunks(self) -> None:
+        return None
+
+    def matvec_and_push(self, vector: Any) -> Any:
         jax.debug.callback(lambda: self.calls.append(1))
-        return self.fisher.matvec(vector)
+        return self.fisher.matvec_and_push(vector)
 
 
 def _make_solve(
@@ -245,7 +249,7 @@ def _dense_fisher(problem: Problem) -> np.ndarray | None:
     if tree.size(problem.params) > _LARGEST_DENSE:
         return None
     fisher = _linearize(problem, problem.params, problem.batch)
-    return np.asarray(fisher.dense(), float)
+    return np.asarray(dense.dense(fisher), float)
 
 
 def _largest_decreases(

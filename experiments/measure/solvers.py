@@ -6,7 +6,6 @@
 The prices say where which solver is the cheapest.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +33,6 @@ __all__ = [
     "contestants",
     "estimate_gradients",
     "measure_cell",
-    "product_cost",
     "solver_tables",
 ]
 
@@ -157,22 +155,8 @@ def measure_cell(cell: Sequence[int], settings: SolversSettings) -> Row:
     return Row(cell, one, planned_memory(gradient).peak, prices, name)
 
 
-def product_cost(rows: Sequence[Row], steps: Sequence[int]) -> float | None:
-    """Gradients of a further step of CG, the median of the rows that have two."""
-    few, many = min(steps), max(steps)
-    further = [
-        (after - before) / (many - few)
-        for row in rows
-        for before, after in [
-            (_gradients(row, f"CG {few}"), _gradients(row, f"CG {many}"))
-        ]
-        if few != many and before is not None and after is not None
-    ]
-    return statistics.median(further) if further else None
-
-
 def solver_tables(settings: SolversSettings) -> list[Table]:
-    """Whole steps, and what there is of `SampleSpace` and `Auto` in parts."""
+    """Whole steps, and what there is of `SampleSpace` in parts."""
     every = contestants(settings.steps)
     rows = [measure_cell(cell, settings) for cell in settings.cells]
     costs = [
@@ -187,12 +171,8 @@ def solver_tables(settings: SolversSettings) -> list[Table]:
                 f"Skipped: a call estimated, by count, above {settings.budget:g} s."
             ],
         ),
-        gram_table(costs, product_cost(rows, settings.steps)),
+        gram_table(costs),
     ]
-
-
-def _gradients(row: Row, name: str) -> float | None:
-    return row.prices[name].gradients if name in row.prices else None
 
 
 def cells_of(row: Row, every: Sequence[Contestant]) -> list[str]:

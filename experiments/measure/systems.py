@@ -80,8 +80,8 @@ def make_autoencoder(settings: PreconditionersSettings) -> Problem:
         problem,
         settings,
         damping=ngd.LevenbergMarquardt(),
-        warm_start=0.95,
-        output_loss_fn=output_loss_fn,
+        solver=ngd.Auto(ngd.CG(3, preconditioner=ngd.Kronecker(), warm_start=0.95)),
+        loss_fn=output_loss_fn,
     )
 
 

@@ -33,6 +33,7 @@ from experiments.wave_functions.energy import (
     output_loss,
 )
 from experiments.wave_functions.sampling import move_chains, start_chains
+from ngd_jax import contrib
 
 __all__ = ["wave_function_tables"]
 
@@ -82,8 +83,8 @@ def _measure(
     }
     if size <= _DENSE_LIMIT:
         solvers["Cholesky"] = ngd.Cholesky()
-        low = ngd.Cholesky(factor_dtype=jnp.float32)
-        solvers["Cholesky(factor_dtype=float32)"] = low
+        factor = contrib.CholeskyFactor(jnp.float32)
+        solvers["CG(20), CholeskyFactor(float32)"] = ngd.CG(20, 1e-14, factor)
     steps = {
         name: _make_step(model_fn, solver, settings.damping, params, batch)
         for name, solver in solvers.items()
@@ -159,13 +160,12 @@ def _log_psi(module: nn.Module, params: Any, batch: Any) -> Any:
 def _make_step(
     model_fn: Any, solver: ngd.Solver, damping: float, params: Any, batch: Any
 ) -> Any:
-    in_output_space = getattr(solver, "uses_coefficients", False)
     tx = ngd.scale_by_natural_gradient(
         model_fn,
         ngd.LogAmplitude(),
         damping=damping,
         solver=solver,
-        output_loss_fn=output_loss if in_output_space else None,
+        loss_fn=output_loss if solver.uses_coefficients else None,
     )
 
     @jax.jit

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from experiments.physics.problems import Points, Problem
+from ngd_jax import contrib
 
 __all__ = ["OURS", "PEERS", "Equation", "iterate"]
 
@@ -175,8 +176,8 @@ def _ours(equation: Equation) -> tuple[PyTree, Step]:
         problem.residuals,
         problem.likelihood,
         damping=0.0,
-        solver=ngd.DampingSearch(),
-        output_loss_fn=problem.loss,
+        solver=contrib.DampingSearch(),
+        loss_fn=problem.loss,
     )
     return _optax(tx, equation, batch=equation.points)
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.physics.derivatives import network
 from experiments.physics.problems import Problem
@@ -25,13 +26,14 @@ _DECADES = 2.0
 
 
 def draw_curves(records: Records, path: Path, title: str) -> None:
-    """Draws loss, L2 error, KL and length of the steps of a run into `path`."""
-    figure = Figure(figsize=(11.0, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
+    """Draws loss, L2 error, KL, damping, length of steps and solver steps of a run."""
+    figure = Figure(figsize=(15.0, 7.5), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
     figure.suptitle(title)
     panels = {
         "loss": (axes[0, 0], "Loss", "half the weighted mean squared residuals"),
         "test_l2_error": (axes[0, 1], "Error", "absolute L2 error"),
+        "damping": (axes[0, 2], "Damping", "λ, in units of F"),
         "step_scale": (axes[1, 1], "Length", "step in natural gradients"),
     }
     for name, (axis, heading, label) in panels.items():
@@ -41,6 +43,10 @@ def draw_curves(records: Records, path: Path, title: str) -> None:
         if is_positive.any():
             axis.semilogy(steps[is_positive], values[is_positive], ".-", color=DARK)
     draw_kl(axes[1, 0], records)
+    axes[1, 2].set(title="Solver", ylabel="steps, or rounds of the search")
+    steps, values = series(records, "solver_steps")
+    axes[1, 2].plot(steps, values, ".-", color=DARK)
+    axes[1, 2].yaxis.set_major_locator(MaxNLocator(integer=True))
     save_figure(figure, axes, path)
 
 

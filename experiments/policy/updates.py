@@ -130,7 +130,8 @@ def make_whole_update(
             **read_step_info(opt_state),
         }
         if "status" in records:
-            accepted = records["status"] == ngd.StepStatus.TAKEN
+            taken = jnp.array([ngd.StepStatus.TAKEN, ngd.StepStatus.TAKEN_SHORT])
+            accepted = jnp.isin(records["status"], taken)
             records["accepted"] = accepted.astype(jnp.float32)
         if measure_kl and "measured_kl" not in records:
             records["measured_kl"] = _kl(task, params, new_params, batch)

@@ -4,18 +4,22 @@
 
 for the outputs z of one example: the Fisher information of the outputs is the
 curvature of the KL divergence, so `kl` is all that a likelihood must define. Closed
-forms override what is derived here. Knows nothing of models or of the batch mean.
+forms override what is derived here: the public methods check their arguments, convert
+them to float32 or wider and round the result; the private ones (`_fisher_vp`, ...) hold
+the formulas. Knows nothing of models or of the batch mean.
 """
 
 import abc
-import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
-from ngd_jax.likelihoods.checks import check_like, describe
-from ngd_jax.tree import widen
+from ngd_jax.likelihoods import numerics
+from ngd_jax.likelihoods.checks import check_inexact, describe, message
+from ngd_jax.tree import check_like
 from ngd_jax.types import Array, KeyArray, Outputs, PyTree
 
 __all__ = ["Likelihood"]
@@ -25,18 +29,18 @@ class Likelihood(abc.ABC):
     """A distribution of targets for every example, given the outputs of a model.
 
     The leading axes of the outputs are the batch, the trailing ones belong to one
-    example. Every method keeps the batch: values are per example, in nats, and who
-    calls takes the mean. Methods are pure and work under `jit`, `vmap` and `grad`;
+    example. Every method keeps the batch: values are per example, in nats, and the
+    caller takes the mean. Methods are pure and work under `jit`, `vmap` and `grad`;
     they compute in float32 or wider, whatever the dtype of the outputs.
 
-    A likelihood of your own defines `kl`. The Fisher products then come from automatic
+    To write your own, define `kl`. The Fisher products then come from automatic
     differentiation, and `log_prob` and `sample` are needed only by the losses and by
     the sampled and the empirical Fisher. Make it a frozen dataclass, so that it can be
     compared and hashed.
 
     Attributes:
-      centered: Whether the metric is a covariance over the examples, so that it mixes
-        them. The Fisher then centres with its own weighted mean.
+      centered: Whether the metric is a covariance over the examples, and so mixes them.
+        The Fisher then subtracts its own weighted mean.
       kl_curvature: The Hessian of the KL at equality divided by the metric. 1 for every
         Fisher metric.
 
@@ -76,35 +80,35 @@ class Likelihood(abc.ABC):
         """KL(p‖q) = E_p[log p − log q] in nats, one value per example.
 
         Args:
-          outputs_p: Outputs of the first distribution, over which the mean is taken.
+          outputs_p: Outputs of the first distribution, under which the expectation is
+            taken.
           outputs_q: Outputs of the second, of the same structure and shapes.
 
         Returns:
           An array of the batch shape, exactly 0.0 where the outputs are equal.
 
         Raises:
-          TypeError, ValueError: where the outputs do not fit the likelihood.
+          TypeError, ValueError: if the outputs do not fit the likelihood.
         """
 
     def log_prob(self, outputs: Outputs, targets: PyTree) -> Array:
         """The log-probability log p(targets | outputs) in nats, one value per example.
 
         Raises:
-          TypeError: where the class defines no `log_prob`.
+          TypeError: if the class defines no `log_prob`.
         """
         del outputs, targets
         raise TypeError(
-            f"{self!r} has no log-probability, which the empirical and the sampled "
-            f"Fisher and the losses need. Define "
-            f"`log_prob(self, outputs, targets)` in {type(self).__name__}, or use the "
-            f'exact Fisher (kind="exact").'
+            f"{self!r} has no log-probability, which losses and the empirical and "
+            f"sampled Fisher need. Define `log_prob(self, outputs, targets)` in "
+            f'{type(self).__name__}, or use the exact Fisher (kind="exact").'
         )
 
     def sample(self, key: KeyArray, outputs: Outputs) -> PyTree:
-        """Draws one target for every example, fit for `log_prob`.
+        """Draws one target for every example, as `log_prob` takes them.
 
         Raises:
-          TypeError: where the class defines no `sample`.
+          TypeError: if the class defines no `sample`.
         """
         del key, outputs
         raise TypeError(
@@ -120,22 +124,28 @@ class Likelihood(abc.ABC):
           outputs: Outputs, or their `jax.ShapeDtypeStruct`s.
 
         Raises:
-          TypeError, ValueError: where the outputs do not fit the likelihood; the
-            message names `outputs`, what was expected and what to do.
+          TypeError, ValueError: if the outputs do not fit the likelihood, or its `kl`
+            does not return one number per example.
         """
-        for leaf in jax.tree.leaves(outputs):
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-                raise TypeError(
-                    f"`outputs` of {self!r} must have floating point dtypes, got "
-                    f"{describe(outputs)}; convert with `.astype(jnp.float32)`."
-                )
+        check_inexact(self, outputs, name="outputs")
         result = jax.eval_shape(self.kl, outputs, outputs)
-        if not hasattr(result, "shape"):
-            raise TypeError(
-                f"`kl` of {self!r} must return one array with a value per example, got "
-                f"{describe(result)}."
+        if not jnp.issubdtype(getattr(result, "dtype", jnp.bool_), jnp.floating):
+            rule = "return one array of real numbers, one per example"
+            raise TypeError(message(self, "kl", rule, result))
+        shape = tuple(result.shape)
+        shapes = jax.eval_shape(lambda x: x, outputs)
+        leads = [leaf.shape[: len(shape)] == shape for leaf in jax.tree.leaves(shapes)]
+        if not all(leads) or (shape == () and _mixes_examples(self.kl, shapes)):
+            rule = (
+                f"return one value per example, with the leading axes of the outputs "
+                f"{describe(outputs)} as its shape"
             )
-        return tuple(result.shape)
+            advice = (
+                "sum over the axes of one example only, do not average over the "
+                "batch, and let `model_fn` broadcast what examples share"
+            )
+            raise ValueError(message(self, "kl", rule, result, advice))
+        return shape
 
     def fisher_vp(self, outputs: Outputs, tangents: Outputs) -> Outputs:
         """H t, the Fisher information of the outputs times a tangent, per example.
@@ -146,25 +156,17 @@ class Likelihood(abc.ABC):
 
         Returns:
           H t in the structure, shapes and dtypes of `tangents`; not averaged.
+
+        Raises:
+          TypeError, ValueError: if the outputs or the tangents do not fit.
         """
-        self.batch_shape(outputs)
-        check_like(self, tangents, outputs, name="tangents")
-        wide = widen(outputs)
-        # The sum over examples has a block-diagonal Hessian, so that one
-        # forward-over-reverse product gives all examples their own.
-        gradient_fn = jax.grad(lambda other: jnp.sum(self.kl(wide, other)))
-        like = jax.tree.map(lambda t, z: jnp.asarray(t, z.dtype), tangents, wide)
-        _, products = jax.jvp(gradient_fn, (wide,), (like,))
-        return jax.tree.map(
-            lambda h, t: (h / self.kl_curvature).astype(jnp.result_type(t)),
-            products,
-            tangents,
-        )
+        z, t = self._wide_pair(outputs, tangents, name="tangents")
+        return numerics.cast_like(self._fisher_vp(z, t), tangents)
 
     def sqrt_fisher_vp(self, outputs: Outputs, coefficients: Outputs) -> Outputs:
         """B u, where H = B Bᵀ, per example.
 
-        Without a closed form B is the symmetric root of the dense H of each example.
+        Without a closed form, B is the symmetric root of the dense H of each example.
 
         Args:
           outputs: The outputs z at which H is taken.
@@ -173,8 +175,12 @@ class Likelihood(abc.ABC):
         Returns:
           B u in the structure, shapes and dtypes of `coefficients`; not averaged. For
           standard normal u it has the covariance H.
+
+        Raises:
+          TypeError, ValueError: if the outputs or the coefficients do not fit.
         """
-        return self._apply_root(outputs, coefficients, name="coefficients")
+        z, u = self._wide_pair(outputs, coefficients, name="coefficients")
+        return numerics.cast_like(self._sqrt_fisher_vp(z, u), coefficients)
 
     def sqrt_fisher_tvp(self, outputs: Outputs, tangents: Outputs) -> Outputs:
         """Bᵀ t, the transpose of `sqrt_fisher_vp`, so that |Bᵀ t|² = tᵀ H t.
@@ -185,16 +191,20 @@ class Likelihood(abc.ABC):
 
         Returns:
           Bᵀ t in the structure, shapes and dtypes of `tangents`; not averaged.
+
+        Raises:
+          TypeError, ValueError: if the outputs or the tangents do not fit.
         """
-        return self._apply_root(outputs, tangents, name="tangents")
+        z, t = self._wide_pair(outputs, tangents, name="tangents")
+        return numerics.cast_like(self._sqrt_fisher_tvp(z, t), tangents)
 
     def sqrt_fisher_solve(self, outputs: Outputs, cotangents: Outputs) -> Outputs:
         """The coefficients u of least norm with B u = c, per example.
 
         This is how the gradient of a loss with respect to the outputs enters a solver
-        that works on the square root of the Fisher. What of c lies outside of the range
-        of B (or within it only by round-off) is left out, so that u is finite; check
-        with c − B u where it matters.
+        that works on the square root of the Fisher. The part of c outside the range of
+        B (or inside it only by round-off) is dropped, so that u is finite; compute
+        c − B u where it matters.
 
         Args:
           outputs: The outputs z at which H is taken.
@@ -202,67 +212,101 @@ class Likelihood(abc.ABC):
 
         Returns:
           u = B⁺ c in the structure and shapes of the outputs, float32 or wider.
+
+        Raises:
+          TypeError, ValueError: if the outputs or the cotangents do not fit.
         """
-        shape = self.batch_shape(outputs)
-        check_like(self, cotangents, outputs, name="cotangents")
-        rows, split_fn = _ravel_examples(self, widen(cotangents), shape)
-        root = self._dense_root(widen(outputs), shape)
-        # The root of the round-off in H, which is what a null vector of H shows here.
-        rtol = (rows.shape[-1] * float(jnp.finfo(root.dtype).eps)) ** 0.5
-        inverse = jnp.linalg.pinv(root, rtol=rtol, hermitian=True)
-        return split_fn(
-            jnp.einsum("...ij,...j->...i", inverse, rows, precision="highest")
-        )
+        z, c = self._wide_pair(outputs, cotangents, name="cotangents")
+        return self._sqrt_fisher_solve(z, c)
 
-    def _apply_root(self, outputs: Outputs, vector: Outputs, *, name: str) -> Outputs:
-        shape = self.batch_shape(outputs)
-        check_like(self, vector, outputs, name=name)
-        rows, split_fn = _ravel_examples(self, vector, shape)
-        root = self._dense_root(widen(outputs), shape)
-        products = jnp.einsum(
-            "...ij,...j->...i", root, rows.astype(root.dtype), precision="highest"
-        )
-        return split_fn(products)
+    # The formulas. Arguments are checked, and float32 or wider.
 
-    def _dense_root(self, outputs: Outputs, shape: tuple[int, ...]) -> Array:
-        """The symmetric root of H for every example, [..., D, D]."""
-        rows, split_fn = _ravel_examples(self, outputs, shape)
+    def _fisher_vp(self, outputs: Outputs, tangents: Outputs) -> Outputs:
+        # The sum over examples has a block-diagonal Hessian, so that one
+        # forward-over-reverse product gives every example its own H t.
+        gradient_fn = jax.grad(lambda other: jnp.sum(self.kl(outputs, other)))
+        _, products = jax.jvp(gradient_fn, (outputs,), (tangents,))
+        return jax.tree.map(lambda product: product / self.kl_curvature, products)
+
+    def _sqrt_fisher_vp(self, outputs: Outputs, coefficients: Outputs) -> Outputs:
+        shape = self.batch_shape(outputs)
+        return _multiply(self._dense_root(outputs, shape), coefficients, shape)
+
+    def _sqrt_fisher_tvp(self, outputs: Outputs, tangents: Outputs) -> Outputs:
+        return self._sqrt_fisher_vp(outputs, tangents)  # symmetric unless overridden
+
+    def _sqrt_fisher_solve(self, outputs: Outputs, cotangents: Outputs) -> Outputs:
+        shape = self.batch_shape(outputs)
+        inverse = self._dense_root(outputs, shape, is_inverse=True)
+        return _multiply(inverse, cotangents, shape)
+
+    def _dense_root(
+        self, outputs: Outputs, shape: tuple[int, ...], *, is_inverse: bool = False
+    ) -> Array:
+        """The symmetric root B of H for every example, [..., D, D], or B⁺."""
+        rows, split_fn = _ravel_examples(outputs, shape)
 
         def column(unit: Array) -> Array:
             tangents = split_fn(jnp.broadcast_to(unit, rows.shape))
-            return _ravel_examples(self, self.fisher_vp(outputs, tangents), shape)[0]
+            return _ravel_examples(self.fisher_vp(outputs, tangents), shape)[0]
 
-        basis = jnp.eye(rows.shape[-1], dtype=rows.dtype)
-        dense = jnp.moveaxis(jax.vmap(column)(basis), 0, -1)
+        size = rows.shape[-1]
+        dense = jnp.moveaxis(jax.vmap(column)(jnp.eye(size, dtype=rows.dtype)), 0, -1)
         values, vectors = jnp.linalg.eigh((dense + jnp.swapaxes(dense, -1, -2)) / 2)
         values = jnp.sqrt(jnp.maximum(values, 0))  # round-off below zero
-        return jnp.einsum(
-            "...ik,...k,...jk->...ij", vectors, values, vectors, precision="highest"
-        )
+        if is_inverse:
+            # The round-off in H is ε times its size, and in a zero eigenvalue of B the
+            # root of that.
+            rtol = (size * float(jnp.finfo(values.dtype).eps)) ** 0.5
+            is_used = values > rtol * jnp.max(values, -1, keepdims=True, initial=0)
+            values = jnp.where(is_used, 1 / jnp.where(is_used, values, 1), 0)
+        scaled = vectors * values[..., None, :]
+        return jnp.einsum("...ik,...jk->...ij", scaled, vectors, precision="highest")
+
+    def _wide_pair(
+        self, outputs: Outputs, other: Outputs, *, name: str = "outputs_q"
+    ) -> tuple[Outputs, Outputs]:
+        self.batch_shape(outputs)
+        check_like(other, outputs, name=name, like_name="outputs")
+        check_inexact(self, other, name=name)
+        return numerics.wide_pair(outputs, other)
 
 
-def _ravel_examples(likelihood: Likelihood, tree: PyTree, shape: tuple[int, ...]):
-    """Lays the leaves of every example out in one row, [..., D], and back."""
-    leaves, structure = jax.tree.flatten(tree)
-    for leaf in leaves:
-        if leaf.shape[: len(shape)] != shape:
-            raise ValueError(
-                f"`outputs` of {likelihood!r} must lead with the batch axes "
-                f"{shape} of its `kl` in every leaf, got {describe(tree)}. Define "
-                f"`sqrt_fisher_vp` and `sqrt_fisher_tvp` in "
-                f"{type(likelihood).__name__} for outputs that examples share."
-            )
-    sizes = [math.prod(leaf.shape[len(shape) :]) for leaf in leaves]
-    flat = widen([leaf.reshape((*shape, -1)) for leaf in leaves])
-    dtype = jnp.result_type(*flat)
-    rows = jnp.concatenate([leaf.astype(dtype) for leaf in flat], axis=-1)
+def _mixes_examples(kl_fn: Callable[..., Array], outputs: Outputs) -> bool:
+    """Whether a `kl_fn` of shape () is a sum or mean over the batch.
 
-    def split_fn(rows: Array) -> PyTree:
-        parts, start = [], 0
-        for leaf, size in zip(leaves, sizes, strict=True):
-            part = rows[..., start : start + size].reshape(leaf.shape)
-            parts.append(part.astype(leaf.dtype))
-            start += size
-        return jax.tree.unflatten(structure, parts)
+    One number is right for the outputs of one example (under `vmap`) and wrong for
+    those of a batch. With one more leading axis, of length 2, the former has two.
+    """
+    if not any(leaf.shape for leaf in jax.tree.leaves(outputs)):
+        return False
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), outputs
+    )
+    try:
+        return jax.eval_shape(kl_fn, batch, batch).shape != (2,)
+    except Exception:  # noqa: BLE001  # anything that a user's function may raise
+        return True
 
-    return rows, split_fn
+
+def _multiply(matrices: Array, vectors: Outputs, shape: tuple[int, ...]) -> Outputs:
+    rows, split_fn = _ravel_examples(vectors, shape)
+    return split_fn(jnp.einsum("...ij,...j->...i", matrices, rows, precision="highest"))
+
+
+def _ravel_examples(
+    tree: PyTree, shape: tuple[int, ...]
+) -> tuple[Array, Callable[[Array], PyTree]]:
+    """Lays the leaves of every example out in one row, [..., D]; and the way back."""
+
+    def empty(leaf: Array) -> Array:
+        return jnp.zeros(leaf.shape[len(shape) :], leaf.dtype)
+
+    _, split_fn = ravel_pytree(jax.tree.map(empty, tree))
+
+    def ravel_fn(example: PyTree) -> Array:
+        return ravel_pytree(example)[0]
+
+    for _ in shape:
+        ravel_fn, split_fn = jax.vmap(ravel_fn), jax.vmap(split_fn)
+    return ravel_fn(tree), split_fn

@@ -10,12 +10,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ngd_jax.likelihoods import numerics
 from ngd_jax.likelihoods.independent import IndependentLikelihood
-from ngd_jax.likelihoods.numerics import (
-    masked_product,
-    relative_entropy,
-    wide_together,
-)
 from ngd_jax.types import Array, KeyArray
 
 __all__ = ["Bernoulli"]
@@ -59,13 +55,13 @@ class Bernoulli(IndependentLikelihood):
           An array of the batch shape.
 
         Raises:
-          TypeError, ValueError: where logits or targets do not fit.
+          TypeError, ValueError: if logits or targets do not fit.
         """
         z, y = self._wide_with_targets(
             outputs, targets, what="zeros and ones, or probabilities,"
         )
-        yes = masked_product(y, jax.nn.log_sigmoid(z))
-        no = masked_product(1 - y, jax.nn.log_sigmoid(-z))
+        yes = numerics.masked_product(y, jax.nn.log_sigmoid(z))
+        no = numerics.masked_product(1 - y, jax.nn.log_sigmoid(-z))
         return self._sum_event(yes + no)
 
     def kl(self, outputs_p: Array, outputs_q: Array) -> Array:
@@ -75,12 +71,12 @@ class Bernoulli(IndependentLikelihood):
         shape.
 
         Raises:
-          TypeError, ValueError: where the logits do not fit, or differ in shape.
+          TypeError, ValueError: if the logits do not fit, or differ in shape.
         """
         a, b = self._wide_pair(outputs_p, outputs_q)
         limit = jnp.finfo(a.dtype).max / 4
         a, b = jnp.clip(a, -limit, limit), jnp.clip(b, -limit, limit)
-        # Yes and no are exchanged where p > 1/2, so that p is the small probability and
+        # Where p > 1/2, swap yes and no, so that p is the smaller probability and
         # log(1 − p) − log(1 − q) = log(1 + p (eᵈ − 1)) loses no digits.
         sign = jnp.where(a > 0, -1, 1).astype(a.dtype)
         a, delta = sign * a, sign * (b - a)
@@ -92,17 +88,19 @@ class Bernoulli(IndependentLikelihood):
             jnp.log1p(p * jnp.expm1(jnp.where(close, delta, 0))),
             jax.nn.softplus(b) - jax.nn.softplus(a),
         )
-        yes = relative_entropy(p, jax.nn.sigmoid(b), log_ratio_no - delta)
-        no = relative_entropy(jax.nn.sigmoid(-a), jax.nn.sigmoid(-b), log_ratio_no)
+        yes = numerics.relative_entropy(p, jax.nn.sigmoid(b), log_ratio_no - delta)
+        no = numerics.relative_entropy(
+            jax.nn.sigmoid(-a), jax.nn.sigmoid(-b), log_ratio_no
+        )
         return self._sum_event(yes + no)
 
-    def fisher_root(self, outputs: Array) -> Array:
-        """√(p (1 − p)), the standard deviation of each event; float32 or wider."""
-        (z,) = wide_together(outputs)
-        return jnp.exp((jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z)) / 2)
+    def _root(self, outputs: Array) -> Array:
+        """√(p (1 − p)), the standard deviation of each event."""
+        log_variance = jax.nn.log_sigmoid(outputs) + jax.nn.log_sigmoid(-outputs)
+        return numerics.root_exp(log_variance)
 
     def sample(self, key: KeyArray, outputs: Array) -> Array:
         """Draws zeros and ones, of the shape and dtype of the logits."""
         self.batch_shape(outputs)
-        p = jax.nn.sigmoid(wide_together(outputs)[0])
+        p = jax.nn.sigmoid(numerics.wide_together(outputs)[0])
         return jax.random.bernoulli(key, p).astype(outputs.dtype)

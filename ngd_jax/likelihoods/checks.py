@@ -1,10 +1,11 @@
 """Errors of shape, structure and dtype, raised while a function is being traced.
 
-Each message names the argument and the likelihood, says what was expected and what
-came, and what to do. Knows nothing of the distributions.
+Each message names the argument and the likelihood, states the rule, shows what was
+passed, and says what to do. Knows nothing of the distributions.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,99 +16,71 @@ from ngd_jax.types import Array, PyTree
 __all__ = [
     "batch_shape_of",
     "check_dict",
-    "check_floating",
-    "check_like",
-    "check_nonnegative",
-    "check_nonnegative_int",
-    "check_positive",
+    "check_inexact",
+    "check_number",
     "check_targets",
     "describe",
+    "message",
 ]
 
 
-def describe(tree: PyTree) -> str:
-    """Says what came, in a few words: `float32[8, 3]`, `{'mean': float32[8]}`."""
-    if isinstance(tree, dict):
-        inner = ", ".join(f"{name!r}: {describe(leaf)}" for name, leaf in tree.items())
+def describe(values: PyTree) -> str:
+    """Describes an argument briefly: `float32[8, 3]`, `{'mean': float32[8]}`."""
+    if isinstance(values, dict):
+        inner = ", ".join(f"{name!r}: {describe(x)}" for name, x in values.items())
         return f"{{{inner}}}"
-    if hasattr(tree, "shape") and hasattr(tree, "dtype"):
-        return f"{tree.dtype}[{', '.join(map(str, tree.shape))}]"
-    if isinstance(tree, (bool, int, float, complex, str, type(None))):
-        return repr(tree)
-    return f"a {type(tree).__name__}"
+    if _is_array(values):
+        return f"{values.dtype}[{', '.join(map(str, values.shape))}]"
+    if isinstance(values, (bool, int, float, complex, str, type(None))):
+        return repr(values)
+    return f"a {type(values).__name__}"
 
 
-def check_floating(
-    likelihood: Any, array: Array, *, name: str, expected: str, kind: Any = jnp.floating
-) -> None:
-    """Raises TypeError unless `array` is an array of floating dtype."""
-    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-        raise TypeError(
-            f"`{name}` of {likelihood!r} must be an array, {expected}, "
-            f"got {describe(array)}."
-        )
-    if not jnp.issubdtype(array.dtype, kind):
-        raise TypeError(
-            f"`{name}` of {likelihood!r} must be {expected} with a "
-            f"{'floating point' if kind is jnp.floating else 'floating or complex'} "
-            f"dtype, got {describe(array)}; convert with `.astype(jnp.float32)`."
-        )
+def message(
+    likelihood: Any, name: str, rule: str, values: PyTree, advice: str = ""
+) -> str:
+    """The text of an error: "`name` of ... must `rule`, got `values`; `advice`."."""
+    text = f"`{name}` of {likelihood!r} must {rule}, got {describe(values)}"
+    return f"{text}; {advice}." if advice else f"{text}."
 
 
 def batch_shape_of(
-    likelihood: Any, array: Array, event_ndims: int, *, name: str, expected: str
+    likelihood: Any,
+    array: Array,
+    event_ndims: int,
+    *,
+    expected: str,
+    name: str = "outputs",
+    kind: Any = jnp.floating,
 ) -> tuple[int, ...]:
-    """The leading axes of `array`; raises unless it is floating with an event."""
-    check_floating(likelihood, array, name=name, expected=expected)
+    """The leading axes of `array`; raises unless it is an array of `kind` with them."""
+    if not (_is_array(array) and jnp.issubdtype(array.dtype, kind)):
+        dtypes = "floating point" if kind is jnp.floating else "floating or complex"
+        rule = f"be {expected} with a {dtypes} dtype"
+        raise TypeError(message(likelihood, name, rule, array, _TO_FLOAT))
     if len(array.shape) < event_ndims:
-        raise ValueError(
-            f"`{name}` of {likelihood!r} must be {expected}: the last {event_ndims} "
-            f"axes are one example and those before it the batch, got "
-            f"{describe(array)}. Return one more axis from `model_fn`, or construct "
-            f"the likelihood with fewer `event_ndims`."
-        )
+        rule = f"be {expected}, whose last {event_ndims} axes are one example"
+        advice = "return more axes from `model_fn`, or use fewer `event_ndims`"
+        raise ValueError(message(likelihood, name, rule, array, advice))
     return tuple(array.shape[: len(array.shape) - event_ndims])
 
 
-def check_dict(
-    likelihood: Any, tree: PyTree, names: tuple[str, ...], *, name: str
-) -> None:
-    """Raises unless `tree` is a dict with exactly the keys `names`."""
-    if not isinstance(tree, dict):
-        raise TypeError(
-            f"`{name}` of {likelihood!r} must be a dict with the keys {list(names)}, "
-            f"got {describe(tree)}."
-        )
-    if set(tree) != set(names):
-        raise ValueError(
-            f"`{name}` of {likelihood!r} must have exactly the keys {list(names)}, got "
-            f"{sorted(map(str, tree))}."
-        )
-
-
-def check_like(likelihood: Any, tree: PyTree, outputs: PyTree, *, name: str) -> None:
-    """Raises unless `tree` has the structure and shapes of `outputs`, and is inexact.
-
-    Used for tangents, coefficients and the second outputs of a divergence.
-    """
-    structure = jax.tree.structure(tree)
-    if structure != jax.tree.structure(outputs):
-        raise ValueError(
-            f"`{name}` of {likelihood!r} must have the tree structure of the outputs, "
-            f"{describe(outputs)}, got {describe(tree)}."
-        )
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(outputs), strict=True)
-    for leaf, like in pairs:
-        if jnp.shape(leaf) != jnp.shape(like):
-            raise ValueError(
-                f"`{name}` of {likelihood!r} must have the shapes of the outputs, "
-                f"{describe(outputs)}, got {describe(tree)}."
-            )
+def check_inexact(likelihood: Any, values: PyTree, *, name: str) -> None:
+    """Raises TypeError unless all leaves have floating point or complex dtypes."""
+    for leaf in jax.tree.leaves(values):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"`{name}` of {likelihood!r} must have a floating point dtype, got "
-                f"{describe(tree)}; convert with `.astype(jnp.float32)`."
-            )
+            rule = "have a floating point dtype"
+            raise TypeError(message(likelihood, name, rule, values, _TO_FLOAT))
+
+
+def check_dict(
+    likelihood: Any, values: PyTree, names: Iterable[str], *, name: str
+) -> None:
+    """Raises unless `values` is a dict with exactly the keys `names`."""
+    if not isinstance(values, dict) or set(values) != set(names):
+        error = ValueError if isinstance(values, dict) else TypeError
+        rule = f"be a dict with exactly the keys {list(names)}"
+        raise error(message(likelihood, name, rule, values))
 
 
 def check_targets(
@@ -117,47 +90,29 @@ def check_targets(
 
     Exactly, because targets [N] against outputs [N, 1] would broadcast to [N, N].
     """
-    if not (hasattr(targets, "shape") and hasattr(targets, "dtype")):
-        raise TypeError(
-            f"`targets` of {likelihood!r} must be an array of {what}, got "
-            f"{describe(targets)}."
-        )
+    if not _is_array(targets) or jnp.issubdtype(targets.dtype, jnp.complexfloating):
+        rule = f"be a real array of {what}"
+        raise TypeError(message(likelihood, "targets", rule, targets))
     if tuple(targets.shape) != tuple(shape):
-        raise ValueError(
-            f"`targets` of {likelihood!r} must be {what} of shape {tuple(shape)}, the "
-            f"shape of the outputs, got {describe(targets)}; reshape the targets or "
-            f"let `model_fn` return that shape."
-        )
-    if jnp.issubdtype(targets.dtype, jnp.complexfloating):
-        raise TypeError(
-            f"`targets` of {likelihood!r} must be real {what}, got {describe(targets)}."
-        )
+        rule = f"be {what} of shape {tuple(shape)}, the shape of the outputs"
+        advice = "reshape the targets or let `model_fn` return that shape"
+        raise ValueError(message(likelihood, "targets", rule, targets, advice))
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raises ValueError unless `value` is a finite number above zero."""
-    _check_number(name, value)
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"`{name}` must be positive, got {value!r}.")
+def check_number(
+    name: str, value: Any, kind: type = float, *, is_positive: bool = False
+) -> None:
+    """Raises unless `value` is finite, of `kind` or int, and not below (or at) zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        what = "an integer" if kind is int else "a Python number (it is static)"
+        raise TypeError(f"`{name}` must be {what}, got {describe(value)}.")
+    if not math.isfinite(value) or value < 0 or (is_positive and value == 0):
+        rule = "must be positive" if is_positive else "must not be negative"
+        raise ValueError(f"`{name}` {rule}, got {value!r}.")
 
 
-def check_nonnegative(name: str, value: float) -> None:
-    """Raises ValueError unless `value` is a finite number, zero or above."""
-    _check_number(name, value)
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"`{name}` must not be negative, got {value!r}.")
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def check_nonnegative_int(name: str, value: int) -> None:
-    """Raises unless `value` is an integer, zero or above."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < 0:
-        raise ValueError(f"`{name}` must not be negative, got {value!r}.")
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"`{name}` must be a Python number (it is static), got {describe(value)}."
-        )
+_TO_FLOAT = "convert with `jnp.asarray(..., jnp.float32)`"

@@ -2,7 +2,7 @@
 
     H(z) = ∂²/∂z'² KL(p_z ‖ p_z') at z' = z, by automatic differentiation.
 
-Knows distribution objects by their methods alone; imports no library that has them.
+Knows distribution objects by their methods alone; imports no library of them.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ngd_jax.likelihoods.base import Likelihood
-from ngd_jax.likelihoods.checks import check_like, describe
-from ngd_jax.tree import widen
+from ngd_jax.likelihoods.checks import message
+from ngd_jax.tree import check_like, widen
 from ngd_jax.types import Array, KeyArray, Outputs, PyTree
 
 __all__ = ["FromDistribution", "FromKL"]
@@ -23,7 +23,8 @@ class FromKL(Likelihood):
 
     Args:
       kl_fn: `kl_fn(outputs_p, outputs_q)`, the KL divergence in nats of every example,
-        twice differentiable where both are equal. Outputs come in float32 or wider.
+        twice differentiable where both are equal. One value per example: sum over the
+        axes of one example only. Outputs come in float32 or wider.
       log_prob_fn: `log_prob_fn(outputs, targets)` per example; for losses and for the
         sampled and the empirical Fisher only.
       sample_fn: `sample_fn(key, outputs)`, targets for `log_prob_fn`; for the sampled
@@ -57,30 +58,35 @@ class FromKL(Likelihood):
         """`kl_fn` of the outputs in float32 or wider: nats, per example.
 
         Raises:
-          TypeError, ValueError: where the two outputs differ in structure or shapes.
+          TypeError, ValueError: if the two outputs differ in structure or shapes.
         """
-        check_like(self, outputs_q, outputs_p, name="outputs_q")
+        check_like(outputs_q, outputs_p, name="outputs_q", like_name="outputs_p")
         return self.kl_fn(widen(outputs_p), widen(outputs_q))
 
     def log_prob(self, outputs: Outputs, targets: PyTree) -> Array:
         """`log_prob_fn` of the outputs in float32 or wider: nats, per example.
 
         Raises:
-          TypeError: where there is no `log_prob_fn`.
+          TypeError: if there is no `log_prob_fn`.
         """
-        if self.log_prob_fn is None:
-            raise _missing(self, "log_prob_fn", "a log-probability")
-        return self.log_prob_fn(widen(outputs), targets)
+        return self._function("log_prob_fn")(widen(outputs), targets)
 
     def sample(self, key: KeyArray, outputs: Outputs) -> PyTree:
         """`sample_fn` of the outputs in float32 or wider.
 
         Raises:
-          TypeError: where there is no `sample_fn`.
+          TypeError: if there is no `sample_fn`.
         """
-        if self.sample_fn is None:
-            raise _missing(self, "sample_fn", "samples")
-        return self.sample_fn(key, widen(outputs))
+        return self._function("sample_fn")(key, widen(outputs))
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        function = getattr(self, name)
+        if function is None:
+            raise TypeError(
+                f"{self!r} has no `{name}`. Construct it with FromKL(kl_fn, {name}=...)"
+                f', or use the exact Fisher (kind="exact"), which needs the KL alone.'
+            )
+        return function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +130,10 @@ class FromDistribution(Likelihood):
         """`kl_divergence` of the two distributions: nats, per example.
 
         Raises:
-          TypeError, ValueError: where the two outputs differ in structure or shapes, or
+          TypeError, ValueError: if the two outputs differ in structure or shapes, or
             the object has no `kl_divergence`.
         """
-        check_like(self, outputs_q, outputs_p, name="outputs_q")
+        check_like(outputs_q, outputs_p, name="outputs_q", like_name="outputs_p")
         other = self.make(widen(outputs_q))
         return self._method(outputs_p, "kl_divergence")(other)
 
@@ -135,7 +141,7 @@ class FromDistribution(Likelihood):
         """`log_prob` of the distribution: nats, per example.
 
         Raises:
-          TypeError: where the object has no `log_prob`.
+          TypeError: if the object has no `log_prob`.
         """
         return self._method(outputs, "log_prob")(targets)
 
@@ -143,7 +149,7 @@ class FromDistribution(Likelihood):
         """`sample(seed=key)` of the distribution.
 
         Raises:
-          TypeError: where the object has no `sample`.
+          TypeError: if the object has no `sample`.
         """
         return self._method(outputs, "sample")(seed=key)
 
@@ -151,21 +157,11 @@ class FromDistribution(Likelihood):
         distribution = self.make(widen(outputs))
         method = getattr(distribution, name, None)
         if method is None:
-            raise TypeError(
-                f"`make` of {self!r} must return an object with a method `{name}`, got "
-                f"{describe(distribution)}."
-            )
+            rule = f"return an object with a method `{name}`"
+            raise TypeError(message(self, "make", rule, distribution))
         return method
 
 
 def _check_callable(name: str, value: Any) -> None:
     if not callable(value):
         raise TypeError(f"`{name}` must be a function, got {value!r}.")
-
-
-def _missing(likelihood: FromKL, argument: str, what: str) -> TypeError:
-    return TypeError(
-        f"{likelihood!r} was made without {what}; construct it with "
-        f"FromKL(kl_fn, {argument}=...), or use the exact Fisher "
-        f'(kind="exact"), which needs the KL alone.'
-    )

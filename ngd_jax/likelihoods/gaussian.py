@@ -12,16 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ngd_jax.likelihoods.checks import (
-    batch_shape_of,
-    check_dict,
-    check_like,
-    check_positive,
-    check_targets,
-    describe,
-)
+from ngd_jax.likelihoods import numerics
+from ngd_jax.likelihoods.checks import check_dict, check_number, check_targets, message
 from ngd_jax.likelihoods.independent import IndependentLikelihood
-from ngd_jax.likelihoods.numerics import exp_excess, largest_exponent, wide_together
 from ngd_jax.types import Array, KeyArray, Outputs
 
 __all__ = ["DiagonalGaussian", "Gaussian"]
@@ -63,7 +56,7 @@ class Gaussian(IndependentLikelihood):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive("scale", self.scale)
+        check_number("scale", self.scale, is_positive=True)
 
     def log_prob(self, outputs: Array, targets: Array) -> Array:
         """−Σ ½ ((y − μ)/s)² + log s + ½ log 2π over the event, in nats.
@@ -76,7 +69,7 @@ class Gaussian(IndependentLikelihood):
           An array of the batch shape.
 
         Raises:
-          TypeError, ValueError: where means or targets do not fit.
+          TypeError, ValueError: if means or targets do not fit.
         """
         mean, y = self._wide_with_targets(outputs, targets, what="real numbers")
         z = (y - mean) / self.scale
@@ -86,20 +79,20 @@ class Gaussian(IndependentLikelihood):
         """KL(p‖q) = Σ ½ ((μ_q − μ_p)/s)², in nats, of the batch shape.
 
         Raises:
-          TypeError, ValueError: where the means do not fit, or differ in shape.
+          TypeError, ValueError: if the means do not fit, or differ in shape.
         """
         mean_p, mean_q = self._wide_pair(outputs_p, outputs_q)
         z = (mean_q - mean_p) / self.scale
         return self._sum_event(z * z / 2)
 
-    def fisher_root(self, outputs: Array) -> Array:
-        """1/s everywhere; float32 or wider."""
-        return jnp.full_like(wide_together(outputs)[0], 1 / self.scale)
+    def _root(self, outputs: Array) -> Array:
+        """1/s everywhere."""
+        return jnp.full_like(outputs, 1 / self.scale)
 
     def sample(self, key: KeyArray, outputs: Array) -> Array:
         """Draws targets, of the shape and dtype of the means."""
         self.batch_shape(outputs)
-        (mean,) = wide_together(outputs)
+        (mean,) = numerics.wide_together(outputs)
         noise = jax.random.normal(key, mean.shape, mean.dtype)
         return (mean + self.scale * noise).astype(outputs.dtype)
 
@@ -142,23 +135,13 @@ class DiagonalGaussian(IndependentLikelihood):
           ValueError: unless its keys are `mean` and `log_scale`, of one shape.
         """
         check_dict(self, outputs, ("mean", "log_scale"), name="outputs")
-        shapes = [
-            batch_shape_of(
-                self,
-                outputs[part],
-                self.event_ndims,
-                name=f'outputs["{part}"]',
-                expected=self._expected,
-            )
-            for part in ("mean", "log_scale")
-        ]
+        shape = self._batch_shape_of(outputs["mean"], name='outputs["mean"]')
+        self._batch_shape_of(outputs["log_scale"], name='outputs["log_scale"]')
         if outputs["mean"].shape != outputs["log_scale"].shape:
-            raise ValueError(
-                f"`outputs` of {self!r} must have `mean` and `log_scale` of the same "
-                f"shape, got {describe(outputs)}; broadcast the log scale with "
-                f"`jnp.broadcast_to(log_scale, mean.shape)` in `model_fn`."
-            )
-        return shapes[0]
+            rule = "have `mean` and `log_scale` of the same shape"
+            advice = "in `model_fn` use `jnp.broadcast_to(log_scale, mean.shape)`"
+            raise ValueError(message(self, "outputs", rule, outputs, advice))
+        return shape
 
     def log_prob(self, outputs: dict[str, Array], targets: Array) -> Array:
         """−Σ ½ ((y − μ) e⁻ˡ)² + l + ½ log 2π over the event, in nats.
@@ -171,14 +154,13 @@ class DiagonalGaussian(IndependentLikelihood):
           An array of the batch shape.
 
         Raises:
-          TypeError, ValueError: where outputs or targets do not fit.
+          TypeError, ValueError: if outputs or targets do not fit.
         """
         self.batch_shape(outputs)
         check_targets(self, targets, outputs["mean"].shape, what="real numbers")
-        mean, log_scale, y = wide_together(
-            outputs["mean"], outputs["log_scale"], targets
-        )
-        z = (y - mean) * _precision_root(log_scale)
+        mean, log_scale = outputs["mean"], outputs["log_scale"]
+        mean, log_scale, y = numerics.wide_together(mean, log_scale, targets)
+        z = (y - mean) * numerics.root_exp(-2 * log_scale)
         return -self._sum_event(z * z / 2 + log_scale + _HALF_LOG_TWO_PI)
 
     def kl(self, outputs_p: dict[str, Array], outputs_q: dict[str, Array]) -> Array:
@@ -188,39 +170,27 @@ class DiagonalGaussian(IndependentLikelihood):
         equal outputs.
 
         Raises:
-          TypeError, ValueError: where the outputs do not fit, or differ in shape.
+          TypeError, ValueError: if the outputs do not fit, or differ in shape.
         """
-        self.batch_shape(outputs_p)
-        check_like(self, outputs_q, outputs_p, name="outputs_q")
-        mean_p, mean_q, log_scale_p, log_scale_q = wide_together(
-            outputs_p["mean"],
-            outputs_q["mean"],
-            outputs_p["log_scale"],
-            outputs_q["log_scale"],
-        )
-        z = (mean_q - mean_p) * _precision_root(log_scale_q)
-        width = exp_excess(-2 * (log_scale_q - log_scale_p))
+        p, q = self._wide_pair(outputs_p, outputs_q)
+        z = (q["mean"] - p["mean"]) * numerics.root_exp(-2 * q["log_scale"])
+        width = numerics.exp_excess(-2 * (q["log_scale"] - p["log_scale"]))
         return self._sum_event((width + z * z) / 2)
 
-    def fisher_root(self, outputs: dict[str, Array]) -> dict[str, Array]:
-        """e⁻ˡ for the mean and √2 for the log scale; float32 or wider."""
-        (log_scale,) = wide_together(outputs["log_scale"])
+    def _root(self, outputs: dict[str, Array]) -> dict[str, Array]:
+        """e⁻ˡ for the mean and √2 for the log scale."""
+        log_scale = outputs["log_scale"]
         return {
-            "mean": _precision_root(log_scale),
+            "mean": numerics.root_exp(-2 * log_scale),
             "log_scale": jnp.full_like(log_scale, math.sqrt(2)),
         }
 
     def sample(self, key: KeyArray, outputs: dict[str, Array]) -> Array:
         """Draws targets, of the shape and dtype of the means."""
         self.batch_shape(outputs)
-        mean, log_scale = wide_together(outputs["mean"], outputs["log_scale"])
-        # e³ is left for the noise, so that no sample is infinite.
-        limit = largest_exponent(outputs["mean"].dtype) - 3
+        mean, log_scale = numerics.wide_together(outputs["mean"], outputs["log_scale"])
+        # Leave a factor of e³ for the noise, so that no sample is infinite.
+        limit = numerics.largest_exponent(outputs["mean"].dtype) - 3
         scale = jnp.exp(jnp.minimum(log_scale, limit))
         noise = jax.random.normal(key, mean.shape, mean.dtype)
         return (mean + scale * noise).astype(outputs["mean"].dtype)
-
-
-def _precision_root(log_scale: Array) -> Array:
-    """e⁻ˡ, with a finite square."""
-    return jnp.exp(jnp.minimum(-log_scale, largest_exponent(log_scale.dtype) // 2))

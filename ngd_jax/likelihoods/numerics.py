@@ -1,12 +1,12 @@
-"""The few scalar functions in which rounding would eat a small KL divergence.
+"""Scalar functions that keep the digits of a small KL divergence, and dtype helpers.
 
-With the log ratio d = log p − log q of two masses, a divergence is a sum of
+With the log ratio d = log p − log q of two masses, a divergence is a sum of terms
 
-    p (e⁻ᵈ − 1 + d) = q − p + p log(p/q) ≥ 0,
+    p (e⁻ᵈ − 1 + d) = q − p + p log(p/q) ≥ 0.
 
-each term of which is computed here to full relative accuracy, from differences of the
-outputs and never from a difference of two logarithms. That is why a KL of 1e-8 keeps
-its digits in float32. Knows nothing of likelihoods.
+Each is computed to full relative accuracy, from differences of the outputs and never
+from a difference of two logarithms, so that a KL of 1e-8 keeps its digits in float32.
+Knows nothing of likelihoods.
 """
 
 import functools
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
-from ngd_jax.types import Array, ArrayLike
+from ngd_jax.types import Array, ArrayLike, PyTree
 
 __all__ = [
+    "cast_like",
     "difference",
     "divided",
     "exp_excess",
@@ -26,7 +27,10 @@ __all__ = [
     "largest_exponent",
     "log_mean_exp",
     "masked_product",
+    "pick",
     "relative_entropy",
+    "root_exp",
+    "wide_pair",
     "wide_together",
 ]
 
@@ -39,9 +43,35 @@ def wide_together(*arrays: ArrayLike) -> tuple[Array, ...]:
     return tuple(jnp.asarray(x).astype(common) for x in arrays)
 
 
+def wide_pair(outputs: PyTree, vector: PyTree) -> tuple[PyTree, PyTree]:
+    """Converts two trees leaf by leaf to a common dtype, float32 or wider."""
+    pairs = jax.tree.map(wide_together, outputs, vector)
+    outer, inner = jax.tree.structure(outputs), jax.tree.structure((0, 0))
+    return jax.tree.transpose(outer, inner, pairs)
+
+
+def cast_like(values: PyTree, like: PyTree) -> PyTree:
+    """Rounds every leaf to the dtype of its leaf in `like`; real from complex too."""
+
+    def cast(x: Array, y: ArrayLike) -> Array:
+        x = x if jnp.iscomplexobj(y) else jnp.real(x)
+        return x.astype(jnp.result_type(y))
+
+    return jax.tree.map(cast, values, like)
+
+
 def largest_exponent(dtype: jnp.dtype) -> float:
     """The largest whole x for which eˣ is finite: 88 in float32, 709 in float64."""
     return float(math.floor(math.log(float(jnp.finfo(dtype).max))))
+
+
+def root_exp(log_square: Array) -> Array:
+    """√(eˣ), capped so that its square is finite.
+
+    Half the exponent rather than a square root, whose derivative is infinite at 0.
+    """
+    limit = largest_exponent(log_square.dtype)
+    return jnp.exp(jnp.minimum(log_square, limit) / 2)
 
 
 def floored(log_mass: Array) -> Array:
@@ -53,10 +83,10 @@ def floored(log_mass: Array) -> Array:
 
 
 def difference(log_p: Array, log_q: Array) -> Array:
-    """Subtracts, log q − log p, with −∞ − (−∞) = 0: both agree on the impossible.
+    """The difference log q − log p, where −∞ − (−∞) = 0: neither allows the outcome.
 
-    Not `where(p == q, 0, q − p)`, whose derivative vanishes at p = q, just where the
-    Fisher information is the second derivative.
+    Not `where(p == q, 0, q − p)`, whose derivative vanishes at p = q, which is where
+    the Fisher information is read off the second derivative.
     """
     return floored(log_q) - floored(log_p)
 
@@ -75,6 +105,17 @@ def divided(values: Array, root: Array) -> Array:
 def masked_product(weights: Array, values: Array) -> Array:
     """Multiplies elementwise with 0·(±∞) = 0, in the gradient as well."""
     return weights * jnp.where(weights == 0, 0, values)
+
+
+def pick(values: Array, index: Array) -> Array:
+    """Entries of the last axis by index; NaN, also in gradients, outside of it."""
+    size = values.shape[-1]
+    if index.dtype.itemsize < 4:  # so that it can be compared with a large size
+        index = index.astype(jnp.int32)
+    picked = jnp.take_along_axis(values, jnp.clip(index, 0, size - 1), axis=-1)
+    # A factor, not a `where`, whose gradient for a wrong index would be 0.
+    valid = (index >= 0) & (index < size)
+    return picked * jnp.where(valid, 1, jnp.nan).astype(values.dtype)
 
 
 @jax.custom_jvp
@@ -103,12 +144,12 @@ def relative_entropy(p: Array, q: Array, log_ratio: Array) -> Array:
     """Elementwise q − p + p log(p/q), from both masses and d = log(p/q).
 
     Its sum over the outcomes is the KL divergence when both masses sum to one (and the
-    KL of Poisson distributions when they are rates). It is never negative, 0 at d = 0,
-    and to first order blind to an error common to all d, because Σ (p − q) = 0.
+    KL of Poisson distributions when they are rates). It is never negative, and 0 at
+    d = 0. An error common to all d cancels to first order, because Σ (p − q) = 0.
     """
     close = jnp.abs(log_ratio) <= 1
     near = p * exp_excess(-jnp.where(close, log_ratio, 0))
-    # Apart, the larger mass is put in front: no difference of two huge numbers, no
+    # Otherwise factor out the larger mass: no difference of two huge numbers, no
     # exponential that overflows, and a second factor of at least 0.26.
     distance = jnp.abs(jnp.where(close, 1, log_ratio))
     far = jnp.where(

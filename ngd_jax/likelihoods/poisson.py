@@ -11,14 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import gammaln
 
+from ngd_jax.likelihoods import numerics
 from ngd_jax.likelihoods.independent import IndependentLikelihood
-from ngd_jax.likelihoods.numerics import (
-    difference,
-    largest_exponent,
-    masked_product,
-    relative_entropy,
-    wide_together,
-)
+from ngd_jax.tree import replicate, widen
 from ngd_jax.types import Array, KeyArray
 
 __all__ = ["Poisson"]
@@ -28,8 +23,8 @@ __all__ = ["Poisson"]
 class Poisson(IndependentLikelihood):
     """D independent counts per example, with rates exp(outputs).
 
-    Rates stop growing just under the largest finite number, so that even absurd outputs
-    give no NaN.
+    Rates are capped just below the largest finite number, so that no outputs, however
+    large, give NaN.
 
     Args:
       event_ndims: How many trailing axes of the log rates are one example.
@@ -63,10 +58,12 @@ class Poisson(IndependentLikelihood):
           An array of the batch shape.
 
         Raises:
-          TypeError, ValueError: where log rates or targets do not fit.
+          TypeError, ValueError: if log rates or targets do not fit.
         """
         z, y = self._wide_with_targets(outputs, targets, what="counts")
-        return self._sum_event(masked_product(y, z) - _rate(z) - gammaln(y + 1))
+        return self._sum_event(
+            numerics.masked_product(y, z) - _rate(z) - gammaln(y + 1)
+        )
 
     def kl(self, outputs_p: Array, outputs_q: Array) -> Array:
         """KL(p‖q) = Σ λ_q − λ_p + λ_p log(λ_p/λ_q), in nats, of the batch shape.
@@ -74,27 +71,29 @@ class Poisson(IndependentLikelihood):
         Accurate relative to the KL itself, exactly 0.0 for equal log rates.
 
         Raises:
-          TypeError, ValueError: where the log rates do not fit, or differ in shape.
+          TypeError, ValueError: if the log rates do not fit, or differ in shape.
         """
         a, b = self._wide_pair(outputs_p, outputs_q)
-        terms = relative_entropy(_rate(a), _rate(b), -difference(a, b))
+        terms = numerics.relative_entropy(
+            _rate(a), _rate(b), -numerics.difference(a, b)
+        )
         return self._sum_event(terms)
 
-    def fisher_root(self, outputs: Array) -> Array:
-        """√λ, the standard deviation of each count; float32 or wider."""
-        (z,) = wide_together(outputs)
-        return jnp.exp(jnp.minimum(z, largest_exponent(z.dtype)) / 2)
+    def _root(self, outputs: Array) -> Array:
+        """√λ, the standard deviation of each count."""
+        return numerics.root_exp(outputs)
 
     def sample(self, key: KeyArray, outputs: Array) -> Array:
         """Draws counts, of the shape and dtype of the log rates.
 
-        Counts end at the largest int32, 2³¹ − 1. `key` must be of JAX's default
-        (threefry) kind, the only one for which `jax.random.poisson` exists.
+        Counts are at most 2³¹ − 1, the largest int32. `key` must be of JAX's default
+        (threefry) kind, the only one that `jax.random.poisson` supports.
         """
         self.batch_shape(outputs)
-        counts = jax.random.poisson(key, _rate(wide_together(outputs)[0]))
+        # `jax.random.poisson` fails for rates on the explicit axes of a mesh.
+        counts = jax.random.poisson(key, _rate(replicate(widen(outputs))))
         return counts.astype(outputs.dtype)
 
 
 def _rate(log_rates: Array) -> Array:
-    return jnp.exp(jnp.minimum(log_rates, largest_exponent(log_rates.dtype)))
+    return jnp.exp(jnp.minimum(log_rates, numerics.largest_exponent(log_rates.dtype)))

@@ -7,42 +7,41 @@ Knows its blocks only through the interface of `Likelihood`.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
-import jax.numpy as jnp
 
+from ngd_jax.likelihoods import numerics
 from ngd_jax.likelihoods.base import Likelihood
-from ngd_jax.likelihoods.checks import check_dict, check_nonnegative, describe
-from ngd_jax.likelihoods.numerics import wide_together
-from ngd_jax.tree import widen
-from ngd_jax.types import Array, KeyArray, PyTree
+from ngd_jax.likelihoods.checks import check_dict, check_number, message
+from ngd_jax.types import Array, KeyArray
 
 __all__ = ["Product"]
 
 _Value = TypeVar("_Value")
+_Dict: TypeAlias = dict[str, Any]
 
 
 class _FrozenMapping(Mapping[str, _Value]):
-    """A mapping with sorted names that can be hashed, because it is a tuple inside."""
+    """A mapping with sorted names that cannot be changed, and so can be hashed."""
 
     def __init__(self, items: Mapping[str, _Value]):
-        self._items = tuple(sorted(items.items()))
+        self._items = dict(sorted(items.items()))
 
     def __getitem__(self, name: str) -> _Value:
-        return dict(self._items)[name]
+        return self._items[name]
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._items)
+        return iter(self._items)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __hash__(self) -> int:
-        return hash(self._items)
+        return hash(tuple(self._items.items()))
 
     def __repr__(self) -> str:
-        return repr(dict(self._items))
+        return repr(self._items)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -62,8 +61,8 @@ class Product(Likelihood):
 
     Attributes:
       centered: Whether any block is; see `blocks` for each.
-      kl_curvature: The largest of the blocks. Where blocks differ it is an upper bound,
-        so that a step scaled by it is on the safe side.
+      kl_curvature: The largest of the blocks: an upper bound where blocks differ, so
+        that a step scaled by it is not too long.
 
     Raises:
       TypeError, ValueError: for blocks that are not likelihoods, and for weights that
@@ -90,51 +89,37 @@ class Product(Likelihood):
         weights: Mapping[str, float] | None = None,
     ):
         if not isinstance(blocks, Mapping) or not blocks:
-            raise TypeError(
-                "`blocks` must be a dict of at least one likelihood, like "
-                f"{{'label': Categorical()}}, got {blocks!r}."
-            )
+            rule = "`blocks` must be a dict of at least one likelihood by name"
+            raise TypeError(f"{rule}, got {blocks!r}.")
         for name, block in blocks.items():
             if not isinstance(name, str):
                 raise TypeError(f"`blocks` must have strings as keys, got {name!r}.")
             if not isinstance(block, Likelihood):
-                raise TypeError(
-                    f"`blocks[{name!r}]` must be a Likelihood, got {block!r}; "
-                    f"construct it, as in Categorical()."
-                )
+                rule = f"`blocks[{name!r}]` must be a Likelihood, as in Categorical()"
+                raise TypeError(f"{rule}, got {block!r}.")
         weights = dict.fromkeys(blocks, 1.0) if weights is None else weights
         if not isinstance(weights, Mapping) or set(weights) != set(blocks):
-            raise ValueError(
-                f"`weights` must have exactly the names of the blocks, "
-                f"{sorted(blocks)}, got {weights!r}."
-            )
+            rule = f"have exactly the names of the blocks, {sorted(blocks)}"
+            raise ValueError(f"`weights` must {rule}, got {weights!r}.")
         for name, weight in weights.items():
-            check_nonnegative(f"weights[{name!r}]", weight)
+            check_number(f"weights[{name!r}]", weight)
         weights = {name: float(weight) for name, weight in weights.items()}
         object.__setattr__(self, "blocks", _FrozenMapping(blocks))
         object.__setattr__(self, "weights", _FrozenMapping(weights))
+        # Constants of the class in every other likelihood; here they depend on blocks.
+        centered = any(block.centered for block in blocks.values())
+        object.__setattr__(self, "centered", centered)
+        kl_curvature = max(block.kl_curvature for block in blocks.values())
+        object.__setattr__(self, "kl_curvature", kl_curvature)
 
-    # A property here, a constant in every other likelihood: it depends on the blocks.
-    @property
-    def centered(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the metric of any block is a covariance over the examples."""
-        return any(block.centered for block in self.blocks.values())
-
-    @property
-    def kl_curvature(  # pyright: ignore[reportIncompatibleVariableOverride]
-        self,
-    ) -> float:
-        """The largest ratio of KL Hessian to metric among the blocks."""
-        return max(block.kl_curvature for block in self.blocks.values())
-
-    def batch_shape(self, outputs: dict[str, Any]) -> Any:
+    def batch_shape(self, outputs: _Dict) -> Any:
         """The batch shape that all blocks share, or a dict of shapes if they differ.
 
         Raises:
-          TypeError, ValueError: where the outputs are no dict with exactly the names of
-            the blocks, or do not fit their block.
+          TypeError, ValueError: if the outputs are not a dict with exactly the names of
+            the blocks, or do not fit their blocks.
         """
-        self._check(outputs, name="outputs")
+        check_dict(self, outputs, self.blocks, name="outputs")
         shapes = {
             name: block.batch_shape(outputs[name])
             for name, block in self.blocks.items()
@@ -142,134 +127,66 @@ class Product(Likelihood):
         first, *others = shapes.values()
         return first if all(shape == first for shape in others) else shapes
 
-    def log_prob(self, outputs: dict[str, Any], targets: dict[str, Any]) -> Array:
+    def log_prob(self, outputs: _Dict, targets: _Dict) -> Array:
         """Σ w log p over the blocks, in nats, of their common batch shape.
 
         Raises:
-          TypeError, ValueError: where outputs or targets do not fit, or the blocks have
+          TypeError, ValueError: if outputs or targets do not fit, or the blocks have
             different batch shapes.
         """
-        self._check_one_batch(outputs, method="log_prob")
-        self._check(targets, name="targets")
-        return self._weighted_sum(
-            {
-                name: block.log_prob(outputs[name], targets[name])
-                for name, block in self.blocks.items()
-            }
-        )
+        return self._total("log_prob", outputs, targets, "targets")
 
-    def kl(self, outputs_p: dict[str, Any], outputs_q: dict[str, Any]) -> Array:
+    def kl(self, outputs_p: _Dict, outputs_q: _Dict) -> Array:
         """Σ w KL(p‖q) over the blocks, in nats, of their common batch shape.
 
         Raises:
-          TypeError, ValueError: where the outputs do not fit, or the blocks have
-            different batch shapes.
+          TypeError, ValueError: if the outputs do not fit, or the blocks have different
+            batch shapes.
         """
-        self._check_one_batch(outputs_p, method="kl")
-        self._check(outputs_q, name="outputs_q")
-        return self._weighted_sum(
-            {
-                name: block.kl(outputs_p[name], outputs_q[name])
-                for name, block in self.blocks.items()
-            }
-        )
+        return self._total("kl", outputs_p, outputs_q, "outputs_q")
 
-    def fisher_vp(self, outputs: dict[str, Any], tangents: dict[str, Any]):
-        """The products w H t for every block, in the dtypes of `tangents`.
+    def sample(self, key: KeyArray, outputs: _Dict) -> _Dict:
+        """Draws targets for every block, each with its own key."""
+        check_dict(self, outputs, self.blocks, name="outputs")
+        keys = jax.random.split(key, len(self.blocks))
+        pairs = zip(keys, self.blocks.items(), strict=True)
+        return {name: block.sample(key, outputs[name]) for key, (name, block) in pairs}
 
-        Raises:
-          TypeError, ValueError: where outputs or tangents do not fit.
-        """
-        return self._map("fisher_vp", outputs, tangents, name="tangents", power=1.0)
+    def _fisher_vp(self, outputs: _Dict, tangents: _Dict) -> _Dict:
+        """The products w H t of every block."""
+        return self._scaled("fisher_vp", outputs, tangents, 1.0)
 
-    def sqrt_fisher_vp(self, outputs: dict[str, Any], coefficients: dict[str, Any]):
-        """The products √w B u for every block, in the dtypes of `coefficients`.
+    def _sqrt_fisher_vp(self, outputs: _Dict, coefficients: _Dict) -> _Dict:
+        """The products √w B u of every block."""
+        return self._scaled("sqrt_fisher_vp", outputs, coefficients, 0.5)
 
-        Raises:
-          TypeError, ValueError: where outputs or coefficients do not fit.
-        """
-        return self._map(
-            "sqrt_fisher_vp", outputs, coefficients, name="coefficients", power=0.5
-        )
+    def _sqrt_fisher_tvp(self, outputs: _Dict, tangents: _Dict) -> _Dict:
+        """The products √w Bᵀ t of every block."""
+        return self._scaled("sqrt_fisher_tvp", outputs, tangents, 0.5)
 
-    def sqrt_fisher_tvp(self, outputs: dict[str, Any], tangents: dict[str, Any]):
-        """The products √w Bᵀ t for every block, in the dtypes of `tangents`.
+    def _sqrt_fisher_solve(self, outputs: _Dict, cotangents: _Dict) -> _Dict:
+        """The coefficients B⁺ c / √w of every block; zeros where its weight is zero."""
+        return self._scaled("sqrt_fisher_solve", outputs, cotangents, -0.5)
 
-        Raises:
-          TypeError, ValueError: where outputs or tangents do not fit.
-        """
-        return self._map(
-            "sqrt_fisher_tvp", outputs, tangents, name="tangents", power=0.5
-        )
-
-    def sqrt_fisher_solve(self, outputs: dict[str, Any], cotangents: dict[str, Any]):
-        """The coefficients B⁺ c / √w for every block; zeros where its weight is zero.
-
-        Raises:
-          TypeError, ValueError: where outputs or cotangents do not fit.
-        """
-        self._check(outputs, name="outputs")
-        self._check(cotangents, name="cotangents")
-        coefficients = {}
+    def _scaled(self, method: str, outputs: _Dict, other: _Dict, power: float) -> _Dict:
+        """The results of `method` of every block, times its weight to the `power`."""
+        products = {}
         for name, block in self.blocks.items():
             weight = self.weights[name]
-            factor = weight**-0.5 if weight > 0 else 0.0
-            part = block.sqrt_fisher_solve(outputs[name], cotangents[name])
-            coefficients[name] = jax.tree.map(lambda u, f=factor: f * u, part)
-        return coefficients
+            factor = weight**power if weight > 0 else 0.0
+            part = getattr(block, method)(outputs[name], other[name])
+            products[name] = jax.tree.map(lambda x, factor=factor: factor * x, part)
+        return products
 
-    def sample(self, key: KeyArray, outputs: dict[str, Any]) -> dict[str, PyTree]:
-        """Draws targets for every block, each with its own key."""
-        self._check(outputs, name="outputs")
-        keys = jax.random.split(key, len(self.blocks))
-        return {
-            name: block.sample(keys[i], outputs[name])
-            for i, (name, block) in enumerate(self.blocks.items())
-        }
-
-    def _check(self, tree: Any, *, name: str) -> None:
-        check_dict(self, tree, tuple(self.blocks), name=name)
-
-    def _check_one_batch(self, outputs: dict[str, Any], *, method: str) -> None:
+    def _total(self, method: str, outputs: _Dict, other: _Dict, name: str) -> Array:
+        """Σ w `method`(outputs, other) over the blocks, example by example."""
         shapes = self.batch_shape(outputs)
         if isinstance(shapes, dict):
-            raise ValueError(  # noqa: TRY004  # shapes, not types, are at fault
-                f"`{method}` of {self!r} adds values example by example, but the "
-                f"blocks of `outputs` have their own batches, {shapes}, got "
-                f"{describe(outputs)}. Call `{method}` of each block and take its mean "
-                f"first; the Fisher functions average every block over its own batch."
-            )
-
-    def _weighted_sum(self, values: dict[str, Array]) -> Array:
-        wide = wide_together(*(values[name] for name in self.blocks))
-        terms = zip(self.blocks, wide, strict=True)
-        return sum(
-            (self.weights[name] * value for name, value in terms),
-            start=jnp.zeros_like(wide[0]),
-        )
-
-    def _map(
-        self,
-        method: str,
-        outputs: dict[str, Any],
-        vector: dict[str, Any],
-        *,
-        name: str,
-        power: float,
-    ) -> dict[str, PyTree]:
-        self._check(outputs, name="outputs")
-        self._check(vector, name=name)
-
-        products = {}
-        for block_name, block in self.blocks.items():
-            # Wide until the weight is in, so that narrow dtypes are rounded once.
-            wide = getattr(block, method)(
-                outputs[block_name], widen(vector[block_name])
-            )
-            factor = self.weights[block_name] ** power
-            products[block_name] = jax.tree.map(
-                lambda x, like, factor=factor: (factor * x).astype(like.dtype),
-                wide,
-                vector[block_name],
-            )
-        return products
+            rule = f"share a batch for `{method}`, but have their own batches {shapes}"
+            advice = f"call `{method}` of each block and take its mean first"
+            text = message(self, "outputs", rule, outputs, advice)
+            raise ValueError(text)  # noqa: TRY004  # shapes, not types, are at fault
+        check_dict(self, other, self.blocks, name=name)
+        terms = self._scaled(method, outputs, other, 1.0)
+        first, *rest = numerics.wide_together(*terms.values())
+        return sum(rest, start=first)

@@ -9,34 +9,23 @@ and log Z_q/Z_p = log E_p[exp(log p̃_q − log p̃_p)] comes from the same samp
 of the outputs are examples. Knows nothing of how the samples were drawn.
 """
 
-import abc
 import dataclasses
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from ngd_jax.likelihoods import numerics
 from ngd_jax.likelihoods.base import Likelihood
-from ngd_jax.likelihoods.checks import (
-    check_floating,
-    check_like,
-    check_targets,
-    describe,
-)
-from ngd_jax.likelihoods.numerics import (
-    difference,
-    exp_excess,
-    log_mean_exp,
-    wide_together,
-)
-from ngd_jax.tree import widen
+from ngd_jax.likelihoods.checks import batch_shape_of, message
+from ngd_jax.tree import replicate
 from ngd_jax.types import Array, KeyArray, Scalar
 
 __all__ = ["LogAmplitude", "LogDensity"]
 
 
 class _SampledModel(Likelihood):
-    """What both share: a metric that centres, a KL with an estimated normaliser."""
+    """Shared by both: a centred metric, and a KL with an estimated normaliser."""
 
     centered: ClassVar[bool] = True
 
@@ -47,20 +36,13 @@ class _SampledModel(Likelihood):
           TypeError: unless the outputs are an array of a fitting dtype.
           ValueError: unless they have at least one axis.
         """
-        check_floating(
-            self,
-            outputs,
-            name="outputs",
-            expected=self._expected,
-            kind=self._kind,
-        )
-        if not outputs.shape:
-            raise ValueError(
-                f"`outputs` of {self!r} must be {self._expected}, got "
-                f"{describe(outputs)}: a mean over samples needs a batch axis. Do not "
-                f"`vmap` over the examples."
-            )
-        return tuple(outputs.shape)
+        expected, kind = self._expected, self._kind
+        shape = batch_shape_of(self, outputs, 0, expected=expected, kind=kind)
+        if not shape:
+            advice = "the mean over samples needs a batch axis: do not `vmap` over them"
+            rule = f"be {expected}"
+            raise ValueError(message(self, "outputs", rule, outputs, advice))
+        return shape
 
     def log_prob(self, outputs: Array, targets: Array | None = None) -> Array:
         """The log density up to a constant, log p̃ − mean(log p̃), in nats.
@@ -77,34 +59,28 @@ class _SampledModel(Likelihood):
           batch gives NaN.
 
         Raises:
-          TypeError, ValueError: where outputs or targets do not fit.
+          TypeError, ValueError: if outputs or targets do not fit.
         """
         self.batch_shape(outputs)
-        (values,) = wide_together(self._log_density(outputs))
+        (values,) = numerics.wide_together(self._log_density(outputs))
         centred = values - jnp.mean(values)
         if targets is None:
             return centred
-        what = "integer indices into the batch"
-        check_targets(self, targets, getattr(targets, "shape", ()), what=what)
-        if not jnp.issubdtype(targets.dtype, jnp.integer):
-            raise TypeError(
-                f"`targets` of {self!r} must be {what} (or None), got "
-                f"{describe(targets)}."
-            )
-        valid = (targets >= 0) & (targets < centred.size)
-        picked = centred.reshape(-1)[jnp.where(valid, targets, 0)]
-        return picked * jnp.where(valid, 1, jnp.nan).astype(picked.dtype)
+        if not jnp.issubdtype(getattr(targets, "dtype", jnp.bool_), jnp.integer):
+            rule = "be None or an array of integer indices into the batch"
+            raise TypeError(message(self, "targets", rule, targets))
+        values, index = replicate(centred.reshape(-1)), replicate(targets.reshape(-1))
+        picked = numerics.pick(values, index)
+        return picked.reshape(targets.shape)
 
     def log_ratio(self, outputs_p: Array, outputs_q: Array) -> Array:
         """The ratio log p̃_q − log p̃_p at the samples, real, of their shape.
 
         Raises:
-          TypeError, ValueError: where the outputs do not fit, or differ in shape.
+          TypeError, ValueError: if the outputs do not fit, or differ in shape.
         """
-        self.batch_shape(outputs_p)
-        check_like(self, outputs_q, outputs_p, name="outputs_q")
-        p, q = wide_together(outputs_p, outputs_q)
-        return difference(self._log_density(p), self._log_density(q))
+        p, q = self._wide_pair(outputs_p, outputs_q)
+        return numerics.difference(self._log_density(p), self._log_density(q))
 
     def kl_from_normaliser(
         self, outputs_p: Array, outputs_q: Array, log_normaliser_ratio: Scalar
@@ -115,61 +91,31 @@ class _SampledModel(Likelihood):
         each of them never negative. Their mean under p is KL(p‖q), because E_p[eᵈ] = 1.
 
         Args:
-          outputs_p: Outputs of the model from which the samples are.
+          outputs_p: Outputs of the model that the samples come from.
           outputs_q: Outputs of the other model at the same samples.
-          log_normaliser_ratio: log E_p[exp(log_ratio)], taken with the same (weighted)
-            mean that is then taken of the result: `numerics.log_mean_exp`.
+          log_normaliser_ratio: log E_p[exp(log_ratio)] by `numerics.log_mean_exp`,
+            with the weights of the mean that the caller then takes of the result.
 
         Returns:
           An array of the shape of the outputs, in nats.
         """
         ratio = self.log_ratio(outputs_p, outputs_q)
-        return exp_excess(ratio - jnp.asarray(log_normaliser_ratio, ratio.dtype))
+        return numerics.exp_excess(
+            ratio - jnp.asarray(log_normaliser_ratio, ratio.dtype)
+        )
 
     def kl(self, outputs_p: Array, outputs_q: Array) -> Array:
         """Terms whose mean is the estimate of KL(p‖q) on the samples, in nats.
 
         The mean is log mean(eᵟ) − mean(δ) with δ = log p̃_q − log p̃_p, exactly 0.0 for
         equal outputs and never negative. It is the KL between the two models restricted
-        to the batch, and cannot exceed what N samples can show of their difference.
+        to the batch: differences elsewhere do not show.
 
         Raises:
-          TypeError, ValueError: where the outputs do not fit, or differ in shape.
+          TypeError, ValueError: if the outputs do not fit, or differ in shape.
         """
-        normaliser = log_mean_exp(self.log_ratio(outputs_p, outputs_q))
+        normaliser = numerics.log_mean_exp(self.log_ratio(outputs_p, outputs_q))
         return self.kl_from_normaliser(outputs_p, outputs_q, normaliser)
-
-    def fisher_vp(self, outputs: Array, tangents: Array) -> Array:
-        """H t = C t = t − mean(t), over the whole batch, in the dtype of `tangents`.
-
-        Raises:
-          TypeError, ValueError: where outputs or tangents do not fit.
-        """
-        return self._centred(outputs, tangents, name="tangents")
-
-    def sqrt_fisher_vp(self, outputs: Array, coefficients: Array) -> Array:
-        """B u = u − mean(u): centring is a projection, its own root.
-
-        Raises:
-          TypeError, ValueError: where outputs or coefficients do not fit.
-        """
-        return self._centred(outputs, coefficients, name="coefficients")
-
-    def sqrt_fisher_tvp(self, outputs: Array, tangents: Array) -> Array:
-        """Bᵀ t = t − mean(t): centring is symmetric.
-
-        Raises:
-          TypeError, ValueError: where outputs or tangents do not fit.
-        """
-        return self._centred(outputs, tangents, name="tangents")
-
-    def sqrt_fisher_solve(self, outputs: Array, cotangents: Array) -> Array:
-        """The coefficients u = c − mean(c), with B u = c where Σc = 0.
-
-        Raises:
-          TypeError, ValueError: where outputs or cotangents do not fit.
-        """
-        return self._centred(outputs, widen(cotangents), name="cotangents")
 
     def sample(self, key: KeyArray, outputs: Array) -> Array:
         """Draws indices into the flattened batch, int32, of the shape of the outputs.
@@ -181,18 +127,24 @@ class _SampledModel(Likelihood):
         size = max(1, outputs.size)
         return jax.random.randint(key, shape, 0, size, dtype=jnp.int32)
 
+    # The density is |exp(outputs)| to this power.
+    _power: ClassVar[float] = 1.0
     _kind: ClassVar = jnp.floating
     _expected: ClassVar[str]
 
-    @abc.abstractmethod
     def _log_density(self, outputs: Array) -> Array:
-        """The logarithm of the density of which the batch is a sample."""
+        return self._power * jnp.real(outputs)
 
-    def _centred(self, outputs: Array, vector: Array, *, name: str) -> Array:
-        self.batch_shape(outputs)
-        check_like(self, vector, outputs, name=name)
-        (wide,) = wide_together(vector)
-        return (wide - jnp.mean(wide)).astype(vector.dtype)
+    def _fisher_vp(self, outputs: Array, tangents: Array) -> Array:
+        """H t = C t = t − mean(t), over the whole batch: a projection, its own root."""
+        del outputs
+        return tangents - jnp.mean(tangents)
+
+    def _sqrt_fisher_vp(self, outputs: Array, coefficients: Array) -> Array:
+        return self._fisher_vp(outputs, coefficients)
+
+    def _sqrt_fisher_solve(self, outputs: Array, cotangents: Array) -> Array:
+        return self._fisher_vp(outputs, cotangents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +168,6 @@ class LogDensity(_SampledModel):
     """
 
     _expected: ClassVar[str] = "an array of log densities, one per sample, [N]"
-
-    def _log_density(self, outputs: Array) -> Array:
-        return outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +197,6 @@ class LogAmplitude(_SampledModel):
     """
 
     kl_curvature: ClassVar[float] = 4.0
+    _power: ClassVar[float] = 2.0
     _kind: ClassVar = jnp.inexact
     _expected: ClassVar[str] = "an array of log amplitudes, one per sample, [N]"
-
-    def _log_density(self, outputs: Array) -> Array:
-        return 2 * jnp.real(outputs)

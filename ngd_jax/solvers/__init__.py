@@ -1,44 +1,40 @@
-"""Solvers of (F + λI) d = g, behind one interface and with one report.
+"""Solvers of (F + λI) d = g behind one protocol.
 
-    solver(fisher, rhs, *, damping, x0=None) -> (solution, SolverInfo)
-
-A solver is a frozen dataclass. It sees the Fisher as an operator, knows nothing of
-steps or Optax, and never returns a non-finite solution: trouble goes into the report.
+* `protocol`: what they take, return and are held to;
+* `cg`: conjugate gradients, for any size of problem;
+* `lsmr`: least squares on the square root of F, for small damping;
+* `cholesky`: dense F, for few parameters;
+* `sample_space`: the Gram matrix of the samples, for few examples.
 """
 
-from ngd_jax.solvers.approximate_inverse import ApproximateInverse
-from ngd_jax.solvers.auto import Auto, Choice
-from ngd_jax.solvers.cg import CG
-from ngd_jax.solvers.conjugate_gradient import conjugate_gradient
-from ngd_jax.solvers.damping_search import DampingSearch, DampingSearchState
-from ngd_jax.solvers.direct import Cholesky
-from ngd_jax.solvers.interface import (
+from ngd_jax.solvers.cg import CG, conjugate_gradient
+from ngd_jax.solvers.cholesky import Cholesky
+from ngd_jax.solvers.lsmr import LSMR, lsmr
+from ngd_jax.solvers.protocol import (
+    Preconditioner,
+    RightHandSide,
+    Solution,
     Solver,
     SolverInfo,
     SolverStatus,
-    StatefulSolver,
+    check_solution,
+    solve_scaled,
 )
-from ngd_jax.solvers.least_squares import LSMR, lsmr
-from ngd_jax.solvers.lineax_adapter import Lineax
 from ngd_jax.solvers.sample_space import SampleSpace
-from ngd_jax.solvers.singular_values import SVD
 
 __all__ = [
     "CG",
     "LSMR",
-    "SVD",
-    "ApproximateInverse",
-    "Auto",
-    "Choice",
     "Cholesky",
-    "DampingSearch",
-    "DampingSearchState",
-    "Lineax",
+    "Preconditioner",
+    "RightHandSide",
     "SampleSpace",
+    "Solution",
     "Solver",
     "SolverInfo",
     "SolverStatus",
-    "StatefulSolver",
+    "check_solution",
     "conjugate_gradient",
     "lsmr",
+    "solve_scaled",
 ]

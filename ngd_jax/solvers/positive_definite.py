@@ -1,10 +1,10 @@
-"""Dense symmetric positive systems, and the report of a direct solve.
+"""Dense symmetric positive systems, and the end of a direct solve.
 
     A = (S + λI) / u,    D⁻¹ A D⁻¹ = L Lᵀ with D² = diag(A),    x = D⁻¹ L⁻ᵀ L⁻¹ D⁻¹ b
 
 In units of its own diagonal a matrix has no scale, and neither have its rows: a jitter
 that is small there is small for each of them. Shared by the solvers in the space of
-parameters and in the space of samples.
+parameters and in the space of samples; knows nothing of models.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
-from ngd_jax.solvers.interface import SolverInfo, SolverStatus
+from ngd_jax.solvers.protocol import (
+    RightHandSide,
+    Solution,
+    SolverInfo,
+    SolverStatus,
+    check_solution,
+)
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
 __all__ = [
     "Factor",
     "PositiveDefinite",
-    "check_factor_dtype",
+    "direct_solution",
     "factorise",
-    "frobenius_norm",
-    "is_narrower",
     "make_positive_definite",
-    "report",
     "solve",
     "solve_refined",
     "with_least_jitter",
@@ -33,10 +36,10 @@ __all__ = [
 
 
 class PositiveDefinite(NamedTuple):
-    """A = (S + λI) / u for a Hermitian positive semi-definite S.
+    """A = (S + λI) / u for a symmetric positive semi-definite S.
 
     Attributes:
-      matrix: S, `[M, M]`; the matrix in units of u is made nowhere.
+      matrix: S, `[M, M]`; A itself is never made.
       shift: λ / u.
       unit: u, the largest entry on the diagonal of S + λI.
     """
@@ -45,9 +48,27 @@ class PositiveDefinite(NamedTuple):
     shift: Scalar
     unit: Scalar
 
+    @property
+    def diagonal(self) -> Array:
+        """The diagonal of S; a strided slice costs no gather."""
+        return self.matrix.reshape(-1)[:: len(self.matrix) + 1]
+
     def product(self, x: Array) -> Array:
         """A x."""
-        return self.matrix @ x / self.unit + self.shift * x
+        return self.without_shift(x) + self.shift * x
+
+    def without_shift(self, x: Array) -> Array:
+        """S x / u."""
+        return jnp.matmul(self.matrix, x, precision=_HIGHEST) / self.unit
+
+    def size(self) -> Scalar:
+        """The Frobenius norm of S, in units of u so that no square overflows."""
+        # Row by row: it is slow over both axes at once.
+        rows = jnp.linalg.norm(self.matrix / self.unit, axis=1)
+        return jnp.linalg.norm(rows) * self.unit
+
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Factor(NamedTuple):
@@ -55,7 +76,7 @@ class Factor(NamedTuple):
 
     Attributes:
       scale: the inverse of D, `[M]`.
-      transposed: Lᵀ. LAPACK has columns where JAX has rows, so that this is L as it
+      transposed: Lᵀ. LAPACK stores columns where JAX stores rows, so this is L as it
         comes from there, and nothing has to move.
     """
 
@@ -63,51 +84,52 @@ class Factor(NamedTuple):
     transposed: Array
 
 
-def make_positive_definite(
-    matrix: Array, damping: ArrayLike, is_sound: Array
-) -> PositiveDefinite:
+def make_positive_definite(matrix: Array, damping: ArrayLike) -> PositiveDefinite:
     """S + λI in units of the largest entry on its diagonal.
 
     Args:
       matrix: S, `[M, M]`.
-      damping: λ, at least 0.
-      is_sound: whether S and λ are finite; where not, the unit is one.
+      damping: λ ≥ 0.
     """
-    largest = jnp.max(jnp.real(jnp.diagonal(matrix)), initial=0.0)
-    damping = jnp.asarray(damping, largest.dtype)
-    unit = largest + damping
-    unit = jnp.where(is_sound & (unit > 0), unit, 1.0)
+    system = PositiveDefinite(matrix, jnp.zeros(()), jnp.ones(()))
+    damping = jnp.asarray(damping).astype(matrix.dtype)
+    unit = jnp.max(system.diagonal, initial=0.0) + damping
+    unit = jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1.0)
     return PositiveDefinite(matrix, damping / unit, unit)
 
 
 def factorise(
     system: PositiveDefinite, jitter: ArrayLike = 0.0, shift: Scalar | None = None
 ) -> tuple[Factor, Array]:
-    """Factorises A + jitter · diag(A), and says whether there is such a factor.
+    """Factorises A + jitter · diag(A).
 
     Args:
-      system: A, of finite entries.
+      system: A.
       jitter: at least 0.
-      shift: λ / u, where it shall be another one.
+      shift: another λ / u to factorise with, or None.
+
+    Returns:
+      The factor, and whether there is one: False where A is singular to working
+      precision, or not finite.
     """
-    shift = system.shift if shift is None else shift
-    diagonal = jnp.real(jnp.diagonal(system.matrix)) + shift * system.unit
-    inverse = jnp.where(diagonal > 0, jnp.where(diagonal > 0, diagonal, 1) ** -0.5, 1)
+    added = (system.shift if shift is None else shift) * system.unit
+    diagonal = system.diagonal + added
+    is_positive = diagonal > 0
+    inverse = jnp.where(is_positive, jnp.where(is_positive, diagonal, 1) ** -0.5, 1)
     scaled = system.matrix * inverse[:, None] * inverse[None, :]
-    added = shift * system.unit * inverse**2 + jitter
-    scaled += jnp.diag(added.astype(scaled.dtype))
-    # Only one triangle is read: nothing to make symmetric first. The other one, for
-    # the sake of the order of the entries in memory.
-    lower = jax.lax.linalg.cholesky(jnp.conj(scaled.T), symmetrize_input=False)
+    scaled += jnp.diag((added * inverse**2 + jitter).astype(scaled.dtype))
+    # Only one triangle is read, so there is nothing to symmetrise. The transpose is for
+    # the order of the entries in memory.
+    lower = jax.lax.linalg.cholesky(scaled.T, symmetrize_input=False)
     # A failure shows in every entry.
-    exists = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
+    exists = jnp.all(jnp.isfinite(lower[-1:, -1:]))
     return Factor(inverse * jnp.sqrt(system.unit), lower.T), exists
 
 
 def with_least_jitter(
     system: PositiveDefinite, fn: Callable[[Scalar, Factor], PyTree]
 ) -> PyTree:
-    """`fn(jitter, factor)` for the least jitter of three for which A has a factor.
+    """`fn(jitter, factor)` for the least of three jitters for which A has a factor.
 
     Where Cholesky fails, the matrix is singular to working precision. It is repeated
     with M·ε times the diagonal added, the least that precision can tell from nothing,
@@ -115,12 +137,12 @@ def with_least_jitter(
 
     Args:
       system: A.
-      fn: what to do with the factor; its result should be small, the factor itself is
-        for use inside, so that no copy of it is ever made.
+      fn: what to do with the factor. Its result should be small; the factor itself is
+        for use inside, so that it is never copied.
     """
-    dtype = system.unit.dtype
-    eps = float(jnp.finfo(dtype).eps)
-    jitters = jnp.asarray([0.0, len(system.matrix) * eps, eps**0.5], dtype)
+    eps = float(jnp.finfo(system.matrix.dtype).eps)
+    size = len(system.matrix)
+    jitters = jnp.asarray([0.0, size * eps, eps**0.5], system.matrix.dtype)
 
     def attempt(count: Array) -> tuple[Array, PyTree]:
         factor, exists = factorise(system, jitters[count])
@@ -141,7 +163,7 @@ def with_least_jitter(
 
 
 def solve(factor: Factor, b: Array) -> Array:
-    """Solves with what was factorised."""
+    """Solves with the matrix that was factorised."""
     lower = factor.transposed.T, True
     return factor.scale * jax.scipy.linalg.cho_solve(lower, factor.scale * b)
 
@@ -162,68 +184,50 @@ def solve_refined(
     )
 
 
-def frobenius_norm(matrix: Array) -> Scalar:
-    """√(Σ aᵢⱼ²), row by row: a sum over both axes at once is slow to compute."""
-    return jnp.linalg.norm(jnp.linalg.norm(matrix, axis=1))
-
-
-def check_factor_dtype(dtype: Any) -> None:
-    """Raises on a dtype in which nothing can be factorised.
-
-    Raises:
-      TypeError: on anything but None, float32 and float64.
-    """
-    if dtype is None:
-        return
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = repr(dtype)
-    if name not in ("float32", "float64"):
-        raise TypeError(
-            f"`factor_dtype` must be None, jnp.float32 or jnp.float64, got {name}."
-        )
-
-
-def is_narrower(factor_dtype: Any, values: PyTree) -> bool:
-    """Whether a factor in this dtype is of lower precision than the arithmetic."""
-    if factor_dtype is None:
-        return False
-    eps = jnp.finfo(tree.accumulator_dtype(values)).eps
-    return bool(jnp.finfo(factor_dtype).eps > eps)
-
-
-def report(
-    solution: PyTree,
-    rhs: PyTree,
-    relative_residual: Scalar,
-    is_finite: Array,
-    num_steps: ArrayLike = 0,
-) -> tuple[PyTree, SolverInfo]:
-    """The solution in the dtypes of `rhs`, zero where it is not finite; the report.
+def direct_solution(
+    fisher: Any,
+    rhs: RightHandSide,
+    direction: PyTree,
+    damping: ArrayLike,
+    state: PyTree,
+    *,
+    residual: Array,
+    size: Array,
+    verify: bool,
+) -> Solution:
+    """The end of every direct solve: verified by one product with F itself.
 
     Args:
-      solution: as it came out.
-      rhs: g.
-      relative_residual: of the system asked for.
-      is_finite: whether what went in was.
-      num_steps: that it took; 0 for none.
+      fisher, rhs, direction, damping: as of `check_solution`.
+      state: of the solver.
+      residual: ‖g - (M + λI) d‖ by the matrix M that the solver worked with.
+      size: ‖M‖, or something of that size.
+      verify: whether to; if not, `residual` is reported.
+
+    Returns:
+      The solution; with a direction of zero where it is not what the solver's own
+      matrix promises.
     """
-    dtype = tree.accumulator_dtype(rhs)
-    is_solved = is_finite & tree.all_finite(solution) & jnp.isfinite(relative_residual)
-    is_small = relative_residual <= jnp.finfo(dtype).eps ** 0.5
-    status = jnp.select(
-        [~is_finite, ~is_solved, is_small],
-        [SolverStatus.NON_FINITE, SolverStatus.BREAKDOWN, SolverStatus.CONVERGED],
-        SolverStatus.STAGNATED,
+    norm = tree.norm(rhs.gradient)
+    own_residual = residual / jnp.where(norm > 0, norm, 1).astype(residual.dtype)
+    if not verify:
+        eps = float(jnp.finfo(own_residual.dtype).eps)
+        status = jnp.where(
+            own_residual <= eps**0.5, SolverStatus.CONVERGED, SolverStatus.STAGNATED
+        )
+        info = SolverInfo(jnp.zeros((), jnp.int32), own_residual, status)
+        return Solution(direction, None, info, state)
+    pushed, info, is_taken = check_solution(
+        fisher, rhs, direction, damping, own_residual=own_residual, size=size
     )
-    solution = jax.tree.map(
-        lambda d, r: jnp.where(is_solved, d, 0).astype(jnp.result_type(r)),
-        solution,
-        rhs,
-    )
-    return solution, SolverInfo(
-        num_steps=jnp.asarray(num_steps, jnp.int32),
-        relative_residual=jnp.where(is_solved, relative_residual, 1.0).astype(dtype),
-        status=status.astype(jnp.int32),
-    )
+    # Nothing in place of what is refused; what is not finite stays so, to be reported.
+    nothing = info.relative_residual - info.relative_residual
+
+    def taken(values: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x: jnp.where(is_taken, x, nothing).astype(x.dtype), values
+        )
+
+    residual = jnp.where(is_taken, info.relative_residual, 1 + nothing)
+    info = info._replace(relative_residual=residual)
+    return Solution(taken(direction), taken(pushed), info, state)

@@ -2,13 +2,13 @@
 
     F = Aᵀ A,  G = A Aᵀ:    d = Aᵀ (G + λI)⁻¹ w  for g = Aᵀ w
 
-For g from elsewhere, with any w_r and the rest r = g - Aᵀ w_r that it leaves,
+For g from elsewhere, with any w and the rest r = g - Aᵀ w that it leaves,
 
-    d = Aᵀ (G + λI)⁻¹ (w_r - A r / λ) + r / λ
+    d = Aᵀ (G + λI)⁻¹ (w - A r / λ) + r / λ
 
-holds exactly. It is Woodbury's formula for w_r = 0, where two terms of size ‖g‖/λ
-cancel, and with w_r = G⁺ A g the formula above, where nothing does: r is then the part
-of g that the samples do not span.
+holds exactly. It is Woodbury's formula for w = 0, where two terms of size ‖g‖/λ cancel,
+and with w = G⁺ A g the formula above, where nothing does: r is then the part of g that
+the samples do not span. G comes from `ngd_jax.dense`, products with A from the Fisher.
 """
 
 import dataclasses
@@ -18,32 +18,23 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.core import Tracer
 
 from ngd_jax import tree
-from ngd_jax.fisher.coefficients import ravel_real
-from ngd_jax.fisher.gram import Gram
-from ngd_jax.solvers.interface import (
-    SolverInfo,
-    SolverStatus,
-    StatefulSolver,
-    check_system,
-)
+from ngd_jax.dense import gram, ravel_real
 from ngd_jax.solvers.positive_definite import (
     Factor,
     PositiveDefinite,
+    direct_solution,
     factorise,
-    frobenius_norm,
     make_positive_definite,
-    report,
     solve,
     solve_refined,
     with_least_jitter,
 )
+from ngd_jax.solvers.protocol import RightHandSide, Solution, Solver
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
-__all__ = ["SampleSpace", "solve_in_sample_space"]
+__all__ = ["SampleSpace"]
 
 # In units of the round-off of the model: how long a rest may be and still be nothing.
 _ROUND_OFF = 16.0
@@ -54,43 +45,49 @@ _FILTERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleSpace(StatefulSolver):
+class SampleSpace(Solver):
     """Direct solve through the Gram matrix of the samples, for many parameters.
 
-    With F = Aᵀ A and G = A Aᵀ, `[M, M]`, (F + λI)⁻¹ Aᵀ = Aᵀ (G + λI)⁻¹: a system of the
-    size of the samples, M = N·K for N examples of K real outputs (2·N·K for complex
-    ones, N for the sampled and the empirical kind), however many parameters there are.
-    Exact for every likelihood, for every right-hand side, and in λ: G costs 2M²P
-    operations and its factorisation M³/3; then each solve takes two to six passes
-    through the linearised model, of 2/3 of a gradient each. Dense layers, whose weights
-    are used once for an example, cost 2M²(m + n) in place of 2M²mn for m inputs and n
-    outputs, as long as parameters and outputs are real.
+        d = Aᵀ (A Aᵀ + λI)⁻¹ w    for g = Aᵀ w
+
+    A system of the size of the samples, M = N·K for N examples of K real outputs (2·N·K
+    for complex ones, N for the sampled and the empirical kind), however many parameters
+    there are. Exact for every likelihood, for every right-hand side, and in λ: G costs
+    2M²P operations and its factorisation M³/3; then each solve takes two to six passes
+    through the linearised model, of 2/3 of a gradient each. Dense layers that are used
+    once in an example cost 2M²(m + n) in place of 2M²mn for m inputs and n outputs, as
+    long as parameters and outputs are real.
 
     Small damping: what g has outside of the span of the samples is divided by λ, and so
     is its round-off. A part of g outside that is not longer than 16 ε (‖g‖ + ‖A‖ ‖w‖),
     with the Frobenius norm of A and ε of the arithmetic (or 2 ε of the narrowest dtype
     among parameters and outputs, where that is more), is taken for round-off and
-    dropped. So is, at λ = 0, all of it: the
-    solution is then the one of least norm, and `relative_residual` says what was left
-    out. `coefficients` w, with g = Aᵀ w, spare the solver from finding them.
+    dropped. At λ = 0 all of it is dropped: the solution is then the one of least norm,
+    and `relative_residual` shows what was left out. `rhs.coefficients` w with g = Aᵀ w
+    spare the solver from finding them.
 
     The factorisation is in units of the diagonal of G + λI. Where it fails, since λ is
     below the round-off of G, it is repeated with M·ε times the diagonal added, and the
-    solution refined. The report is of the system asked for; where its residual is above
-    the square root of the machine precision, the status is STAGNATED.
+    solution refined. Above the square root of the machine precision, the residual gives
+    the status STAGNATED.
 
-    Attributes:
+    Rows of single examples are those of the batch only if the model does not mix its
+    examples. If it does, as with batch normalisation in training, the solution fails
+    its verification: it is refused, with d = 0 and the status NOT_SEPARABLE.
+
+    Args:
       block_size: examples whose rows of the Jacobian are in memory at once, twice over:
         memory is 2·block_size·K·P numbers and M². None holds 256 rows, or as many as
-        fit into half a GiB; of dense layers inputs and cotangents of all examples,
-        where these fit. Smaller blocks cost a little time, and dense layers what others
-        do.
+        fit into half a GiB; of dense layers the inputs and cotangents of all examples,
+        if these fit. Smaller blocks cost a little time, and with a number given dense
+        layers cost what others do.
+      verify: whether to hold the solution against the operator, at the price of one
+        product with F. False is for benchmarks: it trusts the rows, and reports the
+        residual of G.
 
     Raises:
       ValueError: at trace time where the model cannot be run on single examples, since
-        no leaf of the batch has the leading axis of the outputs. Where it can and mixes
-        them, as batch normalisation in training does: at run time outside of jit; under
-        jit the solution is zero and the status NOT_SEPARABLE.
+        no leaf of the batch has the leading axis of the outputs.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -113,85 +110,57 @@ class SampleSpace(StatefulSolver):
     Note:
       With several blocks in a `Product` the rows of one example come from the batch
       with every leaf cut whose leading axis is as long as that block's outputs.
-      Forward-mode differentiable, not reverse-mode.
     """
 
     block_size: int | None = None
+    verify: bool = True
 
     uses_coefficients: ClassVar[bool] = True
 
     def solve(
-        self,
-        fisher: Any,
-        rhs: PyTree,
-        *,
-        damping: ArrayLike,
-        x0: PyTree | None = None,
-        coefficients: PyTree | None = None,
-        objective: Callable[[PyTree], Scalar] | None = None,
-        state: PyTree = (),
-    ) -> tuple[PyTree, SolverInfo, PyTree]:
-        """Solves (F + λI) d = g; see `StatefulSolver`. No use for `x0`, `objective`."""
-        del objective
-        check_system(rhs, damping, x0)
-        gram = fisher.gram(self.block_size)
-        _raise_where_known(gram)
-        solution, info = solve_in_sample_space(
-            fisher, gram, rhs, damping=damping, coefficients=coefficients
+        self, fisher: Any, rhs: RightHandSide, *, damping: ArrayLike, state: PyTree = ()
+    ) -> Solution:
+        """Solves (F + λI) d = g; see `Solver.solve`.
+
+        Raises:
+          ValueError: for coefficients unlike what `fisher.sqrt_matvec` returns.
+        """
+        matrix = gram(fisher, self.block_size)
+        dtype = matrix.dtype
+        scaled = make_positive_definite(matrix, damping)
+        root = jnp.sqrt(scaled.unit)
+        w, unravel = _coefficients(fisher, rhs.coefficients)
+        # 1. Units in which the largest diagonal entry of G + λI is 1: A / √u and √u w.
+        w = w.astype(dtype) * root
+
+        def push(vector: PyTree) -> Array:
+            return ravel_real(fisher.sqrt_matvec(vector))[0].astype(dtype) / root
+
+        def pull(vector: Array) -> PyTree:
+            return tree.divide(
+                tree.replicate(fisher.sqrt_rmatvec(unravel(vector))), root
+            )
+
+        g = tree.replicate(rhs.gradient)
+        is_known = rhs.coefficients is not None
+        rest = tree.axpy(-1.0, pull(w), g) if is_known else g
+        g_norm, round_off = tree.norm(g), _round_off(fisher)
+
+        def solve_with(jitter: Scalar, factor: Factor) -> tuple[PyTree, Scalar]:
+            system = _System(scaled, jitter, factor, push, pull, g_norm, round_off)
+            return _solve_factorised(system, w, rest, is_known=is_known)
+
+        solution, residual = with_least_jitter(scaled, solve_with)
+        return direct_solution(
+            fisher,
+            rhs,
+            tree.divide(solution, scaled.unit),
+            damping,
+            state,
+            residual=residual,
+            size=scaled.size(),
+            verify=self.verify,
         )
-        return solution, info, state
-
-
-def solve_in_sample_space(
-    fisher: Any,
-    gram: Gram,
-    rhs: PyTree,
-    *,
-    damping: ArrayLike,
-    coefficients: PyTree | None = None,
-) -> tuple[PyTree, SolverInfo]:
-    """`SampleSpace.solve`, given the Gram matrix."""
-    dtype = gram.matrix.dtype
-    g, (w, unravel) = tree.widen(rhs), _coefficients(fisher, coefficients)
-    damping = jnp.asarray(damping).astype(dtype)
-
-    # 1. Units in which the largest |gᵢ| and the largest diagonal entry of G + λI are 1.
-    largest = tree.max_abs(g).astype(dtype)
-    # An entry that is not finite has none on the diagonal of its row or column.
-    is_finite = jnp.isfinite(largest) & jnp.isfinite(damping) & jnp.all(jnp.isfinite(w))
-    is_finite &= jnp.all(jnp.isfinite(jnp.diagonal(gram.matrix)))
-    is_solvable = is_finite & gram.is_separable & (largest > 0)
-    scaled = make_positive_definite(gram.matrix, damping, is_solvable)
-    size, root = scaled.unit, jnp.sqrt(scaled.unit)
-    unit = tree.usable_unit(jnp.where(is_solvable, largest, 1.0))
-    g = tree.select(is_solvable, tree.divide(g, unit), optax.tree.zeros_like(g))
-    w = jnp.where(is_solvable, w / unit * root, 0.0)
-
-    def push(vector: PyTree) -> Array:
-        return ravel_real(fisher.sqrt_matvec(vector))[0].astype(dtype) / root
-
-    def pull(vector: Array) -> PyTree:
-        return tree.divide(fisher.sqrt_rmatvec(unravel(vector)), root)
-
-    g_norm, round_off = tree.norm(g), _round_off(fisher)
-    rest = g if coefficients is None else tree.axpy(-1.0, pull(w), g)
-
-    def solve_with(jitter: Scalar, factor: Factor) -> tuple[PyTree, Scalar]:
-        system = _System(scaled, jitter, factor, push, pull, g_norm, round_off)
-        is_known = coefficients is not None
-        return _solve_factorised(system, g, w, rest, is_known=is_known)
-
-    solution, relative = with_least_jitter(scaled, solve_with)
-    solution = tree.divide(tree.scale(unit, solution), size)
-    solution, info = report(solution, rhs, relative, is_finite)
-    is_mixed = is_finite & ~gram.is_separable
-    one = jnp.ones_like(info.relative_residual)
-    mixed = jnp.asarray(SolverStatus.NOT_SEPARABLE, jnp.int32)
-    info = info._replace(
-        relative_residual=jnp.where(is_mixed, one, info.relative_residual),
-        status=jnp.where(is_mixed, mixed, info.status),
-    )
-    return tree.select(is_solvable, solution, optax.tree.zeros_like(solution)), info
 
 
 class _System(NamedTuple):
@@ -200,11 +169,11 @@ class _System(NamedTuple):
     Attributes:
       scaled: G + λI.
       jitter: with which it was factorised.
-      factor: what came of it.
+      factor: the factor.
       push: v -> A v.
       pull: u -> Aᵀ u.
       g_norm: ‖g‖.
-      round_off: relative, of a product with A.
+      round_off: of a product with A, relative.
     """
 
     scaled: PositiveDefinite
@@ -222,12 +191,8 @@ class _System(NamedTuple):
 
     @property
     def trace(self) -> Scalar:
-        """Of G, which is the square of the Frobenius norm of A."""
-        return jnp.sum(jnp.diagonal(self.scaled.matrix)) / self.scaled.unit
-
-    def gram(self, x: Array) -> Array:
-        """G x."""
-        return self.scaled.matrix @ x / self.scaled.unit
+        """The trace of G, which is the square of the Frobenius norm of A."""
+        return jnp.sum(self.scaled.diagonal) / self.scaled.unit
 
     def is_nothing(self, rest: PyTree, w: Array) -> Array:
         """Whether g - Aᵀ w is not longer than the round-off of what it is made of."""
@@ -236,19 +201,17 @@ class _System(NamedTuple):
 
 
 def _solve_factorised(
-    system: _System, g: PyTree, w: Array, rest: PyTree, *, is_known: bool
+    system: _System, w: Array, rest: PyTree, *, is_known: bool
 ) -> tuple[PyTree, Scalar]:
-    """The solution, and its relative residual.
+    """The solution, and the norm of its residual by G.
 
     Args:
       system: A and the factor of G + λI.
-      g: the right-hand side.
-      w: the coefficients that are known of it, else zero.
+      w: the coefficients that are known of g, else zero.
       rest: g - Aᵀ w.
       is_known: whether there are any.
     """
-    dtype = w.dtype
-    eps = float(jnp.finfo(dtype).eps)
+    eps, damping = float(jnp.finfo(w.dtype).eps), system.damping
 
     # 2. g = Aᵀ w + r, and A r. Far above the round-off of G any w will do.
     def push_if_any(w: Array, rest: PyTree) -> Array:
@@ -257,33 +220,23 @@ def _solve_factorised(
         is_nothing = system.is_nothing(rest, w)
         return jax.lax.cond(is_nothing, lambda _: jnp.zeros_like(w), system.push, rest)
 
-    norm = frobenius_norm(system.scaled.matrix / system.scaled.unit)
-    w, rest, image = jax.lax.cond(
-        system.damping >= eps ** (1 / 3) * norm,
+    w, rest, pushed = jax.lax.cond(
+        damping * system.scaled.unit >= eps ** (1 / 3) * system.scaled.size(),
         lambda w, rest: (w, rest, push_if_any(w, rest)),
         functools.partial(_split, system),
         *(w, rest),
     )
 
     # 3. What the samples do not span is solved by r / λ, or dropped.
-    damping = system.damping
     is_kept = ~system.is_nothing(rest, w) & (damping > 0)
     inverse = jnp.where(is_kept, 1 / jnp.where(is_kept, damping, 1.0), 0.0)
-    y, residual = solve_refined(system.scaled, system.factor, w - inverse * image)
+    y, residual = solve_refined(system.scaled, system.factor, w - inverse * pushed)
     solution = tree.axpy(1.0, system.pull(y), tree.scale(inverse, rest))
 
-    # 4. The residual: by G; where it is not small, with two passes through the model.
-    def true_residual() -> Scalar:
-        image = system.pull(system.push(solution))
-        product = tree.axpy(damping, solution, image)
-        return tree.norm(tree.axpy(-1.0, product, g)).astype(dtype)
-
-    inside = jnp.maximum(residual @ system.gram(residual), 0.0)
+    # 4. The residual is Aᵀ (w - A r / λ - (G + λI) y), and what was dropped.
+    inside = jnp.maximum(residual @ system.scaled.without_shift(residual), 0.0)
     dropped = jnp.where(is_kept, 0.0, tree.norm(rest))
-    by_gram = jnp.sqrt(inside + dropped**2)
-    size = jnp.where(system.g_norm > 0, system.g_norm, 1.0)
-    is_small = by_gram <= eps**0.5 * size
-    return solution, jax.lax.cond(is_small, lambda: by_gram, true_residual) / size
+    return solution, jnp.sqrt(inside + dropped**2)
 
 
 def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Array]:
@@ -291,6 +244,9 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
 
     Both need G⁺. Round-off of size ε in null vectors of G comes out of it as ε/λ; with
     √ε for λ, and refinement, it stays small and the rest of the spectrum right.
+
+    Returns:
+      w, r and A r.
     """
     eps = float(jnp.finfo(w.dtype).eps)
     shift = jnp.maximum(system.damping, eps**0.5)
@@ -307,35 +263,36 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
 
     def move(carry: tuple[Array, Array, PyTree, Array]) -> tuple[Any, ...]:
         count, w, rest, _ = carry
-        image = system.push(rest)
-        part = solve(shifted, image)
+        pushed = system.push(rest)
+        part = solve(shifted, pushed)
         for _ in range(_REFINEMENTS):
-            part += solve(shifted, image - system.gram(part))
+            part += solve(shifted, pushed - system.scaled.without_shift(part))
         rest = tree.axpy(-1.0, system.pull(part), rest)
-        return count + 1, w + part, rest, image - system.gram(part)
+        pushed -= system.scaled.without_shift(part)
+        return count + 1, w + part, rest, pushed
 
     start = (jnp.zeros((), jnp.int32), w, rest, jnp.zeros_like(w))
-    _, w, rest, image = jax.lax.while_loop(is_left, move, start)
+    _, w, rest, pushed = jax.lax.while_loop(is_left, move, start)
 
     # Aᵀ takes a null vector to zero, but not its product with 1/λ, whose round-off is
-    # large. Without a gap in the spectrum there is no telling, and w stays as it is.
+    # large. Without a gap in the spectrum none can be told apart, and w is left alone.
     def without_null(w: Array) -> Array:
         null = w
         for _ in range(_FILTERS):
             null = shift * solve(shifted, null)
         size = _ROUND_OFF * eps * system.trace * jnp.linalg.norm(null)
-        is_null = jnp.linalg.norm(system.gram(null)) <= size
+        is_null = jnp.linalg.norm(system.scaled.without_shift(null)) <= size
         return jnp.where(is_null, w - null, w)
 
-    w, image = jax.vmap(without_null)(jnp.stack([w, image]))
-    return w, rest, image
+    w, pushed = jax.vmap(without_null)(jnp.stack([w, pushed]))
+    return w, rest, pushed
 
 
 def _coefficients(
     fisher: Any, coefficients: PyTree | None
 ) -> tuple[Array, Callable[[Array], PyTree]]:
     """The vector of w, zero where it is not known; and the way back."""
-    like = jax.eval_shape(lambda: fisher.sqrt_matvec(fisher.params))
+    like = jax.eval_shape(fisher.sqrt_matvec, fisher.params)
     if coefficients is None:
         coefficients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     tree.check_like(
@@ -345,20 +302,8 @@ def _coefficients(
 
 
 def _round_off(fisher: Any) -> float:
-    """Relative, of a product with A, which is wide but for casts to narrow dtypes."""
+    """Of a product with A, relative: it is wide but for casts to narrow dtypes."""
     leaves = jax.tree.leaves((fisher.params, fisher.outputs))
     narrow = float(max(jnp.finfo(leaf.dtype).eps for leaf in leaves))
     wide = float(jnp.finfo(tree.accumulator_dtype(leaves)).eps)
     return max(_ROUND_OFF * wide, 2 * narrow)
-
-
-def _raise_where_known(gram: Gram) -> None:
-    """Outside of jit, a status that only another solver can cure is an error.
-
-    Raises:
-      ValueError: where the model mixes its examples.
-    """
-    if isinstance(gram.is_separable, Tracer) or bool(gram.is_separable):
-        return
-    if bool(jnp.all(jnp.isfinite(gram.matrix))):
-        raise ValueError(SolverStatus.NOT_SEPARABLE.message)

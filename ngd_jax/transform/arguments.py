@@ -1,127 +1,167 @@
-"""Checks of arguments, at construction and at trace time."""
+"""The arguments of `natural_gradient`, checked at construction and at trace time."""
 
+import dataclasses
 import sys
-from typing import Any, get_args
+import types
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
-from ngd_jax.acceptance import SufficientDecrease
-from ngd_jax.arguments import check_count
-from ngd_jax.damping import LevenbergMarquardt, RelativeDamping
-from ngd_jax.fisher import Kind
-from ngd_jax.quadratic_model import QuadraticModelRate
-from ngd_jax.relative_radius import RelativeRadius
-from ngd_jax.types import Params
+from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
+from ngd_jax.likelihoods import Likelihood
+from ngd_jax.metric import Metric
+from ngd_jax.solvers.protocol import Solver
+from ngd_jax.trust_region import RadiusRule, RateRule, SufficientDecrease
+from ngd_jax.types import (
+    Batch,
+    ModelFn,
+    Outputs,
+    Params,
+    PyTree,
+    Scalar,
+    ScalarOrSchedule,
+)
 
-__all__ = ["check_options", "check_params", "refuse_multi_steps"]
+__all__ = [
+    "Damping",
+    "Radius",
+    "Rate",
+    "Settings",
+    "check_params",
+    "check_wrappers",
+    "split_functions",
+]
+
+Damping = ScalarOrSchedule | RelativeDamping | LevenbergMarquardt | CovariantDamping
+Radius = ScalarOrSchedule | RadiusRule | None
+Rate = ScalarOrSchedule | RateRule | None
 
 
-def check_options(options: Any) -> None:
-    """Raises unless the arguments of `natural_gradient` make sense by themselves."""
-    for name in ("model_fn", "solver"):
-        if not callable(getattr(options, name)):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of `natural_gradient`, which explains them; checked.
+
+    Attributes:
+      sign: -1 for updates, 1 for directions without a sign.
+    """
+
+    learning_rate: Rate
+    model_fn: ModelFn
+    likelihood: Likelihood
+    max_kl: Radius
+    damping: Damping
+    momentum: ScalarOrSchedule
+    solver: Solver
+    loss_fn: Callable[[Outputs, Batch], Scalar] | None
+    accept: SufficientDecrease | None
+    metric: Metric
+    sign: float = -1.0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_numbers()
+        self._check_uses()
+
+    @property
+    def damping_rule(self) -> Any:
+        """What sets λ, in whatever coordinates."""
+        if isinstance(self.damping, CovariantDamping):
+            return self.damping.damping
+        return self.damping
+
+    @property
+    def keeps_direction(self) -> bool:
+        """Whether the last direction is of any use to the next step."""
+        rate = self.learning_rate
+        return (
+            not _is_zero(self.momentum)
+            or not _is_zero(self.solver.warm_start)
+            or (isinstance(rate, RateRule) and rate.uses_previous)
+        )
+
+    @property
+    def needs_loss(self) -> str | None:
+        """The setting that weighs the loss, as it was written; None if none does."""
+        if isinstance(self.damping_rule, LevenbergMarquardt):
+            return "damping=LevenbergMarquardt(...)"
+        if isinstance(self.max_kl, RadiusRule):
+            return f"max_kl={self.max_kl!r}"
+        if self.accept is not None:
+            return f"accept={self.accept!r}"
+        return f"solver={self.solver!r}" if self.solver.uses_objective else None
+
+    def _check_types(self) -> None:
+        if not callable(self.model_fn):
+            raise TypeError(f"`model_fn` must be callable, got {type(self.model_fn)}.")
+        is_likelihood = hasattr(self.likelihood, "kl")
+        if isinstance(self.likelihood, type) or not is_likelihood:
             raise TypeError(
-                f"`{name}` must be callable, got {type(getattr(options, name))}."
+                f"`likelihood` must be an instance such as ngd_jax.Categorical(), got "
+                f"{self.likelihood!r}."
             )
-    if isinstance(options.likelihood, type) or not hasattr(options.likelihood, "kl"):
-        raise TypeError(
-            f"`likelihood` must be an instance such as ngd_jax.Categorical(), got "
-            f"{options.likelihood!r}."
-        )
-    _check_numbers(options)
-    _check_kind(options)
-    _check_acceptance(options.acceptance)
-    _check_uses(options)
+        expected = {
+            "solver": (Solver, "an ngd_jax.Solver such as ngd_jax.CG()"),
+            "metric": (Metric, "an ngd_jax.Metric(...)"),
+        }
+        if self.accept is not None:
+            expected["accept"] = (SufficientDecrease, "None or SufficientDecrease(...)")
+        for name, (kind, what) in expected.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"`{name}` must be {what}, got {value!r}.")
 
-
-def _check_numbers(options: Any) -> None:
-    if options.learning_rate is None and options.max_kl is None:
-        raise ValueError(
-            "`learning_rate` and `max_kl` are both None: give one of them, or both."
-        )
-    if not isinstance(options.learning_rate, QuadraticModelRate):
-        _check_scalar("learning_rate", options.learning_rate, may_be_zero=True)
-    if not isinstance(options.max_kl, RelativeRadius):
-        _check_scalar("max_kl", options.max_kl, may_be_zero=False)
-    elif options.learning_rate is None:
-        raise ValueError(
-            "`learning_rate` must be given where max_kl=RelativeRadius(...), which "
-            "first tries a step of that rate, got None."
-        )
-    if not isinstance(options.rule, RelativeDamping | LevenbergMarquardt):
-        if options.rule is None:
-            raise TypeError("`damping` must be a number or a rule, got None.")
-        _check_scalar("damping", options.rule, may_be_zero=True)
-    for name in ("momentum", "warm_start"):
-        value = getattr(options, name)
-        _check_scalar(name, value, may_be_zero=True)
-        if isinstance(value, int | float) and value > 1:
-            raise ValueError(f"`{name}` must be at most 1, got {value}.")
-    hint = " Inside optax.inject_hyperparams, list it in static_args."
-    # Trial budgets may also be traced.
-    if not hasattr(options.max_kl_evaluations, "dtype"):
-        check_count("max_kl_evaluations", options.max_kl_evaluations, hint)
-    if options.microbatch_size is not None:
-        check_count("microbatch_size", options.microbatch_size, hint)
-
-
-def _check_acceptance(acceptance: Any) -> None:
-    if acceptance is not None and not isinstance(acceptance, SufficientDecrease):
-        raise TypeError(
-            f"`acceptance` must be None or SufficientDecrease(...), got {acceptance!r}."
-        )
-
-
-def _check_kind(options: Any) -> None:
-    if options.kind not in get_args(Kind):
-        raise ValueError(
-            f"`kind` must be one of {get_args(Kind)}, got {options.kind!r}."
-        )
-    for kind, name in (("sampled", "key"), ("empirical", "targets_fn")):
-        is_given = getattr(options, name) is not None
-        if (options.kind == kind) and not is_given:
-            raise ValueError(f"`{name}` is needed for kind={kind!r}, got None.")
-        if (options.kind != kind) and is_given:
+    def _check_numbers(self) -> None:
+        if self.learning_rate is None and self.max_kl is None:
             raise ValueError(
-                f"`{name}` is for kind={kind!r} only, got kind={options.kind!r}."
+                "`learning_rate` and `max_kl` are both None: give one of them, or both."
+            )
+        if not isinstance(self.learning_rate, RateRule):
+            _check_scalar("learning_rate", self.learning_rate, may_be_zero=True)
+        if not isinstance(self.max_kl, RadiusRule):
+            _check_scalar("max_kl", self.max_kl, may_be_zero=False)
+        elif self.learning_rate is None:
+            raise ValueError(
+                f"`learning_rate` must be given with max_kl={self.max_kl!r}, which "
+                f"first tries a step of that rate, got None."
+            )
+        rule = self.damping_rule
+        if not isinstance(rule, RelativeDamping | LevenbergMarquardt):
+            if rule is None:
+                raise TypeError("`damping` must be a number or a rule, got None.")
+            _check_scalar("damping", rule, may_be_zero=True)
+        _check_scalar("momentum", self.momentum, may_be_zero=True)
+        if isinstance(self.momentum, int | float) and self.momentum > 1:
+            raise ValueError(f"`momentum` must be at most 1, got {self.momentum}.")
+
+    def _check_uses(self) -> None:
+        """Refuses what would be accepted and ignored."""
+        if isinstance(self.max_kl, RadiusRule) and self.accept is not None:
+            raise ValueError(
+                f"`accept` refuses steps that do not lower the loss, which "
+                f"max_kl={self.max_kl!r} takes on purpose: leave it None, got "
+                f"{self.accept!r}."
+            )
+        in_output_space = self.solver.uses_coefficients and self.metric.batch_fn is None
+        if self.loss_fn is not None and not (self.needs_loss or in_output_space):
+            raise ValueError(
+                f"`loss_fn` is for rules that weigh the loss "
+                f"(damping=LevenbergMarquardt(...), `accept`, a rule as `max_kl`) and "
+                f"for solvers in the space of outputs (SampleSpace, LSMR) without "
+                f"`batch_fn`; got damping={self.damping!r}, solver={self.solver!r}."
+            )
+        if isinstance(self.learning_rate, RateRule) and not _is_zero(self.momentum):
+            raise ValueError(
+                f"`momentum` is chosen by learning_rate={self.learning_rate!r}: leave "
+                f"it 0, got {self.momentum!r}."
             )
 
 
-def _check_uses(options: Any) -> None:
-    """Refuses what would be accepted and ignored."""
-    solver, momentum = options.solver, options.momentum
-    is_relative = isinstance(options.max_kl, RelativeRadius)
-    if is_relative and options.acceptance is not None:
-        raise ValueError(
-            f"`acceptance` refuses steps that do not lower the loss, which "
-            f"max_kl=RelativeRadius(...) takes on purpose: leave it None, got "
-            f"{options.acceptance!r}."
-        )
-    weighs = is_relative or options.acceptance
-    weighs = weighs or isinstance(options.rule, LevenbergMarquardt)
-    with_metric_batch = options.metric_batch_fn is not None
-    in_output_space = getattr(solver, "uses_coefficients", False)
-    if options.output_loss_fn is not None and not (
-        weighs
-        or getattr(solver, "uses_objective", False)
-        or (in_output_space and not with_metric_batch)
-    ):
-        raise ValueError(
-            f"`output_loss_fn` is for damping=LevenbergMarquardt(...), "
-            f"max_kl=RelativeRadius(...) and `acceptance`, which weigh actual against "
-            f"foretold reduction, and for solvers in the space of outputs "
-            f"(SampleSpace, LSMR, SVD) without `metric_batch_fn`; got "
-            f"damping={options.damping!r}, solver={solver!r}."
-        )
-    has_momentum = not (isinstance(momentum, int | float) and momentum == 0)
-    if isinstance(options.learning_rate, QuadraticModelRate) and has_momentum:
-        raise ValueError(
-            f"`momentum` is chosen by learning_rate=QuadraticModelRate(...): leave it "
-            f"0, got {momentum!r}."
-        )
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
 
 
 def _check_scalar(name: str, value: Any, *, may_be_zero: bool) -> None:
@@ -141,34 +181,70 @@ def _check_scalar(name: str, value: Any, *, may_be_zero: bool) -> None:
         raise ValueError(f"`{name}` {rule}, got {value}.")
 
 
+def split_functions(
+    params: Params,
+) -> tuple[Params, Callable[[ModelFn], ModelFn]]:
+    """Separates what a model holds besides arrays: activation functions and the like.
+
+    Some libraries keep functions among the leaves of a model, and `None` at their
+    places in its gradient.
+
+    Returns:
+      The parameters with None for every function, and a map from the model of all
+      leaves to one of those parameters.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    is_function = [callable(x) and not hasattr(x, "dtype") for x in leaves]
+    if not any(is_function):
+        return params, lambda model_fn: model_fn
+    pairs = list(zip(leaves, is_function, strict=True))
+    arrays = [None if is_fn else leaf for leaf, is_fn in pairs]
+
+    def model_from(model_fn: ModelFn) -> ModelFn:
+        def model_of_arrays(arrays: PyTree, batch: Batch) -> Outputs:
+            rest = iter(jax.tree.leaves(arrays))
+            merged = [leaf if is_fn else next(rest) for leaf, is_fn in pairs]
+            return model_fn(jax.tree.unflatten(structure, merged), batch)
+
+        return model_of_arrays
+
+    return jax.tree.unflatten(structure, arrays), model_from
+
+
 def check_params(params: Params) -> None:
-    """Raises unless the model can run at `params`, and they can be differentiated."""
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    if any(is_masked(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_masked)):
-        raise TypeError(
-            "`params` hold optax.MaskedNode: natural_gradient runs the model, which "
-            "needs all of its parameters, and so cannot be inside optax.masked or "
-            "optax.partition. To train a part of the parameters, make `params` that "
-            "part and close `model_fn` over the rest; to mask other transformations "
-            "(weight decay, clipping), chain them behind this one."
-        )
+    """Raises unless the parameters can be differentiated."""
     tree.check_parameters(params)
 
 
-def refuse_multi_steps() -> None:
-    """Raises inside of `optax.MultiSteps.init`.
+def _nested_code(function: Any, name: str) -> types.CodeType | None:
+    constants = function.__code__.co_consts
+    codes = (c for c in constants if isinstance(c, types.CodeType))
+    return next((code for code in codes if code.co_name == name), None)
 
-    MultiSteps averages gradients over micro-batches and hands on the last `batch` only,
-    silently. Nothing in the protocol tells a transformation that it is wrapped, so this
-    looks at its callers, once for each `init`.
+
+def check_wrappers() -> None:
+    """Raises inside of `optax.MultiSteps.init` and of `optax.flatten`.
+
+    MultiSteps averages gradients over micro-batches and hands on the last `batch` only;
+    flatten hands on one vector in place of the parameters of the model. Nothing in the
+    protocol tells a transformation that it is wrapped, so this looks at its callers,
+    once for each `init`.
     """
+    reasons = {
+        optax.MultiSteps.init.__code__: (
+            "natural_gradient cannot be inside optax.MultiSteps: the gradient would be "
+            "that of all micro-batches, the metric and the KL those of the last one. "
+            "Hand over the whole batch and set metric=Metric(microbatch_size=...), "
+            "which bounds memory just the same."
+        ),
+        _nested_code(optax.flatten, "init_fn"): (
+            "natural_gradient cannot be inside optax.flatten: `model_fn` would get one "
+            "vector in place of its parameters. Leave optax.flatten out; the "
+            "solvers join small arrays by themselves."
+        ),
+    }
     frame = sys._getframe(1)  # noqa: SLF001
     while frame is not None:
-        if frame.f_code is optax.MultiSteps.init.__code__:
-            raise TypeError(
-                "natural_gradient cannot be inside optax.MultiSteps: the gradient "
-                "would be that of all micro-batches, the metric and the KL those of "
-                "the last one. Hand over the whole batch and set `microbatch_size`, "
-                "which bounds memory just the same."
-            )
+        if frame.f_code in reasons:
+            raise TypeError(reasons[frame.f_code])
         frame = frame.f_back

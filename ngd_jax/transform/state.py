@@ -1,4 +1,4 @@
-"""What a step keeps for the next one, and what it tells about itself."""
+"""What a step keeps for the next one, and what it reports about itself."""
 
 import enum
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ngd_jax import tree
-from ngd_jax.solvers import SolverInfo
+from ngd_jax.solvers.protocol import SolverInfo
 from ngd_jax.types import Array, Params, PyTree
 
 __all__ = [
@@ -33,11 +33,18 @@ class StepStatus(enum.IntEnum):
     RADIUS_NOT_MET = 5
     NON_FINITE_VALUE = 6
     NO_REDUCTION = 7
+    NON_FINITE_UPDATE = 8
+    TAKEN_SHORT = 9
 
     @property
     def message(self) -> str:
         """One sentence for a person."""
         return _MESSAGES[self]
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the step was taken."""
+        return self in (StepStatus.TAKEN, StepStatus.TAKEN_SHORT)
 
 
 _MESSAGES = {
@@ -55,12 +62,20 @@ _MESSAGES = {
         "rate."
     ),
     StepStatus.RADIUS_NOT_MET: (
-        "Refused: no step with a KL within max_kl was found in max_kl_evaluations."
+        "Refused: no step with a KL within max_kl was found in ten evaluations."
     ),
     StepStatus.NON_FINITE_VALUE: "Refused: the loss handed in as value is not finite.",
     StepStatus.NO_REDUCTION: (
-        "Refused: the loss did not fall as foretold. LevenbergMarquardt has raised the "
-        "damping; SufficientDecrease leaves all as it was."
+        "Refused: the loss did not fall as predicted. LevenbergMarquardt has raised "
+        "the damping; SufficientDecrease leaves everything as it was."
+    ),
+    StepStatus.NON_FINITE_UPDATE: (
+        "Refused: the update, or the parameters after it, would not be finite. Set "
+        "max_kl, or a smaller learning rate."
+    ),
+    StepStatus.TAKEN_SHORT: (
+        "The step was taken, but is shorter than asked for: the search for the radius "
+        "ended below 0.9 of max_kl after ten evaluations."
     ),
 }
 
@@ -74,9 +89,11 @@ class NaturalGradientInfo(NamedTuple):
       solver: `SolverInfo` of the solve.
       predicted_kl: ½ s² dᵀFd, the KL of the step by the quadratic model, in nats.
       measured_kl: the mean KL(θ ‖ θ + update) measured on the batch, in nats per
-        example; 0 for a refused step.
-      step_scale: s in update = -s d; 0 for a refused step.
-      damping: the λ that was used.
+        example, at the parameters as `optax.apply_updates` will leave them, in their
+        dtype; 0 for a refused step.
+      step_scale: s in update = -s d; 0 for a refused step. For a solver that chooses
+        the length itself, that length times the scale.
+      damping: the λ that was used, or that the solver chose.
       num_kl_evaluations: int32, forward passes spent on measuring KL.
       status: int32, a `StepStatus`.
     """
@@ -93,14 +110,17 @@ class NaturalGradientInfo(NamedTuple):
 class NaturalGradientState(NamedTuple):
     """What the next update needs.
 
-    A refused step changes only `info`; if it was refused for the loss, also `damping`
-    (under `LevenbergMarquardt`) and `solver_state`.
+    A refused step leaves the parameters, `count`, `direction` and all schedules as they
+    were. `damping` moves on where a step is refused for the loss, and `solver_state`
+    always does: the averages in it are of batches that were seen, whatever became of
+    the step, and what is not finite never enters them.
 
     Attributes:
       count: int32, steps taken; what schedules are evaluated at.
       direction: the last natural direction d, float32 or wider, for momentum and warm
-        starts; zero before the first step. In the coordinates of `CovariantDamping`
-        where there is one; with `QuadraticModelRate` the last step itself.
+        starts: zero before the first step, () if neither is used. In the coordinates of
+        `CovariantDamping` if there is one; under a rule for the learning rate the last
+        step itself.
       damping: the λ of the next step under `LevenbergMarquardt`, else that of the last.
       solver_state: what the solver keeps, such as a preconditioner; () for most.
       info: how the last update went, a `NaturalGradientInfo`.
@@ -114,7 +134,7 @@ class NaturalGradientState(NamedTuple):
 
 
 def initial_state(
-    params: Params, *, damping: float, solver_state: PyTree
+    params: Params, *, damping: float, keeps_direction: bool, solver_state: PyTree
 ) -> NaturalGradientState:
     """The state before the first step; `params` may be without leaves."""
     dtype = tree.accumulator_dtype(params)
@@ -128,7 +148,7 @@ def initial_state(
 
     return NaturalGradientState(
         count=integer(),
-        direction=tree.zeros_like_wide(params),
+        direction=tree.zeros_like_wide(params) if keeps_direction else (),
         damping=jnp.full((), damping, dtype),
         solver_state=solver_state,
         info=NaturalGradientInfo(

@@ -109,10 +109,10 @@ def test_a_little_damping_is_found_out(monkeypatch, x64, name):
 @pytest.mark.slow
 def test_other_breaks_are_found_out(monkeypatch, x64):
     with monkeypatch.context() as patch:
-        _with(patch, kind="exact", targets_fn=None)
+        _with(patch, metric=ngd.Metric())
         assert not adaptive.adam(quick=True).equality.holds
     with monkeypatch.context() as patch:
-        _with(patch, weights_fn=None)
+        _with(patch, metric=ngd.Metric())
         assert not wave_function.reconfiguration(quick=True).equality.holds
         assert not policies.policy_gradient(quick=True).equality.holds
     with monkeypatch.context() as patch:
@@ -236,10 +236,9 @@ def test_rmsprop_is_adam_without_the_first_moment(x64):
         1e-2,
         adaptive.model_fn,
         ngd.Bernoulli(event_ndims=0),
-        kind="empirical",
-        targets_fn=lambda batch: batch["y"],
         damping=1e-8,
         solver=adaptive.RootOfDiagonal(decay=0.9),
+        metric=ngd.Metric(kind="empirical", targets_fn=lambda batch: batch["y"]),
     )
     theirs = optax.chain(
         optax.scale_by_rms(decay=0.9, eps_in_sqrt=False, bias_correction=True),

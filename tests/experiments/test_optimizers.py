@@ -29,17 +29,8 @@ WORDS = {
     "jacobi": ["cg.preconditioner=jacobi", "damping_rule=levenberg_marquardt"],
     "nystrom": ["cg.preconditioner=nystrom", "metric_examples=8", "microbatch_size=4"],
     "kronecker": ["cg={max_steps: 3, preconditioner: kronecker}"],
-    "approximate_inverse": [
-        "solver=approximate_inverse",
-        "cg.preconditioner=kronecker",
-        "learning_rate=null",
-        "rate_rule=quadratic_model",
-    ],
-    "approximate_inverse of exact length": [
-        "solver=approximate_inverse",
-        "cg.preconditioner=jacobi",
-        "momentum=0.9",
-    ],
+    "kfac": ["solver=kfac", "learning_rate=null", "rate_rule=quadratic_model"],
+    "kfac of exact length": ["solver=kfac", "momentum=0.9"],
     "levenberg_marquardt in output space": [
         "solver=sample_space",
         "damping_rule=levenberg_marquardt",
@@ -73,24 +64,22 @@ def test_a_word_changes_the_solver(name):
     assert values[-1] < values[0]
 
 
-def test_an_approximate_inverse_is_as_long_as_its_rate_rule_needs():
-    words = [
-        "optimizer.solver=approximate_inverse",
-        "optimizer.cg.preconditioner=jacobi",
-    ]
+def test_kfac_is_as_long_as_its_rate_rule_needs():
+    words = ["optimizer.solver=kfac", "optimizer.cg.refresh_every=7"]
     by_rule = ["optimizer.learning_rate=null", "optimizer.rate_rule=quadratic_model"]
     for changes, is_exact in ([], True), (by_rule, False):
         solver = make_solver(make_config(*words, *changes).optimizer)
-        assert isinstance(solver, ngd.ApproximateInverse)
-        assert isinstance(solver.preconditioner, ngd.Jacobi)
-        assert solver.preconditioner.refresh_every == 5
+        assert isinstance(solver, ngd.KFAC)
+        assert solver.refresh_every == 7
         assert solver.exact_length == is_exact
 
 
-def test_an_approximate_inverse_needs_a_preconditioner():
-    config = make_config("optimizer.solver=approximate_inverse")
-    with pytest.raises(ConfigError, match="needs a preconditioner, as in"):
-        make_optimizer(config.optimizer, make_task(config.task))
+@pytest.mark.parametrize("word", ["cg.preconditioner=jacobi", "warm_start=0.9"])
+def test_a_setting_of_cg_is_not_for_other_solvers(word):
+    config = make_config("optimizer.solver=kfac", f"optimizer.{word}")
+    name = word.split("=")[0].replace(".", r"\.")
+    with pytest.raises(ConfigError, match=rf"`optimizer\.{name}` is for"):
+        make_solver(config.optimizer)
 
 
 def test_a_rule_that_needs_damping_says_so():

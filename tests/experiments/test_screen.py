@@ -48,7 +48,7 @@ def test_every_step_is_a_row_under_one_heading():
     records = [{**RECORD, "step": step} for step in range(1, 5)]
     output = show(records)
     heading, *rows = output.splitlines()
-    for title in ("step", "loss", "accuracy", "KL/nats", "radius", "CG", "damping"):
+    for title in ("step", "loss", "accuracy", "KL/nats", "radius", "solver", "damping"):
         assert title in heading
     assert len(rows) == 4
     assert rows[0].split() == [
@@ -82,5 +82,5 @@ def test_without_a_terminal_there_are_no_control_codes():
 
 def test_on_a_terminal_a_bar_has_the_numbers_of_the_last_step():
     output = show([RECORD], terminal=True)
-    for text in ("1/4", "loss 5.0e-01", "acc 75%", "KL 1.0e-02", "CG 7"):
+    for text in ("1/4", "loss 5.0e-01", "acc 75%", "KL 1.0e-02", "solver 7"):
         assert text in output

@@ -112,6 +112,23 @@ MASKED = {
 }
 
 
+def _nnx_called(streams, name, key):
+    model = NnxMasked(nnx.Rngs(**streams))
+    nnx.reseed(model, **{name: key})
+    return model(X)
+
+
+CALLED_WITH_KEY = {
+    "linen": lambda key: LinenMasked().apply(
+        {"params": {"w": jnp.ones(3)}}, X, rngs={"dropout": key}
+    ),
+    "nnx": lambda key: _nnx_called({"dropout": 0}, "dropout", key),
+    "nnx without a stream of its own name": lambda key: _nnx_called(
+        {"default": 0}, "default", key
+    ),
+}
+
+
 @pytest.mark.parametrize("name", MASKED)
 def test_dropout_mask_is_the_same_in_outputs_metric_and_gradient(name):
     model_fn = MASKED[name](rngs=("dropout",))
@@ -122,14 +139,26 @@ def test_dropout_mask_is_the_same_in_outputs_metric_and_gradient(name):
         return {"x": X, "rngs": {"dropout": key, "default": key}}
 
     outputs = model_fn(params, batch_of(0))
-    np.testing.assert_array_equal(outputs, model_fn(params, batch_of(0)))
+    # The mask of a loss that calls the module itself with the same key.
+    np.testing.assert_array_equal(outputs, CALLED_WITH_KEY[name](jax.random.key(0)))
     assert not np.array_equal(outputs, model_fn(params, batch_of(1)))
 
     mask = np.asarray(outputs) != 0
     assert 0.2 < mask.mean() < 0.8
-    fisher = ngd.dense_fisher(model_fn, params, batch_of(0), ngd.Gaussian())
     expected = np.diag(np.mean((2 * mask * np.asarray(X)) ** 2, axis=0))
-    np.testing.assert_allclose(fisher, expected, rtol=1e-5, atol=1e-6)
+    vector = jnp.array([1.0, -2.0, 3.0])
+    product = jax.jit(
+        lambda v: ngd.fisher_vector_product(
+            model_fn, params, batch_of(0), ngd.Gaussian(), {"w": v}
+        )
+    )(vector)
+    np.testing.assert_allclose(product["w"], expected @ vector, rtol=1e-5)
+    # Nor do the KL of a step and the metric of microbatches draw another mask.
+    moved = {"w": 1 + 1e-2 * vector}
+    kl = jax.jit(
+        lambda moved: ngd.mean_kl(model_fn, params, moved, batch_of(0), ngd.Gaussian())
+    )(moved)
+    np.testing.assert_allclose(kl, 0.5e-4 * vector @ expected @ vector, rtol=1e-3)
 
     gradient = jax.grad(lambda p: jnp.mean(model_fn(p, batch_of(0)) ** 2))(params)
     np.testing.assert_allclose(gradient["w"], 2 * np.diag(expected) / 3, rtol=1e-5)

@@ -93,11 +93,19 @@ class NnxConv(nnx.Module):
         return self.out(nnx.relu(self.conv(x[..., None])).reshape(16, -1))
 
 
-@pytest.mark.parametrize("module", [LinenLSTM, LinenAttention, LinenConv])
-def test_linen_training_by_train_state_reduces_the_loss(module):
+# Those that take long to compile, without the default solver.
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (LinenLSTM, {"solver": ngd.CG(5)}),
+        (LinenAttention, {"solver": ngd.CG(5)}),
+        (LinenConv, {}),
+    ],
+)
+def test_linen_training_by_train_state_reduces_the_loss(module, options):
     net = module()
     model_fn = linen_model_fn(net)
-    tx = ngd.natural_gradient(None, model_fn, ngd.Categorical(), max_kl=1e-2)
+    tx = ngd.natural_gradient(None, model_fn, ngd.Categorical(), max_kl=1e-2, **options)
     params = jax.jit(net.init)(jax.random.key(0), X)["params"]
     state = TrainState.create(apply_fn=net.apply, params=params, tx=tx)
 
@@ -122,7 +130,9 @@ def test_linen_training_by_train_state_reduces_the_loss(module):
 def test_nnx_training_by_nnx_optimizer_reduces_the_loss(module):
     model = module(nnx.Rngs(0))
     model_fn = nnx_model_fn(model)
-    tx = ngd.natural_gradient(None, model_fn, ngd.Categorical(), max_kl=1e-2)
+    tx = ngd.natural_gradient(
+        None, model_fn, ngd.Categorical(), max_kl=1e-2, solver=ngd.CG(5)
+    )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     traces = []
 
@@ -148,7 +158,9 @@ def test_nnx_training_by_nnx_optimizer_reduces_the_loss(module):
 def test_nnx_optimizer_makes_the_updates_of_the_plain_transformation(params):
     model = nnx_net(params)
     model_fn = nnx_model_fn(model)
-    tx = ngd.natural_gradient(0.5, model_fn, ngd.Categorical(), max_kl=1e-2)
+    tx = ngd.natural_gradient(
+        0.5, model_fn, ngd.Categorical(), max_kl=1e-2, solver=ngd.CG(5)
+    )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     grads = nnx.grad(lambda model: cross_entropy(model(X), LABELS))(model)
     # Evaluated before: the optimizer moves the model.
@@ -185,7 +197,9 @@ def test_filters_other_than_param_train_their_part_only():
     model = NnxNet(nnx.Rngs(0))
     model.out.kernel = Adapter(model.out.kernel.get_value())
     model_fn = nnx_model_fn(model, wrt=Adapter)
-    tx = ngd.natural_gradient(None, model_fn, ngd.Categorical(), max_kl=1e-2)
+    tx = ngd.natural_gradient(
+        None, model_fn, ngd.Categorical(), max_kl=1e-2, solver=ngd.CG(5)
+    )
     optimizer = nnx.Optimizer(model, tx, wrt=Adapter)
     grads = nnx.grad(
         lambda model: cross_entropy(model(X), LABELS),

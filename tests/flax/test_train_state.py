@@ -78,7 +78,9 @@ def test_train_state_overwrites_with_gradients_as_flax_does():
 def test_train_state_equals_the_plain_transformation(params):
     model_fn = linen_model_fn(LinenNet(), collections=("batch_stats",), train=True)
     batch = BATCH | {"batch_stats": {"norm": STATS}}
-    tx = ngd.natural_gradient(None, model_fn, ngd.Categorical(), max_kl=1e-2)
+    tx = ngd.natural_gradient(
+        None, model_fn, ngd.Categorical(), max_kl=1e-2, solver=ngd.CG(5)
+    )
     grads = jax.grad(lambda p: cross_entropy(model_fn(p, batch), LABELS))(params)
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
     step = jax.jit(lambda state: state.apply_gradients(grads=grads, batch=batch))
@@ -99,7 +101,9 @@ def test_train_state_serves_line_searches(params):
         return cross_entropy(model_fn(params, batch), batch["y"])
 
     tx = optax.chain(
-        ngd.natural_gradient(1.0, model_fn, ngd.Categorical(), max_kl=0.5),
+        ngd.natural_gradient(
+            1.0, model_fn, ngd.Categorical(), max_kl=0.5, solver=ngd.CG(5)
+        ),
         optax.scale_by_backtracking_linesearch(15),
     )
     state = TrainState.create(apply_fn=None, params=params, tx=tx)

@@ -1,8 +1,6 @@
 """Linear systems for the solvers, with the truth from NumPy in float64."""
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +10,32 @@ from jax.flatten_util import ravel_pytree
 import ngd_jax as ngd
 
 
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """A dense matrix with the interface of a Fisher, on trees like `like`."""
+def root_of(matrix):
+    """R with RᵀR = A, float64."""
+    values, vectors = np.linalg.eigh(np.asarray(matrix, float))
+    return (vectors * np.sqrt(np.maximum(values, 0))).T
 
-    matrix: Any
-    like: Any
 
-    def matvec(self, vector):
-        flat, unravel = ravel_pytree(vector)
-        return unravel((self.matrix.astype(flat.dtype) @ flat).astype(flat.dtype))
+def _linear(params, rows):
+    return rows @ ravel_pytree(params)[0]
 
-    def dense(self):
-        return self.matrix
 
-    def diagonal(self):
-        return jnp.diagonal(self.matrix)
+def fisher_of(root, like, **options):
+    """The Fisher RᵀR of a linear Gaussian model, on trees like `like`."""
+    params = jax.tree.map(jnp.zeros_like, like)
+    rows = jnp.sqrt(jnp.asarray(len(root), root.dtype)) * root
+    likelihood = ngd.Gaussian(event_ndims=0)
+    return ngd.linearize_fisher(_linear, params, rows, likelihood, **options)
+
+
+def diagonal_fisher(diagonal):
+    """Of one example with as many outputs as parameters."""
+    return ngd.linearize_fisher(
+        lambda params, scale: (scale * params)[None],
+        jnp.zeros_like(diagonal),
+        jnp.sqrt(diagonal),
+        ngd.Gaussian(),
+    )
 
 
 def tree_like(vector, dtype):

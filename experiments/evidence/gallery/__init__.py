@@ -81,7 +81,7 @@ def demonstrate(quick: bool) -> Evidence:
             )
         ],
         notes=[
-            f"`ngd.presets.trpo()` is `{ngd.presets.trpo()}`.",
+            f"`ngd.contrib.presets.trpo()` is `{ngd.contrib.presets.trpo()}`.",
             "The code that ran, NumPy for the textbook's side:",
             _listing("the steps", descend),
             *(

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import sklearn.datasets
-from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from experiments.evidence.gallery.identity import (
@@ -21,7 +20,7 @@ from experiments.evidence.gallery.identity import (
     unequal,
 )
 from experiments.evidence.steps import train
-from ngd_jax.solvers import StatefulSolver
+from ngd_jax import dense
 
 __all__ = ["adam"]
 
@@ -30,7 +29,7 @@ _BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class RootOfDiagonal(StatefulSolver):
+class RootOfDiagonal(ngd.Solver):
     """d = g / (√(running mean of diag F) + λ): a solver of one's own."""
 
     decay: float = 0.999
@@ -38,15 +37,17 @@ class RootOfDiagonal(StatefulSolver):
     def init(self, params):
         return optax.tree.zeros_like(params), jnp.zeros((), jnp.int32)
 
-    def solve(self, fisher, rhs, *, damping, state=(), **_unused):
+    def solve(self, fisher, rhs, *, damping, state=()):
         mean, count = state
-        diagonal = ravel_pytree(rhs)[1](fisher.diagonal())
+        diagonal = dense.unravel_real(dense.diagonal(fisher), rhs.gradient)
         mean = optax.tree.update_moment(diagonal, mean, self.decay, order=1)
         debiased = optax.tree.bias_correction(mean, self.decay, count + 1)
-        d = jax.tree.map(lambda g, v: g / (jnp.sqrt(v) + damping), rhs, debiased)
-        none, converged = jnp.zeros((), jnp.int32), jnp.int32(0)
-        info = ngd.SolverInfo(none, jnp.zeros(()), converged)
-        return d, info, (mean, count + 1)
+        d = jax.tree.map(
+            lambda g, v: g / (jnp.sqrt(v) + damping), rhs.gradient, debiased
+        )
+        unchecked = jnp.int32(ngd.SolverStatus.UNCHECKED)
+        info = ngd.SolverInfo(jnp.zeros((), jnp.int32), jnp.array(jnp.inf), unchecked)
+        return ngd.Solution(d, None, info, (mean, count + 1))
 
 
 def model_fn(weights, batch):
@@ -62,10 +63,9 @@ def natural_adam(weights, batches):
             _RATE,
             model_fn,
             ngd.Bernoulli(event_ndims=0),
-            kind="empirical",
-            targets_fn=lambda batch: batch["y"],
             damping=1e-8,
             solver=RootOfDiagonal(decay=0.999),
+            metric=ngd.Metric(kind="empirical", targets_fn=lambda batch: batch["y"]),
         ),
     )
     return train(tx, loss_fn, weights, batches, lambda _, moved, *__: moved)[1]

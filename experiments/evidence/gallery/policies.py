@@ -22,7 +22,7 @@ from experiments.evidence.gallery.identity import (
 
 __all__ = ["policy_gradient", "trpo"]
 
-_RADIUS, _DAMPING = 1e-2, 1e-3  # nats; of ngd.presets.trpo()
+_RADIUS, _DAMPING = 1e-2, 1e-3  # nats; of ngd.contrib.presets.trpo()
 _NUM_STATES = 200
 _DISCOUNT = 0.9
 _RATE = 0.5
@@ -40,10 +40,11 @@ def natural_trpo(weights, batch):
         return -jnp.mean(jnp.exp(chosen - batch["log_policy"]) * batch["advantages"])
 
     tx = ngd.natural_gradient(
-        model_fn=policy_fn, likelihood=ngd.Categorical(), **ngd.presets.trpo()
+        model_fn=policy_fn, likelihood=ngd.Categorical(), **ngd.contrib.presets.trpo()
     )
-    _, state = descend(tx, surrogate_fn, weights, batch)
-    return -state.direction[-1], state.info.step_scale[-1]
+    moved, state = descend(tx, surrogate_fn, weights, batch)
+    scale = state.info.step_scale[-1]
+    return (moved[-1] - weights) / scale, scale
 
 
 def trpo_direction(weights, batch, num_steps=10):
@@ -180,10 +181,10 @@ def natural_policy_gradient(logits, batch):
         ngd.Categorical(),
         damping=0.0,
         solver=ngd.CG(max_steps=100, rtol=1e-13),  # from zero, never off F's range
-        weights_fn=lambda batch: batch["visits"],
+        metric=ngd.Metric(weights_fn=lambda batch: batch["visits"]),
     )
-    moved, state = descend(tx, loss_fn, logits, batch)
-    return -state.direction[-1], moved[-1]
+    moved, _ = descend(tx, loss_fn, logits, batch)
+    return (moved[-1] - logits) / _RATE, moved[-1]
 
 
 def discounted_return(policy, process):

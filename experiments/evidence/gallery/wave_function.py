@@ -47,10 +47,12 @@ def natural_reconfiguration(params, batch):
         ngd.LogAmplitude(),
         damping=_DAMPING,
         solver=ngd.Cholesky(),
-        weights_fn=lambda batch: batch["probabilities"],
+        metric=ngd.Metric(weights_fn=lambda batch: batch["probabilities"]),
     )
-    _, state = descend(tx, half_the_energy, params, batch)
-    return jax.tree.map(lambda leaf: leaf[-1], (state.direction, state.info))
+    moved, state = descend(tx, half_the_energy, params, batch)
+    step = jax.tree.map(lambda before, after: before - after[-1], params, moved)
+    direction = jax.tree.map(lambda leaf: leaf / _RATE, step)
+    return direction, jax.tree.map(lambda leaf: leaf[-1], state.info)
 
 
 def reconfiguration_direction(params, batch):

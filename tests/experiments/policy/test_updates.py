@@ -73,7 +73,7 @@ def test_natural_policy_gradient_of_a_table_is_its_advantages(x64, rng):
         model.likelihood,
         damping=1e-12,
         solver=ngd.Cholesky(),
-        weights_fn=lambda batch: batch["weights"],
+        metric=ngd.Metric(weights_fn=lambda batch: batch["weights"]),
     )
     params = jnp.asarray(logits)
     grads = jax.grad(model.loss_fn)(params, batch)
@@ -179,8 +179,8 @@ def test_update_goes_to_the_radius_and_learns_the_width_of_actions(x64, rng):
         model.model_fn,
         model.likelihood,
         max_kl=0.01,
-        output_loss_fn=model.output_loss_fn,
-        acceptance=ngd.SufficientDecrease(0.1, max_halvings=0),
+        loss_fn=model.output_loss_fn,
+        accept=ngd.SufficientDecrease(0.1, max_halvings=0),
     )
     update = make_whole_update(tx, model, measure_kl=True)
     new, _, records = jax.jit(update)(params, tx.init(params), batch, jax.random.key(0))
@@ -203,8 +203,8 @@ def test_step_that_makes_the_surrogate_worse_is_refused(x64, rollout):
         model.model_fn,
         model.likelihood,
         max_kl=5.0,
-        output_loss_fn=model.output_loss_fn,
-        acceptance=ngd.SufficientDecrease(0.9, max_halvings=0),
+        loss_fn=model.output_loss_fn,
+        accept=ngd.SufficientDecrease(0.9, max_halvings=0),
     )
     update = make_whole_update(tx, model, measure_kl=True)
     new, _, records = jax.jit(update)(params, tx.init(params), batch, jax.random.key(0))

@@ -74,7 +74,7 @@ def test_directions_are_netkets(netket, solver):
         damping=float(netket["damping"]),
         momentum=0.8,
         solver=solver,
-        output_loss_fn=output_loss if isinstance(solver, ngd.SampleSpace) else None,
+        loss_fn=output_loss if solver.uses_coefficients else None,
     )
 
     @jax.jit

@@ -1,0 +1,151 @@
+"""Exact where that is cheap, else approximate: chosen by shapes while a step is traced.
+
+    Cholesky:    M P² + P³ / 3 operations,    a step of CG:  6 N P
+
+for N examples, M real outputs of all of them and P real parameters. Only solvers that
+are right for any model are chosen among, so that the choice cannot make a step wrong.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax.dense import real_size
+from ngd_jax.fisher import linearize_fisher
+from ngd_jax.kfac import Kronecker
+from ngd_jax.likelihoods import Likelihood
+from ngd_jax.metric import Kind
+from ngd_jax.solvers.cg import CG
+from ngd_jax.solvers.cholesky import Cholesky
+from ngd_jax.solvers.protocol import RightHandSide, Solution, Solver
+from ngd_jax.types import ArrayLike, Batch, ModelFn, Params, PyTree
+
+__all__ = ["Auto", "Choice"]
+
+
+class Choice(NamedTuple):
+    """What `Auto` takes, and why.
+
+    Attributes:
+      solver: the solver.
+      reason: one sentence with the numbers.
+    """
+
+    solver: Solver
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(Solver):
+    """`Cholesky` where it is cheap, else an iterative solver, by the shapes at hand.
+
+    Cholesky is exact, and taken if its operations are at most `exactness` times those
+    of the budget of `otherwise`, or so few that they do not matter. `SampleSpace` is
+    cheaper for few examples and never chosen, because it is right only for models that
+    do not mix their examples. Choose it yourself for those.
+
+    Attributes:
+      otherwise: what to take for many parameters. Its state is the state of this
+        solver.
+      exactness: how many times the cost of `otherwise` an exact solution is worth.
+      free: operations that do not matter: a few milliseconds of one CPU core.
+      memory: bytes that the matrix of Cholesky may take.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ngd_jax as ngd
+      >>> def model_fn(w, x):
+      ...     return jnp.tanh(x @ w[0]) @ w[1]
+      >>> x, w = jnp.ones((512, 3)), (jnp.ones((3, 9)), jnp.ones((9, 1)))
+      >>> choice = Auto().choose_for(model_fn, w, x, ngd.Gaussian())
+      >>> choice.solver
+      Cholesky(verify=True)
+      >>> print(choice.reason)
+      Cholesky, with 36 parameters and 512 outputs of 512 examples: 6.8e+05 operations,
+      where 3 steps of CG take 3.3e+05; it may take 4 times that, or 1e+08, and 1 GiB.
+      >>> w = (jnp.ones((3, 1000)), jnp.ones((1000, 1)))
+      >>> Auto().choose_for(model_fn, w, x, ngd.Gaussian()).solver
+      CG(...)
+    """
+
+    otherwise: Solver = CG(3, preconditioner=Kronecker())  # noqa: RUF009  # frozen
+    exactness: float = 4.0
+    free: float = 1e8
+    memory: int = 2**30
+
+    @property
+    def uses_objective(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether `otherwise` needs the loss."""
+        return self.otherwise.uses_objective
+
+    @property
+    def warm_start(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of `otherwise`."""
+        return self.otherwise.warm_start
+
+    def choose(self, fisher: Any) -> Choice:
+        """What is taken for this Fisher."""
+        num_params = real_size(fisher.params)
+        coefficients = jax.eval_shape(lambda: fisher.metric.sqrt_matvec(fisher.outputs))
+        num_outputs = real_size(coefficients)
+        num_examples = sum(math.prod(mu.shape) for mu in fisher.measure)
+        steps = getattr(self.otherwise, "max_steps", 1)
+        iterative = steps * 6 * num_examples * num_params
+        direct = num_outputs * num_params**2 + num_params**3 / 3
+        leaves = jax.tree.leaves((fisher.params, fisher.outputs))
+        itemsize = max(4, *(jnp.finfo(leaf.dtype).dtype.itemsize for leaf in leaves))
+        is_cheap = direct <= max(self.exactness * iterative, self.free)
+        rows = max(num_params, num_outputs)
+        is_small = 0 < num_params * rows * itemsize <= self.memory
+        solver = Cholesky() if is_cheap and is_small else self.otherwise
+        name = type(self.otherwise).__name__
+        reason = (
+            f"{type(solver).__name__}, with {num_params} parameters and {num_outputs} "
+            f"outputs of {num_examples} examples: {direct:.2g} operations, where "
+            f"{steps} steps of {name} take {iterative:.2g}; it may take "
+            f"{self.exactness:g} times that, or {self.free:.2g}, and "
+            f"{self.memory / 2**30:.3g} GiB."
+        )
+        return Choice(solver, reason)
+
+    def choose_for(
+        self,
+        model_fn: ModelFn,
+        params: Params,
+        batch: Batch,
+        likelihood: Likelihood,
+        *,
+        kind: Kind = "exact",
+        targets: PyTree | None = None,
+    ) -> Choice:
+        """What is taken for this model and batch, arrays or shapes; computes nothing.
+
+        Args:
+          model_fn, params, batch, likelihood, kind, targets: as for `linearize_fisher`.
+        """
+        found: list[Choice] = []
+
+        def trace(params: Params, batch: Batch, targets: PyTree | None) -> None:
+            key = jax.random.key(0)  # nothing is drawn
+            fisher = linearize_fisher(
+                model_fn, params, batch, likelihood, kind=kind, key=key, targets=targets
+            )
+            found.append(self.choose(fisher))
+
+        jax.eval_shape(trace, params, batch, targets)
+        return found[0]
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state of `otherwise`: the choice is not known before a batch is seen."""
+        return self.otherwise.init(params)
+
+    def solve(
+        self, fisher: Any, rhs: RightHandSide, *, damping: ArrayLike, state: PyTree = ()
+    ) -> Solution:
+        """Solves (F + λI) d = g by the solver chosen."""
+        solver = self.choose(fisher).solver
+        if solver is self.otherwise:
+            return solver.solve(fisher, rhs, damping=damping, state=state)
+        return solver.solve(fisher, rhs, damping=damping)._replace(state=state)

@@ -1,0 +1,31 @@
+"""What the core can do without; each module stands alone.
+
+* solvers: `BacktrackingCG` (Hessian-free), `DampingSearch`, `SVD`, `Lineax`;
+* preconditioners of `CG`: `Nystrom`, `Jacobi`, `CholeskyFactor`;
+* rules: `QuadraticModelRate` for the learning rate, `RelativeRadius` for `max_kl`;
+* `presets`: settings under names from the literature.
+"""
+
+from ngd_jax.contrib import presets as presets
+from ngd_jax.contrib.backtracking import BacktrackingCG
+from ngd_jax.contrib.damping_search import DampingSearch
+from ngd_jax.contrib.factor import CholeskyFactor
+from ngd_jax.contrib.jacobi import Jacobi
+from ngd_jax.contrib.lineax import Lineax
+from ngd_jax.contrib.nystrom import Nystrom
+from ngd_jax.contrib.quadratic_model_rate import QuadraticModelRate
+from ngd_jax.contrib.relative_radius import RelativeRadius
+from ngd_jax.contrib.svd import SVD
+
+__all__ = [
+    "SVD",
+    "BacktrackingCG",
+    "CholeskyFactor",
+    "DampingSearch",
+    "Jacobi",
+    "Lineax",
+    "Nystrom",
+    "QuadraticModelRate",
+    "RelativeRadius",
+    "presets",
+]

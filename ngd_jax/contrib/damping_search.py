@@ -1,0 +1,336 @@
+"""Damping found by the loss itself, along paths bent by the model's second derivative.
+
+    A = U σ Vᵀ,    v = (F + λI)⁻¹ g,    q = (F + λI)⁻¹ Jᵀ H ∂²outputs[v, v]
+    d = s v + ½ s² q    of the λ and s with the least  f(θ - d) λ^power s^-½
+
+One factorisation of the square root A of F, F = Aᵀ A, serves all λ, and a trial costs
+one pass through the model: to weigh a dozen of them is cheaper than one more step.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ngd_jax import tree
+from ngd_jax.contrib.svd import SingularRoot, decompose, known_coefficients, negligible
+from ngd_jax.dense import dense_root, ravel_real
+from ngd_jax.solvers.protocol import (
+    RightHandSide,
+    Solution,
+    Solver,
+    SolverInfo,
+    SolverStatus,
+)
+from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
+
+__all__ = ["DampingSearch", "DampingSearchState"]
+
+# Rounds of trials, each at larger λ than the last, before a step is given up.
+_MAX_ROUNDS = 6
+# What a factor of the length is worth in factors of the loss. Without it a tenth of a
+# step at λ/27 beats a whole step at λ: λ falls to 1e-25, where the search creeps.
+_LENGTH_POWER = 0.5
+
+
+class DampingSearchState(NamedTuple):
+    """What the next search starts from.
+
+    Attributes:
+      damping: λ of the last step, in units of F; 0 before the first.
+      lowest: the lowest loss so far.
+    """
+
+    damping: Array
+    lowest: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DampingSearch(Solver):
+    """Levenberg-Marquardt with many λ at once: for residuals that shall vanish.
+
+    For each λ in `factors` times that of the last step, and each length s in `lengths`,
+    the loss after the step θ - d is measured, with
+
+        d = s v + ½ s² q,    (F + λI) v = g,    (F + λI) q = Jᵀ H ∂²outputs[v, v],
+
+    v the damped natural gradient and q what keeps the outputs on the straight line that
+    v sends them along, up to third order. Of the trials that lower the loss f, or keep
+    it below `slack` times the lowest so far, the one with the least f λ^`power` / √s is
+    taken; if there is none, λ is multiplied and the search goes into another round.
+
+    With `power` = 0 the greatest reduction wins, and the search settles into the first
+    narrow valley, at a λ where it no longer moves. The power pays for small λ, which
+    give directions that only a nearly singular F can tell apart, down to residuals at
+    round-off. The length in the score keeps λ from falling further, to where only
+    short steps lower the loss. A slack above 1 lets the loss rise on the way: it may
+    end lower from parameters of which little can be told apart at first, and else costs
+    steps.
+
+    Dense, by singular values as in `SVD`: O(M P²) operations and M·P memory for M real
+    outputs of all examples and P parameters. The loss must be positive and tend to
+    zero: ½ mean r² with `Gaussian`, or the like.
+
+    Args:
+      power: what a factor of λ is worth in factors of the loss, at least 0.
+      slack: at least 1, and 1 in float32, whose round-off small λ would amplify, and
+        where the loss can vanish between the points that it is taken at.
+      factors: λ to try, in units of the last one, in rising order.
+      lengths: s to try, positive.
+      max_curvature: q is left out where |s q| is above this times |v|: there the path
+        bends more than its second derivative can tell; 0 leaves it out always.
+      initial: λ of the first search, in units of the largest eigenvalue of F.
+
+    `damping` of `solve` is the least λ; below (ε max σ)², which nothing can tell from
+    zero, none is tried either way.
+
+    Raises:
+      ValueError: for values outside of these ranges.
+
+    Example:
+      >>> import jax.numpy as jnp, ngd_jax as ngd
+      >>> model_fn = lambda w, x: jnp.tanh(x @ w)
+      >>> tx = ngd.natural_gradient(
+      ...     1.0,
+      ...     model_fn,
+      ...     ngd.Gaussian(),
+      ...     damping=0.0,
+      ...     solver=ngd.contrib.DampingSearch(),
+      ...     loss_fn=lambda outputs, batch: (outputs**2).mean() / 2,
+      ... )
+
+    References:
+      Marquardt, An algorithm for least-squares estimation of nonlinear parameters,
+      1963 (several λ in each step); Transtrum and Sethna, Improvements to the
+      Levenberg-Marquardt algorithm for nonlinear least-squares minimization, 2012,
+      section 3 (q, the geodesic acceleration, and the bound on it).
+
+    Note:
+      The solution carries λ and s as `damping` and `length`; s is 0 for no step.
+      `num_steps` counts rounds, and `relative_residual` is ‖g - F d‖ / ‖g‖: what
+      damping, length and bending together leave of an undamped step.
+    """
+
+    power: float = 0.4
+    slack: float = 1.0
+    factors: tuple[float, ...] = (1 / 27, 1 / 3, 1.0, 9.0)
+    lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
+    max_curvature: float = 0.75
+    initial: float = 1e-2
+
+    uses_coefficients: ClassVar[bool] = True
+    uses_objective: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("power", "max_curvature"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be at least 0, got {value}.")
+        if not 1 <= self.slack < math.inf:
+            raise ValueError(f"`slack` must be at least 1, got {self.slack}.")
+        for name in ("factors", "lengths"):
+            values = getattr(self, name)
+            if not values or not all(x > 0 and math.isfinite(x) for x in values):
+                raise ValueError(f"`{name}` must be positive numbers, got {values}.")
+        if list(self.factors) != sorted(self.factors) or self.factors[-1] <= 1:
+            raise ValueError(
+                f"`factors` must rise, to more than 1, so that λ can grow where no "
+                f"trial lowers the loss; got {self.factors}."
+            )
+        if not (self.initial > 0 and math.isfinite(self.initial)):
+            raise ValueError(f"`initial` must be positive, got {self.initial}.")
+
+    def init(self, params: PyTree) -> DampingSearchState:
+        """No λ yet."""
+        dtype = tree.accumulator_dtype(params)
+        return DampingSearchState(jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype))
+
+    def solve(
+        self, fisher: Any, rhs: RightHandSide, *, damping: ArrayLike, state: PyTree = ()
+    ) -> Solution:
+        """Searches for d; see `Solver.solve`.
+
+        Raises:
+          ValueError: without `rhs.objective`; for coefficients unlike what
+            `fisher.sqrt_matvec` returns.
+        """
+        objective = rhs.objective
+        if objective is None:
+            raise ValueError(
+                "DampingSearch needs the loss: give `loss_fn` to natural_gradient, or "
+                "call tx.update(..., value_fn=value_fn); outside of it, call "
+                "solver.solve with RightHandSide(gradient, objective=objective) and "
+                "objective(d) the loss after a step of -d."
+            )
+        gradient, unravel = ravel_real(rhs.gradient)
+        system = _make_system(fisher, rhs)
+        # Below the square of round-off no λ can be told from zero.
+        dtype = system.rest.dtype
+        largest = jnp.max(system.root.values, initial=0.0)
+        eps = float(jnp.finfo(dtype).eps)
+        least = jnp.maximum(jnp.asarray(damping).astype(dtype), (eps * largest) ** 2)
+        known = state or self.init(rhs.gradient)
+        first = self.initial * largest**2
+        last = jnp.where(known.damping > 0, known.damping.astype(dtype), first)
+
+        def loss_of(d: Array) -> Scalar:
+            return objective(unravel(d.astype(gradient.dtype)))
+
+        before = loss_of(jnp.zeros_like(gradient))
+        lowest = jnp.minimum(before, known.lowest.astype(before.dtype))
+        # On another batch even the loss as it is may be above the slack.
+        highest = jnp.maximum(before, self.slack * lowest)
+        search = self._search(system, loss_of, highest, last, least)
+
+        direction = unravel(search.d.astype(gradient.dtype))
+        product, pushed = fisher.matvec_and_push(direction)
+        norm = tree.norm(rhs.gradient)
+        left = tree.norm(tree.axpy(-1.0, product, rhs.gradient))
+        status = jnp.where(
+            search.found | (norm == 0), SolverStatus.CONVERGED, SolverStatus.STAGNATED
+        )
+        info = SolverInfo(
+            num_steps=search.num_rounds,
+            relative_residual=left / jnp.where(norm > 0, norm, 1.0),
+            status=status.astype(jnp.int32),
+        )
+        if state:
+            new = DampingSearchState(
+                damping=jnp.where(search.found, search.damping, state.damping),
+                lowest=jnp.where(jnp.isfinite(lowest), lowest, state.lowest),
+            )
+            state = optax.tree.cast_like(new, state)
+        used = jnp.where(search.found, search.damping, last)
+        # What is not finite is reported by `solve_scaled`.
+        nothing = jnp.where(system.is_finite, 0.0, jnp.nan)
+        direction = jax.tree.map(lambda x: x + nothing.astype(x.dtype), direction)
+        return Solution(direction, pushed, info, state, used, search.length)
+
+    def _search(
+        self,
+        system: "_System",
+        loss_of: Callable[[Array], Scalar],
+        highest: Scalar,
+        last: Scalar,
+        least: Scalar,
+    ) -> "_Search":
+        factors = jnp.asarray(self.factors, last.dtype)
+        lengths = jnp.asarray(self.lengths, last.dtype)
+
+        def trial(damping: Scalar) -> tuple[Array, Array]:
+            steps = system.path(damping, lengths, self.max_curvature)
+            return steps, jax.vmap(loss_of)(steps)
+
+        def round_of_trials(search: _Search) -> _Search:
+            dampings = jnp.maximum(search.damping * factors, least)
+            steps, losses = jax.lax.map(trial, dampings)
+            # Written so that NaN fails; a loss below zero has no logarithm.
+            is_low = (losses < highest) & (losses >= 0)
+            score = jnp.log(jnp.where(is_low, losses / highest, 1.0))
+            score += self.power * jnp.log(dampings)[:, None]
+            score -= _LENGTH_POWER * jnp.log(lengths)[None, :]
+            score = jnp.where(is_low, score, jnp.inf)
+            best = jnp.unravel_index(jnp.argmin(score), score.shape)
+            found = is_low[best]
+            more = search.damping * self.factors[-1] / self.factors[0]
+            return _Search(
+                d=jnp.where(found, steps[best], 0.0),
+                damping=jnp.where(found, dampings[best[0]], more),
+                length=jnp.where(found, lengths[best[1]], 0.0),
+                found=found,
+                num_rounds=search.num_rounds + 1,
+            )
+
+        def is_running(search: _Search) -> Array:
+            return ~search.found & (search.num_rounds < _MAX_ROUNDS)
+
+        start = _Search(
+            d=jnp.zeros_like(system.rest),
+            damping=last,
+            length=jnp.zeros_like(last),
+            found=~system.is_finite,
+            num_rounds=jnp.zeros((), jnp.int32),
+        )
+        search = jax.lax.while_loop(is_running, round_of_trials, start)
+        return search._replace(found=search.found & system.is_finite)
+
+
+class _Search(NamedTuple):
+    """The step found so far, its λ (or the next one to try) and length."""
+
+    d: Array
+    damping: Array
+    length: Array
+    found: Array
+    num_rounds: Array
+
+
+class _System(NamedTuple):
+    """The systems (F + λI) v = g and (F + λI) q = Aᵀ b(v) for any λ.
+
+    Attributes:
+      matrix: A, `[M, P]`.
+      root: its singular values.
+      rest: g - Aᵀ w, or g where w is not known; zero where that is round-off.
+      bend: v -> b, the coefficients of ∂²outputs[v, v].
+      is_finite: of A; zeros where it was not.
+    """
+
+    matrix: Array
+    root: SingularRoot
+    rest: Array
+    bend: Callable[[Array], Array]
+    is_finite: Array
+
+    def path(self, damping: Scalar, lengths: Array, max_curvature: float) -> Array:
+        """The steps s v + ½ s² q for all lengths s, `[len(lengths), P]`."""
+        values, rights, along, _ = self.root
+        inverse = 1 / (values**2 + damping)
+        inside = rights @ self.rest
+        outside = self.rest - rights.T @ inside
+        is_nothing = negligible(outside, jnp.linalg.norm(self.rest))
+        v = jnp.where(is_nothing, 0.0, outside / damping)
+        inside = inside if along is None else inside + values * along
+        v += rights.T @ (inverse * inside)
+        if max_curvature == 0:
+            return jnp.outer(lengths, v)
+        q = rights.T @ (inverse * (rights @ (self.matrix.T @ self.bend(v))))
+        is_small = lengths * jnp.linalg.norm(q) <= max_curvature * jnp.linalg.norm(v)
+        return jnp.outer(lengths, v) + jnp.outer(is_small * lengths**2 / 2, q)
+
+
+def _make_system(fisher: Any, rhs: RightHandSide) -> _System:
+    matrix, w = dense_root(fisher), known_coefficients(fisher, rhs)
+    g, unravel = ravel_real(rhs.gradient)
+    is_finite = jnp.isfinite(tree.max_abs(matrix))
+    matrix = jnp.where(is_finite, matrix, 0.0)
+    rest = g.astype(matrix.dtype)
+    w = None if w is None else w.astype(matrix.dtype)
+    root = decompose(matrix, w)
+    if w is not None:
+        largest = jnp.max(root.values, initial=0.0)
+        size = jnp.linalg.norm(rest) + largest * jnp.linalg.norm(w)
+        rest = rest - matrix.T @ w
+        rest = jnp.where(negligible(rest, size), 0.0, rest)
+    # v is in units of the right-hand side, and its square is not.
+    unit = jnp.asarray(rhs.unit).astype(matrix.dtype)
+
+    def bend(v: Array) -> Array:
+        direction = unravel(unit * v)
+
+        def outputs_at(t: Scalar) -> PyTree:
+            moved = tree.axpy(t, direction, tree.widen(fisher.params))
+            return fisher.outputs_at(optax.tree.cast_like(moved, fisher.params))
+
+        def slope(t: Scalar) -> PyTree:
+            return jax.jvp(outputs_at, (t,), (jnp.ones_like(t),))[1]
+
+        zero = jnp.zeros((), v.dtype)
+        second = jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
+        return ravel_real(fisher.metric.sqrt_matvec(second))[0].astype(v.dtype) / unit
+
+    return _System(matrix, root, rest, bend, is_finite)

@@ -1,0 +1,280 @@
+"""What a transformation does with a model, in a table, and whether that is right.
+
+Every claim about structure is checked against `fisher.matvec`, the definition: what is
+found is printed beside the numbers that it was held to.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ngd_jax import dense, kfac, layers, tree
+from ngd_jax.auto import Auto
+from ngd_jax.fisher import Fisher
+from ngd_jax.solvers.protocol import Solver, SolverStatus, random_like
+from ngd_jax.transform import natural_gradient
+from ngd_jax.transform.arguments import split_functions
+from ngd_jax.transform.step import NaturalGradientStep
+from ngd_jax.types import Array, Batch, Params, PyTree
+
+__all__ = ["Check", "Description", "describe"]
+
+
+class Check(NamedTuple):
+    """A claim, and the relative error with which it holds.
+
+    Attributes:
+      claim: what should hold, in words.
+      error: how far it is from holding; 0 for exactly.
+      tolerance: what round-off explains.
+      advice: what to do if it does not hold.
+    """
+
+    claim: str
+    error: float
+    tolerance: float
+    advice: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return bool(self.error <= self.tolerance)
+
+
+class Description(NamedTuple):
+    """What `describe` found; `str` makes a table of it.
+
+    Attributes:
+      summary: lines of text about the model, the solver and its choice.
+      parameters: for every parameter its path, its shape and what it is taken for.
+      memory: what the state keeps, in multiples of the parameters, by part.
+      checks: the claims, checked.
+    """
+
+    summary: list[str]
+    parameters: list[tuple[str, str, str]]
+    memory: dict[str, float]
+    checks: list[Check]
+
+    def __str__(self) -> str:
+        lines = list(self.summary)
+        widths = [
+            max(map(len, column)) for column in zip(*self.parameters, strict=True)
+        ]
+        lines += ["", "Parameters:"]
+        for row in self.parameters:
+            cells = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+            lines.append("  " + "  ".join(cells).rstrip())
+        lines += ["", "State, in multiples of the parameters:"]
+        lines += [f"  {name}: {size:.2f}" for name, size in self.memory.items()]
+        lines += ["", "Checks:"]
+        for check in self.checks:
+            mark = "ok" if check.holds else "FAILS"
+            lines.append(f"  {mark:5}  {check.claim} (error {check.error:.1e})")
+            if not check.holds:
+                lines.append(f"         {check.advice}")
+        return "\n".join(lines)
+
+
+def describe(
+    tx_or_settings: optax.GradientTransformationExtraArgs | Mapping[str, Any],
+    params: Params,
+    batch: Batch,
+) -> Description:
+    """Says what a step will do with a model, and checks it numerically.
+
+    Args:
+      tx_or_settings: what `natural_gradient` returned (not a chain around it), or the
+        arguments of `natural_gradient` as a dict.
+      params: the parameters.
+      batch: a batch, as `update` takes it.
+
+    Returns:
+      The description; print it.
+
+    Raises:
+      TypeError: for anything else than such a transformation or dict.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ngd_jax as ngd
+      >>> model_fn = lambda params, x: jnp.tanh(x @ params["w"] + params["b"])
+      >>> params = {"b": jnp.zeros(2), "w": jnp.ones((3, 2))}
+      >>> tx = ngd.natural_gradient(
+      ...     1.0, model_fn, ngd.Gaussian(), solver=ngd.KFAC(), max_kl=0.1
+      ... )
+      >>> x = jax.random.normal(jax.random.key(0), (16, 3))
+      >>> found = ngd.describe(tx, params, x)
+      >>> [claim for _, _, claim in found.parameters]
+      ["bias of ['w']", "dense 3 → 2 with bias ['b']"]
+      >>> all(check.holds for check in found.checks)
+      True
+    """
+    step = _step_of(tx_or_settings)
+    settings = step.settings
+    state = jax.eval_shape(step.init, params)
+    params, model_from = split_functions(params)
+    model_fn = model_from(settings.model_fn)
+
+    def linearized(params: Params, batch: Batch) -> Fisher:
+        return step.linearize(model_fn, params, batch, jnp.zeros((), jnp.int32))
+
+    found: dict[str, Any] = {}
+
+    def trace(params: Params, batch: Batch) -> None:
+        fisher = linearized(params, batch)
+        solver, reason = settings.solver, None
+        if isinstance(solver, Auto):
+            solver, reason = solver.choose(fisher)
+        found.update(
+            solver=solver,
+            reason=reason,
+            claims=_claims(solver, fisher),
+            num_examples=sum(mu.size for mu in fisher.measure),
+            num_outputs=dense.real_size(fisher.outputs),
+        )
+
+    jax.eval_shape(trace, params, batch)
+    errors = jax.jit(lambda p, b: _errors(linearized(p, b), settings.solver))(
+        params, batch
+    )
+    num_params = max(1, dense.real_size(params))
+    sizes = f"{num_params} parameters, {found['num_outputs']} outputs"
+    summary = [
+        f"{sizes} of {found['num_examples']} examples, {settings.likelihood!r}",
+        f"solver: {found['solver']!r}",
+    ]
+    if found["reason"]:
+        summary.append(f"chosen by Auto: {found['reason']}")
+    paths = [
+        (jax.tree_util.keystr(path) or "the root", " × ".join(map(str, leaf.shape)))
+        for path, leaf in jax.tree.leaves_with_path(params)
+    ]
+    return Description(
+        summary=summary,
+        parameters=[
+            (path, shape or "scalar", claim)
+            for (path, shape), claim in zip(paths, found["claims"], strict=True)
+        ],
+        memory={
+            "direction": tree.size(state.direction) / num_params,
+            "solver": tree.size(state.solver_state) / num_params,
+        },
+        checks=_checks(errors, params, found["solver"]),
+    )
+
+
+def _step_of(tx_or_settings: Any) -> NaturalGradientStep:
+    if isinstance(tx_or_settings, Mapping):
+        tx_or_settings = natural_gradient(**tx_or_settings)
+    step = getattr(getattr(tx_or_settings, "update", None), "__self__", None)
+    if not isinstance(step, NaturalGradientStep):
+        raise TypeError(
+            "`tx_or_settings` must be what natural_gradient or "
+            "scale_by_natural_gradient returns, without a chain around it, or a dict "
+            f"of its arguments; got {tx_or_settings!r}."
+        )
+    return step
+
+
+def _claims(solver: Solver, fisher: Fisher) -> list[str]:
+    factors = getattr(solver, "preconditioner", solver)
+    if isinstance(factors, kfac.Kronecker | kfac.KFAC):
+        return kfac.claims(fisher, max_size=factors.max_size)
+    words = "products with F" if factors is not solver else type(solver).__name__
+    return [words] * len(jax.tree.leaves(fisher.params))
+
+
+# What the checks below hold, and what to do if they do not.
+_LIKELIHOOD = "Correct `kl` of the likelihood."
+_BUG = "This is a bug of ngd_jax: please report it."
+_CLAIMS = {
+    "symmetry": ("F is symmetric", _BUG),
+    "zero": ("the KL of equal outputs is 0", _LIKELIHOOD),
+    "slope": ("the KL has no slope at equal outputs", _LIKELIHOOD),
+    "curvature": ("the curvature of the KL is F", _LIKELIHOOD),
+    "sign": ("the KL of a short step is not negative", _LIKELIHOOD),
+    "layers": ("the layers found add up to the gradient", _BUG),
+    "factors": ("M of the Kronecker factors is symmetric and positive", _BUG),
+}
+
+
+def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
+    """The relative error of each claim in `_CLAIMS`, and of a solve."""
+    u, v = (_random(seed, fisher.params) for seed in (0, 1))
+    product, pushed = fisher.matvec_and_push(v)
+    factor = getattr(fisher.likelihood, "kl_curvature", 1.0)
+    curvature = factor * tree.vdot(v, product)
+    size = jnp.abs(curvature)
+
+    def kl_along(scale: Array) -> Array:
+        return fisher.metric.kl(tree.axpy(scale, pushed, fisher.outputs))
+
+    one = jnp.ones((), curvature.dtype)
+    slope, bend = jax.jvp(jax.grad(kl_along), (0 * one,), (one,))
+    asymmetry = tree.vdot(u, product) - tree.vdot(v, fisher.matvec(u))
+    solve = kfac.Kronecker()(fisher, 1e-3)
+    solved_u, solved_v = solve(u), solve(v)
+    of_v = tree.vdot(v, solved_v)
+    asymmetry_of_factors = tree.vdot(v, solved_u) - tree.vdot(u, solved_v)
+    excess = bend / curvature - 1
+    # For wave functions the factor is an upper bound; see `Likelihood.kl_curvature`.
+    excess = jnp.abs(excess) if factor == 1 else jnp.maximum(excess, 0)
+    errors = {
+        "symmetry": jnp.abs(asymmetry) / (tree.norm(u) * tree.norm(product)),
+        "zero": jnp.abs(kl_along(0 * one)),
+        "slope": jnp.abs(slope) / jnp.sqrt(size),
+        "curvature": excess if fisher.kind == "exact" else 0 * one,
+        "sign": jnp.maximum(0.0, -kl_along(0.1 * one) / (0.1**2 * size)),
+        "layers": _error_of_layers(fisher.base),
+        "factors": jnp.where(of_v > 0, jnp.abs(asymmetry_of_factors) / of_v, 1),
+    }
+    if not solver.uses_objective:
+        solution, info = solver(fisher, u, damping=1e-3)
+        left = tree.axpy(1e-3, solution, fisher.matvec(solution))
+        errors["solve"] = tree.norm(tree.axpy(-1.0, left, u)) / tree.norm(u)
+        errors["status"] = info.status
+    return errors
+
+
+def _error_of_layers(fisher: Fisher) -> Array:
+    """How far the sums of a ⊗ δ are from the gradients that they should be."""
+    cotangents = _random(2, fisher.outputs)
+    found, values, gradients = layers.backward_pass(
+        fisher.pullback, cotangents, fisher.params
+    )
+    leaves, worst = jax.tree.leaves(gradients), jnp.zeros(())
+    for layer, (inputs, deltas) in zip(found, values, strict=True):
+        claimed = tree.contract(inputs, deltas, (0,), (0,))
+        claimed = claimed if layer.inputs_first else claimed.T
+        gradient = leaves[layer.weight]
+        error = tree.norm(claimed.reshape(gradient.shape) - gradient)
+        worst = jnp.maximum(worst, error / jnp.maximum(tree.norm(gradient), 1e-30))
+    return worst
+
+
+def _checks(errors: dict[str, Array], params: Params, solver: Solver) -> list[Check]:
+    eps = float(jnp.finfo(tree.accumulator_dtype(params)).eps)
+    checks = [
+        Check(claim, float(errors[name]), eps**0.5, advice)
+        for name, (claim, advice) in _CLAIMS.items()
+    ]
+    if "status" not in errors:
+        return checks
+    status = SolverStatus(int(errors["status"]))
+    refused = {
+        SolverStatus.NOT_SEPARABLE,
+        SolverStatus.NON_FINITE,
+        SolverStatus.BREAKDOWN,
+    }
+    claim = f"{type(solver).__name__} solves a random system: {status.name}"
+    tolerance = -1.0 if status in refused else float("inf")
+    checks.append(Check(claim, float(errors["solve"]), tolerance, status.message))
+    return checks
+
+
+def _random(seed: int, like: PyTree) -> PyTree:
+    wide = tree.widen(like)
+    return random_like(jax.random.normal, jax.random.key(seed), wide)

@@ -1,0 +1,96 @@
+"""`describe`: what it says of a model, and that it notices what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import ngd_jax as ngd
+
+
+def network(params, batch):
+    return jnp.tanh(batch["x"] @ params["w"] + params["b"]) @ params["v"]
+
+
+@pytest.fixture
+def problem():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "b": jnp.zeros(6),
+        "v": jax.random.normal(keys[0], (6, 2)),
+        "w": jax.random.normal(keys[1], (3, 6)),
+    }
+    return params, {"x": jax.random.normal(keys[2], (16, 3))}
+
+
+def failing(description):
+    return [check.claim for check in description.checks if not check.holds]
+
+
+def test_layers_are_named_and_checked(problem):
+    params, batch = problem
+    settings = {
+        "learning_rate": 1.0,
+        "model_fn": network,
+        "likelihood": ngd.Categorical(),
+        "solver": ngd.CG(3, preconditioner=ngd.Kronecker()),
+    }
+    found = ngd.describe(settings, params, batch)
+    assert found.parameters == [
+        ("['b']", "6", "bias of ['w']"),
+        ("['v']", "6 × 2", "dense 6 → 2"),
+        ("['w']", "3 × 6", "dense 3 → 6 with bias ['b']"),
+    ]
+    assert failing(found) == []
+    assert found.memory["direction"] == 0
+    assert found.memory["solver"] > 1
+    text = str(found)
+    assert "dense 3 → 6" in text
+    assert "FAILS" not in text
+
+
+def test_the_choice_of_auto_is_told_with_its_reason(problem):
+    params, batch = problem
+    tx = ngd.natural_gradient(1.0, network, ngd.Gaussian(), max_kl=0.1)
+    text = str(ngd.describe(tx, params, batch))
+    assert "solver: Cholesky" in text
+    assert "chosen by Auto: Cholesky, with" in text
+
+
+def test_a_model_that_mixes_its_examples_is_noticed(problem):
+    params, batch = problem
+
+    def mixing(params, batch):
+        outputs = network(params, batch)
+        return outputs - outputs.mean(0)
+
+    tx = ngd.natural_gradient(1.0, mixing, ngd.Gaussian(), solver=ngd.SampleSpace())
+    found = ngd.describe(tx, params, batch)
+    assert failing(found) == ["SampleSpace solves a random system: NOT_SEPARABLE"]
+    assert "mixes its examples" in str(found)
+    tx = ngd.natural_gradient(1.0, network, ngd.Gaussian(), solver=ngd.SampleSpace())
+    assert failing(ngd.describe(tx, params, batch)) == []
+
+
+def test_a_divergence_that_is_none_is_noticed(problem):
+    params, batch = problem
+    wrong = {
+        "slope": lambda p, q: jnp.sum(q - p + (q - p) ** 2, axis=-1),
+        "sign": lambda p, q: -jnp.sum((q - p) ** 2, axis=-1),
+        "zero": lambda p, q: 0.1 + jnp.sum((q - p) ** 2, axis=-1),
+    }
+    claims = {
+        "slope": "the KL has no slope at equal outputs",
+        "sign": "the KL of a short step is not negative",
+        "zero": "the KL of equal outputs is 0",
+    }
+    for name, kl in wrong.items():
+        tx = ngd.natural_gradient(1.0, network, ngd.FromKL(kl), solver=ngd.CG(3))
+        assert claims[name] in failing(ngd.describe(tx, params, batch)), name
+
+
+def test_a_chain_cannot_be_described(problem):
+    params, batch = problem
+    tx = ngd.natural_gradient(1.0, network, ngd.Gaussian())
+    with pytest.raises(TypeError, match="without a chain around it"):
+        ngd.describe(optax.chain(tx), params, batch)

@@ -1,0 +1,101 @@
+"""Proximal momentum as published: Kaczmarz convergence where plain steps stall."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ngd_jax as ngd
+
+NUM_ROWS, NUM_PARAMS, BATCH = 24, 30, 3
+SOLVERS = {
+    "cg": (ngd.CG(40, rtol=1e-12), 0.0),
+    "cholesky": (ngd.Cholesky(), 1e-9),
+    "sample_space": (ngd.SampleSpace(), 0.0),
+}
+
+
+def _consistent_problem(rng):
+    """Unit rows X and right-hand sides y = X w that some w solves exactly."""
+    x = rng.normal(size=(NUM_ROWS, NUM_PARAMS))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x, x @ rng.normal(size=NUM_PARAMS)
+
+
+def _linear_fn(w, batch):
+    return batch["x"] @ w
+
+
+def _run(x, y, solver, damping, momentum, *, rate, num_steps, seed=0):
+    """Directions and parameters of steps on random rows."""
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    tx = ngd.natural_gradient(
+        rate,
+        _linear_fn,
+        ngd.Gaussian(event_ndims=0),
+        damping=damping,
+        solver=solver,
+        momentum=momentum,
+    )
+
+    def step(carry, key):
+        w, state = carry
+        rows = jax.random.choice(key, NUM_ROWS, (BATCH,), replace=False)
+        batch = {"x": x[rows], "y": y[rows]}
+        loss_fn = lambda w: jnp.mean((_linear_fn(w, batch) - batch["y"]) ** 2) / 2  # noqa: E731
+        updates, state = tx.update(jax.grad(loss_fn)(w), state, w, batch=batch)
+        return (w + updates, state), (state.direction, w + updates)
+
+    w = jnp.zeros(NUM_PARAMS)
+    keys = jax.random.split(jax.random.key(seed), num_steps)
+    return jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), keys)[1])()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_directions_converge_as_block_kaczmarz_where_plain_ones_stall(solver, rng, x64):
+    """At fixed parameters d tends to X⁺ (X w - y), linearly: randomised block Kaczmarz.
+
+    Goldshlager, Abrahamsen and Lin 2024, section 3.2, with the rate of Needell and
+    Tropp 2014, theorem 1.2: a step on a block projects on its rows, so that the error
+    does not grow, and falls on average by 1 - σ²_min(X) / (blocks · β) with β ≤ the
+    largest σ² of a block.
+    """
+    x, y = _consistent_problem(rng)
+    truth = np.linalg.lstsq(x, x @ np.zeros(NUM_PARAMS) - y, rcond=None)[0]
+    num_steps = 400
+    directions, _ = _run(x, y, *SOLVERS[solver], 1.0, rate=0.0, num_steps=num_steps)
+    errors = np.linalg.norm(directions - truth, axis=1) / np.linalg.norm(truth)
+    assert (errors[1:] <= errors[:-1] * (1 + 1e-6) + 1e-9).all()
+    smallest = np.linalg.svd(x, compute_uv=False)[-1]
+    rate = 1 - smallest**2 / (NUM_ROWS / BATCH) / BATCH  # β ≤ BATCH for unit rows
+    assert errors[-1] <= 10 * rate ** (num_steps / 2) + 1e-6
+
+    # Without momentum, but for a trace of it for which the directions are kept.
+    plain, _ = _run(x, y, *SOLVERS[solver], 1e-30, rate=0.0, num_steps=num_steps)
+    plain_errors = np.linalg.norm(plain - truth, axis=1) / np.linalg.norm(truth)
+    # Each sees three rows of 24: most of the truth is orthogonal to them.
+    assert plain_errors.min() > 0.5
+
+
+def test_training_is_faster_by_what_the_last_directions_know(rng, x64):
+    """A plain step sees one block of rows in eight, with momentum nearly all."""
+    x, y = _consistent_problem(rng)
+    decades = {}
+    for momentum in (0.0, 0.95):
+        _, w = _run(x, y, ngd.Cholesky(), 1e-9, momentum, rate=0.02, num_steps=600)
+        loss = np.mean((x @ np.asarray(w[-1]) - y) ** 2) / np.mean(y**2)
+        decades[momentum] = -np.log10(loss)
+    assert 2 * decades[0.0] < decades[0.95] < 8 * decades[0.0]
+
+
+def test_momentum_does_not_vanish_with_the_damping(rng, x64):
+    """λ → 0: of all directions that fit the batch, the one nearest to μ d_previous."""
+    x, y = _consistent_problem(rng)
+    for solver, damping in SOLVERS.values():
+        directions, _ = _run(x, y, solver, damping, 0.7, rate=0.0, num_steps=2)
+        rows = jax.random.split(jax.random.key(0), 2)
+        rows = np.asarray(jax.random.choice(rows[1], NUM_ROWS, (BATCH,), replace=False))
+        start = 0.7 * np.asarray(directions[0])
+        inverse = np.linalg.pinv(x[rows])
+        expected = start + inverse @ (-y[rows] - x[rows] @ start)
+        np.testing.assert_allclose(directions[1], expected, atol=1e-7)
