@@ -1,0 +1,10 @@
+"""A short form of `tests.fuzz`, which is meant to run for an hour."""
+
+import pytest
+
+from tests import fuzz
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_settings_keep_the_promises_of_a_step(seed):
+    fuzz.trial(seed)
