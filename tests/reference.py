@@ -223,7 +223,8 @@ def poisson_kl(p_log_rates, q_log_rates):
 
 def density_kl(p_log, q_log, measure):
     """KL of the two densities restricted to weighted samples of the first."""
-    q_mass = measure * np.exp(q_log - p_log)
+    log_ratio = np.where(measure > 0, q_log - p_log, -np.inf)
+    q_mass = measure * np.exp(log_ratio - log_ratio.max())
     q_mass /= q_mass.sum()
     positive = measure > 0
     return np.sum(measure[positive] * np.log(measure[positive] / q_mass[positive]))

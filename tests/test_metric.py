@@ -240,3 +240,18 @@ def test_a_part_of_a_batch_with_scalars_is_a_metric_batch():
 def test_metrics_that_make_no_sense_are_refused(options, error, match):
     with pytest.raises(error, match=match):
         ngd.Metric(**options)
+
+
+def test_coefficients_of_a_covariance_leave_out_what_shifts_all_densities():
+    # A common shift of log densities changes no distribution: no u gives it.
+    log_density = jnp.array([0.0, -1.0, 2.0])
+    weights = jnp.array([1.0, 2.0, 1.0])
+    metric = output_metric(ngd.LogDensity(), log_density, weights=weights)
+    cotangents = jnp.array([0.5, 1.0, 0.25])
+    coefficients = metric.sqrt_solve(cotangents)
+    (mu,) = metric.measure
+    np.testing.assert_allclose(jnp.sum(jnp.sqrt(mu) * coefficients), 0, atol=1e-6)
+    shift = mu * jnp.sum(cotangents) / jnp.sum(mu)
+    np.testing.assert_allclose(
+        metric.sqrt_rmatvec(coefficients), cotangents - shift, rtol=1e-5
+    )

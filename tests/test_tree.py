@@ -210,3 +210,11 @@ def test_largest_entry_of_a_long_leaf_is_nan_where_one_entry_is(shape):
     assert np.isnan(jax.jit(tree.max_abs)({"w": jnp.asarray(values)}))
     values.reshape(-1)[12_345] = -3.0
     assert jax.jit(tree.max_abs)({"w": jnp.asarray(values)}) == 3.0
+
+
+def test_norm_has_derivative_zero_at_zero():
+    zero = {"w": jnp.zeros(3), "b": jnp.zeros(())}
+    value, gradient = jax.value_and_grad(tree.norm)(zero)
+    assert value == 0
+    for leaf in jax.tree.leaves(gradient):
+        np.testing.assert_array_equal(leaf, jnp.zeros_like(leaf))
