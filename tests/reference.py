@@ -119,6 +119,11 @@ def softmax(logits):
     return shifted / shifted.sum(-1, keepdims=True)
 
 
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 def categorical_metric(logits):
     """Σ_y p(y) (e_y - p)(e_y - p)ᵀ."""
     p = softmax(logits)
@@ -186,8 +191,8 @@ def _normal_rule():
 
 
 def categorical_kl(p_logits, q_logits):
-    p, q = softmax(p_logits), softmax(q_logits)
-    return np.sum(p * (np.log(p) - np.log(q)), axis=-1)
+    p, log_p, log_q = softmax(p_logits), log_softmax(p_logits), log_softmax(q_logits)
+    return np.sum(np.where(p > 0, p * (log_p - log_q), 0), axis=-1)
 
 
 def bernoulli_kl(p_logits, q_logits):

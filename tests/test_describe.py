@@ -94,3 +94,17 @@ def test_a_chain_cannot_be_described(problem):
     tx = ngd.natural_gradient(1.0, network, ngd.Gaussian())
     with pytest.raises(TypeError, match="without a chain around it"):
         ngd.describe(optax.chain(tx), params, batch)
+
+
+def test_layers_whose_outputs_come_first_are_checked_too(problem):
+    params, batch = problem
+    params = params | {"w": params["w"].T}
+
+    def turned(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params["w"].T + params["b"])
+        return hidden @ params["v"]
+
+    tx = ngd.natural_gradient(1.0, turned, ngd.Gaussian(), solver=ngd.KFAC())
+    found = ngd.describe(tx, params, batch)
+    assert found.parameters[2][2] == "dense 3 → 6 with bias ['b']"
+    assert failing(found) == []

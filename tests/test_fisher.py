@@ -807,3 +807,17 @@ def test_vectors_and_parameters_that_do_not_fit_raise():
         ngd.mean_kl(
             linear, GOOD["params"], wrong_shape, GOOD["batch"], ngd.Categorical()
         )
+
+
+def test_the_model_gets_its_parameters_in_their_own_dtype():
+    seen = []
+
+    def model_fn(params, x):
+        seen.append(params["w"].dtype)
+        return (x @ params["w"]).astype(jnp.float32)
+
+    params = {"w": jnp.ones((2, 1), jnp.bfloat16)}
+    x = jnp.ones((3, 2), jnp.bfloat16)
+    fisher = ngd.linearize_fisher(model_fn, params, x, ngd.Gaussian())
+    fisher.matvec({"w": jnp.ones((2, 1), jnp.float32)})
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}

@@ -195,6 +195,8 @@ class NaturalGradientStep:
         # The square of a long scale alone could overflow, and be NaN times 0.
         length = step.scale * jnp.sqrt(line.quadratic)
         predicted_kl = line.kl_curvature * length**2 / 2
+        # NaN where products with F have overflowed: more than any number.
+        predicted_kl = jnp.where(jnp.isnan(predicted_kl), jnp.inf, predicted_kl)
         info = NaturalGradientInfo(
             solver=solution.info,
             predicted_kl=jnp.where(taken, predicted_kl, 0.0),
