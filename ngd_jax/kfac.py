@@ -40,46 +40,47 @@ _SPARE_NUMBERS = 2**16
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-class _Factor(NamedTuple):
-    """An average of x xᵀ, of a long side its diagonal, and of x."""
+class _Long(NamedTuple):
+    """A factor of a long side, of which only averages of x² and of x are kept."""
 
     square: Array
     mean: Array
 
 
-class _Inverse(NamedTuple):
-    """(A + ε)⁻¹ for one side of a matrix, and what a bias needs of it.
+class _LongInverse(NamedTuple):
+    """diag(d) - c s sᵀ, the inverse of diag(v) + x̄ x̄ᵀ.
 
     Attributes:
-      matrix: the inverse; of a long side, where it is diag(d) - c s sᵀ, only d.
-      solved_mean: s = (A + ε)⁻¹ ā.
-      downdate: c.
-      rest: 1 + ε - āᵀ s, the Schur complement of the bias.
+      diagonal: d = 1 / v.
+      solved: s = d x̄ / c.
+      downdate: c = 1 + x̄ᵀ (d x̄).
     """
 
-    matrix: Array
-    solved_mean: Array
+    diagonal: Array
+    solved: Array
     downdate: Array
-    rest: Array
 
 
 class _Pair(NamedTuple):
-    """A factor, or its inverse, for the rows and for the columns of a matrix."""
+    """Something of the rows and of the columns of a matrix."""
 
     rows: Any
     columns: Any
 
 
 class KroneckerState(NamedTuple):
-    """What `Kronecker` keeps.
+    """What `Kronecker` keeps, by groups of leaves of one shape.
+
+    Matrices r × c of one group have their factors in two arrays `[K, r + 1, r + 1]` and
+    `[K, c + 1, c + 1]`; the last row and column are those of a bias, whose input is 1.
+    A matrix that may be split in two ways is in two groups.
 
     Attributes:
       num_batches: int32, that the averages have seen.
       age: int32, steps that the inverses have served, this one included.
-      averages: of every leaf of the parameters: for a vector an estimate of the
-        diagonal of F; for a matrix, by the axis where it may be split into rows and
-        columns, the factors of both sides.
-      inverses: of every leaf likewise the inverses of the damped factors.
+      averages: of a group of matrices the factors of both sides; of a group of vectors
+        estimates of the diagonal of F.
+      inverses: of a group of matrices the inverses of the damped factors.
     """
 
     num_batches: Array
@@ -92,15 +93,13 @@ class _Block(NamedTuple):
     """A block of M; static.
 
     Attributes:
-      weight: the place of the matrix among the leaves.
-      place: which of the splits of the matrix in the state is used.
-      split: the axis where rows and columns part.
+      weight: the place of a matrix or a vector among the leaves.
+      split: the axis where rows and columns part; None for vectors.
       layer: the layer that it belongs to; None for factors of gradients.
     """
 
     weight: int
-    place: int
-    split: int
+    split: int | None
     layer: Layer | None
 
     @property
@@ -113,13 +112,37 @@ class _Block(NamedTuple):
         """Whether the rows are outputs, and the columns inputs."""
         return self.layer is not None and not self.layer.inputs_first
 
-    def oriented(self, pair: _Pair) -> _Pair:
-        """From rows and columns to inputs and outputs; and back."""
-        return _Pair(pair.columns, pair.rows) if self.is_turned else pair
 
-    def matrix(self, values: Array) -> Array:
-        """From rows × columns to inputs × outputs; and back."""
-        return values.T if self.is_turned else values
+class _Group(NamedTuple):
+    """Leaves that are handled together; static.
+
+    Attributes:
+      shape: (rows, columns), or (size,) of vectors.
+      dtype: of the leaves, float32 or wider.
+      members: of each the place among the leaves, and the axis of its shape where rows
+        and columns part; None for vectors.
+      blocks: of each the block that it is; None if it is none, or not known.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    members: tuple[tuple[int, int | None], ...]
+    blocks: tuple[_Block | None, ...]
+
+    @property
+    def real_dtype(self) -> Any:
+        """The dtype of factors and diagonals."""
+        return jnp.finfo(self.dtype).dtype
+
+    @property
+    def is_matrices(self) -> bool:
+        """Whether they are matrices."""
+        return len(self.shape) == 2
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a block among them."""
+        return any(block is not None for block in self.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +209,11 @@ class Kronecker:
 
     def init(self, params: Params) -> KroneckerState:
         """The state before anything is built, with which M = I."""
-        leaves = jax.tree.leaves(params)
+        groups = _groups(jax.tree.leaves(params), self.max_size)
         # `optax.tree.map_params` takes what this makes of no parameters for a prefix of
         # every state: a leaf there stands for all that is not shaped like them.
-        averages = tuple(map(self._zero, leaves)) if leaves else jnp.zeros(())
-        inverses = tuple(map(self._identity, leaves)) if leaves else jnp.zeros(())
+        averages = tuple(map(self._zeros, groups)) if groups else jnp.zeros(())
+        inverses = tuple(map(self._identities, groups)) if groups else jnp.zeros(())
         return KroneckerState(
             num_batches=jnp.zeros((), jnp.int32),
             age=jnp.asarray(self.refresh_every, jnp.int32),
@@ -202,77 +225,91 @@ class Kronecker:
         self, fisher: Any, state: KroneckerState, damping: ArrayLike
     ) -> tuple[MatVec, KroneckerState]:
         """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
-        if not jax.tree.leaves(fisher.params):
+        groups = _groups(jax.tree.leaves(fisher.params), self.max_size)
+        if not groups:
             return lambda vector: vector, state
-        blocks, state = self._observe(fisher, state)
+        groups, state = self._observe(fisher, state, groups)
         damping = jnp.asarray(damping).astype(tree.accumulator_dtype(state.averages))
         weights = _damping_weights(fisher)
         # While the averages are young, half as many batches again change them a lot.
         half = (state.num_batches - state.age + 1) // 2
-        state = jax.lax.cond(
-            (state.age >= jnp.minimum(half, self.refresh_every))
-            & (state.num_batches > 0),
-            lambda state: _refresh(blocks, state, damping, weights),
-            lambda state: state._replace(age=state.age + 1),
-            state,
+        is_due = state.age >= jnp.minimum(half, self.refresh_every)
+        age, inverses = jax.lax.cond(
+            is_due & (state.num_batches > 0),
+            lambda: _refresh(groups, state, damping, weights),
+            lambda: (state.age + 1, state.inverses),
         )
-        return _matvec(fisher, blocks, state, damping, weights), state
+        state = state._replace(age=age, inverses=inverses)
+        return _matvec(fisher, groups, state, damping, weights), state
 
     def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
         """The map v -> M⁻¹ v, built for this Fisher and not kept."""
         return self.prepare(fisher, self.init(fisher.params), damping)[0]
 
-    def _zero(self, leaf: ArrayLike) -> Any:
-        dtype, splits = tree.real_dtype(leaf), _splits(leaf, self.max_size)
+    def _zeros(self, group: _Group) -> Any:
+        count = len(group.members)
+        if not group.is_matrices:
+            return jnp.zeros((count, *group.shape), group.real_dtype)
 
-        def side(size: int) -> _Factor:
-            shape = (size,) if size > self.max_size else (size, size)
-            return _Factor(jnp.zeros(shape, dtype), jnp.zeros(size, dtype))
+        def side(size: int) -> Any:
+            vectors = (count, size + 1)
+            if size > self.max_size:
+                return _Long(*(jnp.zeros(vectors, group.real_dtype) for _ in range(2)))
+            return jnp.zeros((*vectors, size + 1), group.real_dtype)
 
-        if not splits:
-            return jnp.zeros(jnp.shape(leaf), dtype)
-        return tuple(_Pair(*map(side, _sides(jnp.shape(leaf), k))) for k in splits)
+        return _Pair(*map(side, group.shape))
 
-    def _identity(self, leaf: ArrayLike) -> Any:
-        dtype = tree.real_dtype(leaf)
+    def _identities(self, group: _Group) -> Any:
+        count, dtype = len(group.members), group.real_dtype
 
-        def side(size: int) -> _Inverse:
-            is_long = size > self.max_size
-            matrix = jnp.ones(size, dtype) if is_long else jnp.eye(size, dtype=dtype)
-            zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-            return _Inverse(matrix, jnp.zeros(size, dtype), zero, one)
+        def side(size: int) -> Any:
+            vectors = (count, size + 1)
+            if size > self.max_size:
+                zeros = jnp.zeros(vectors, dtype)
+                return _LongInverse(
+                    jnp.ones(vectors, dtype), zeros, jnp.zeros(count, dtype)
+                )
+            return jnp.tile(jnp.eye(size + 1, dtype=dtype), (count, 1, 1))
 
-        splits = _splits(leaf, self.max_size)
-        return tuple(_Pair(*map(side, _sides(jnp.shape(leaf), k))) for k in splits)
+        return _Pair(*map(side, group.shape)) if group.is_matrices else ()
 
     def _observe(
-        self, fisher: Any, state: KroneckerState
-    ) -> tuple[list[_Block], KroneckerState]:
+        self, fisher: Any, state: KroneckerState, groups: list[_Group]
+    ) -> tuple[list[_Group], KroneckerState]:
         """Adds this batch to the averages, if what it adds is finite."""
-        blocks, (factors, squares) = _statistics(
-            fisher, state.num_batches, self.max_size
-        )
+        blocks, factors = _statistics(fisher, state.num_batches, self.max_size)
+        # A sum of finite numbers is finite but for what no average should see either.
+        sums = map(_sum, jax.tree.leaves(factors))
         dtype = tree.accumulator_dtype(state.averages)
-        # A matrix of products is finite where its diagonal is, and a mean where the
-        # mean of squares is: one sum tells whether all of this is.
-        sums = [_trace(side.square) for pair in factors for side in pair]
-        sums += [jnp.sum(square) for square in squares.values()]
         is_finite = jnp.isfinite(sum(x.astype(dtype) for x in sums))
         count = state.num_batches + 1
         share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
 
-        def mix(old: Array, new: Array) -> Array:
-            mixed = old + share.astype(old.dtype) * (new.astype(old.dtype) - old)
-            return jnp.where(is_finite, mixed, old)
+        def mix(old: Array, *new: Array | None) -> Array:
+            filled = [
+                old[k]
+                if x is None
+                else jnp.pad(x, [(0, len(old[k]) - len(x))] * x.ndim)
+                for k, x in enumerate(new)
+            ]
+            change = jnp.stack(filled).astype(old.dtype) - old
+            return jnp.where(is_finite, old + share.astype(old.dtype) * change, old)
 
-        averages = list(state.averages)
-        for block, pair in zip(blocks, factors, strict=True):
-            pairs = list(averages[block.weight])
-            pairs[block.place] = jax.tree.map(mix, pairs[block.place], pair)
-            averages[block.weight] = tuple(pairs)
-        for place, square in squares.items():
-            averages[place] = mix(averages[place], square)
-        return blocks, state._replace(
+        # What no batch has a factor for stays as it is.
+        found = {
+            (block.weight, block.split): (block, factor)
+            for block, factor in zip(blocks, factors, strict=True)
+        }
+        averages = []
+        for place, (group, old) in enumerate(zip(groups, state.averages, strict=True)):
+            new = [found.get(member, (None, None)) for member in group.members]
+            groups[place] = group._replace(blocks=tuple(block for block, _ in new))
+            if groups[place].is_used:
+                none = jax.tree.map(lambda _: None, old)
+                filled = [none if factor is None else factor for _, factor in new]
+                old = jax.tree.map(mix, old, *filled)
+            averages.append(old)
+        return groups, state._replace(
             num_batches=jnp.where(is_finite, count, state.num_batches),
             averages=tuple(averages),
         )
@@ -299,7 +336,7 @@ def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
     blocks: list[_Block] = []
 
     def trace() -> Array:
-        blocks[:], _ = _statistics(fisher, jnp.zeros((), jnp.int32), max_size)
+        blocks[:] = _statistics(fisher, jnp.zeros((), jnp.int32), max_size)[0]
         return jnp.zeros(())
 
     jax.eval_shape(trace)
@@ -309,6 +346,8 @@ def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
     words = ["diagonal"] * len(paths)
     for block in blocks:
         layer = block.layer
+        if block.split is None:
+            continue
         if layer is None:
             rows, columns = _sides(shapes[block.weight], block.split)
             words[block.weight] = f"factors from gradients {rows} × {columns}"
@@ -351,8 +390,25 @@ def _sides(shape: tuple[int, ...], split: int) -> tuple[int, int]:
     return math.prod(shape[:split]), math.prod(shape[split:])
 
 
+def _groups(leaves: list[Any], max_size: int) -> list[_Group]:
+    """The groups of all leaves with entries, a function of their shapes alone."""
+    members: dict[tuple, list[tuple[int, int | None]]] = {}
+    for place, leaf in enumerate(leaves):
+        shape, dtype = jnp.shape(leaf), tree.wide_dtype(leaf)
+        for split in _splits(leaf, max_size):
+            key = (_sides(shape, split), dtype)
+            members.setdefault(key, []).append((place, split))
+        if not _splits(leaf, max_size) and 0 not in shape:
+            key = ((math.prod(shape),), dtype)
+            members.setdefault(key, []).append((place, None))
+    return [
+        _Group(*key, tuple(found), (None,) * len(found))
+        for key, found in members.items()
+    ]
+
+
 def _blocks(layers: list[Layer], params: Params, max_size: int) -> list[_Block]:
-    """One for every matrix that is not the bias of another one, in order."""
+    """One for every leaf that is not the bias of another one, in order."""
     leaves = jax.tree.leaves(params)
     splits = [_splits(leaf, max_size) for leaf in leaves]
     # A layer for whose split there is no room is none: it has factors of gradients.
@@ -360,17 +416,18 @@ def _blocks(layers: list[Layer], params: Params, max_size: int) -> list[_Block]:
     biases = {layer.bias for layer in fitting.values()}
     blocks = []
     for place, own in enumerate(splits):
-        if own and place not in biases:
-            layer = fitting.get(place)
-            split = own[-1] if layer is None else layer.split
-            blocks.append(_Block(place, own.index(split), split, layer))
+        if place in biases or 0 in jnp.shape(leaves[place]):
+            continue
+        layer = fitting.get(place)
+        split = layer.split if layer is not None else own[-1] if own else None
+        blocks.append(_Block(place, split, layer))
     return blocks
 
 
 def _statistics(
     fisher: Any, count: Array, max_size: int
-) -> tuple[list[_Block], tuple[list[_Pair], dict[int, Array]]]:
-    """The blocks; of each its factors on this batch; and squares of the other leaves.
+) -> tuple[list[_Block], list[Any]]:
+    """The blocks; and of each its factors, or squares, on this batch.
 
     With scales, of the parameters before they were scaled.
     """
@@ -389,33 +446,29 @@ def _statistics(
             pull, cotangents, at.params, keep_terms=True
         )
         blocks[:] = _blocks(layers, at.params, max_size)
-        by_weight = {
-            layer.weight: value for layer, value in zip(layers, values, strict=True)
-        }
+        by_weight = dict(zip((one.weight for one in layers), values, strict=True))
+        gradients = jax.tree.leaves(gradients)
         num_examples = max(
             (len(x) for x in jax.tree.leaves(cotangents) if x.ndim), default=1
         )
-        samples = [
-            _samples(jnp.asarray(gradient), jnp.shape(leaf), num_examples)
-            for gradient, leaf in zip(jax.tree.leaves(gradients), leaves, strict=True)
-        ]
-        sums = [
-            _layer_sums(by_weight[block.weight], max_size)
-            if block.layer is not None
-            else _gradient_sums(samples[block.weight], block.split, max_size)
-            for block in blocks
-        ]
-        places = {x for block in blocks for x in (block.weight, block.bias)}
-        squares = {
-            place: jnp.sum(_mean_square(sample), 0)
-            for place, sample in enumerate(samples)
-            if place not in places
-        }
-        return sums, squares
 
-    sums, squares = sum_microbatches(on_part, (at.batch, cotangents), at.chunks)
-    factors = [_factors(block, one) for block, one in zip(blocks, sums, strict=True)]
-    return blocks, (factors, squares)
+        def sums(block: _Block) -> tuple:
+            if block.layer is not None:
+                has_bias = block.bias is not None
+                return _layer_sums(by_weight[block.weight], has_bias, max_size)
+            gradient = jnp.asarray(gradients[block.weight])
+            shape = jnp.shape(leaves[block.weight])
+            samples = _samples(gradient, shape, num_examples)
+            if block.split is None:
+                return (jnp.sum(_mean_square(samples), 0).reshape(-1),)
+            return _gradient_sums(samples, block.split, max_size)
+
+        return [sums(block) for block in blocks]
+
+    sums = sum_microbatches(on_part, (at.batch, cotangents), at.chunks)
+    return blocks, [
+        _factors(block, one) for block, one in zip(blocks, sums, strict=True)
+    ]
 
 
 def _samples(gradient: Array, shape: tuple[int, ...], num_examples: int) -> Array:
@@ -430,10 +483,18 @@ def _samples(gradient: Array, shape: tuple[int, ...], num_examples: int) -> Arra
     return jnp.sum(gradient.reshape(num_examples, -1, *shape), 1)
 
 
-def _layer_sums(values: LayerValues, max_size: int) -> tuple:
+def _layer_sums(values: LayerValues, has_bias: bool, max_size: int) -> tuple:
+    """Σ a aᵀ and Σ δ δᵀ, a with a one for a bias; and the number of terms."""
     a, delta = values
     number = jnp.asarray(len(a), a.dtype)
-    return _gram(a, max_size), jnp.sum(a, 0), _gram(delta, max_size), number
+    if has_bias:
+        inputs = _gram(jnp.pad(a, ((0, 0), (0, 1)), constant_values=1), max_size + 1)
+    else:
+        inputs = _gram(a, max_size)
+    outputs = _gram(delta, max_size)
+    if isinstance(outputs, _Long):
+        outputs = outputs._replace(mean=jnp.zeros_like(outputs.mean))
+    return inputs, outputs, number
 
 
 def _gradient_sums(samples: Array, split: int, max_size: int) -> tuple:
@@ -443,37 +504,38 @@ def _gradient_sums(samples: Array, split: int, max_size: int) -> tuple:
     sums = []
     for axis, size in ((1, rows), (2, columns)):
         square = _gram(jnp.moveaxis(matrices, axis, -1).reshape(-1, size), max_size)
-        if samples.size == size and square.ndim == 2:
+        if isinstance(square, _Long):
+            square = square._replace(mean=jnp.zeros_like(square.mean))
+        elif samples.size == size:
             # A single vector tells the squares of its entries, and nothing beside.
             square *= jnp.eye(size, dtype=square.dtype)
         sums.append(square)
     return tuple(sums)
 
 
-def _factors(block: _Block, sums: tuple) -> _Pair:
-    """Means over the batch."""
+def _factors(block: _Block, sums: tuple) -> Any:
+    """Means over the batch: of rows and of columns, or of squares."""
+    if block.split is None:
+        return sums[0]
     if block.layer is None:
-        left, right = sums
-        return _Pair(
-            _Factor(left, jnp.zeros(len(left), left.dtype)),
-            _Factor(right, jnp.zeros(len(right), right.dtype)),
-        )
-    inputs, mean, outputs, number = sums
-    mean = mean / number
-    if block.bias is None and inputs.ndim == 2:  # of no use
-        mean = jnp.zeros_like(mean)
-    pair = _Pair(
-        _Factor(inputs / number, mean),
-        _Factor(outputs, jnp.zeros(len(outputs), outputs.dtype)),
-    )
-    return _Pair(*block.oriented(pair))
+        return _Pair(*sums)
+    inputs, outputs, number = sums
+    inputs = jax.tree.map(lambda x: x / number, inputs)
+    return _Pair(outputs, inputs) if block.is_turned else _Pair(inputs, outputs)
 
 
-def _gram(rows: Array, max_size: int) -> Array:
-    """Σ row rowᵀ, or its diagonal."""
+def _gram(rows: Array, max_size: int) -> Any:
+    """Σ row rowᵀ; of long rows Σ row² and Σ row."""
     if rows.shape[1] > max_size:
-        return jnp.sum(rows**2, 0)
+        return _Long(jnp.sum(rows**2, 0), jnp.sum(rows, 0))
     return tree.contract(rows, rows, (0,), (0,))
+
+
+def _sum(values: Array) -> Array:
+    """The sum of all entries, as products: much less to compile than a reduction."""
+    for _ in range(values.ndim):
+        values = jnp.ones(len(values), values.dtype) @ values
+    return values
 
 
 def _mean_square(leaf: Array) -> Array:
@@ -522,110 +584,137 @@ def _damping_weights(fisher: Any) -> list[ArrayLike]:
     return [1 / scale**2 for scale in jax.tree.leaves(tree.widen(fisher.scales))]
 
 
-def _mean_weight(block: _Block, weights: list[ArrayLike]) -> ArrayLike:
-    """One number for all of a block, so that it stays a product."""
-    own = [weights[block.weight]]
-    own += [] if block.bias is None else [weights[block.bias]]
-    return sum(map(jnp.sum, own)) / sum(map(jnp.size, own))
-
-
 def _refresh(
-    blocks: list[_Block],
+    groups: list[_Group],
     state: KroneckerState,
     damping: Scalar,
     weights: list[ArrayLike],
-) -> KroneckerState:
-    """New inverses; the old ones, still due, where these are not finite."""
-    new = [
-        _inverted(
-            block,
-            state.averages[block.weight][block.place],
-            damping * _mean_weight(block, weights),
-        )
-        for block in blocks
-    ]
-    # A positive matrix is finite where its diagonal is.
-    sums = [_trace(side.matrix).astype(damping.dtype) for pair in new for side in pair]
+) -> tuple[Array, PyTree]:
+    """Age 1 and new inverses; the old ones, still due, where these are not finite."""
+    inverses, witnesses = list(state.inverses), []
+    for place, group in enumerate(groups):
+        if group.is_matrices and group.is_used:
+            sides, shifts = _damped(group, state.averages[place], damping, weights)
+            inverses[place] = _Pair(*map(_inverse, sides, shifts))
+            # No entry of an inverse is above 1 / ε, and a Cholesky factorisation that
+            # breaks down leaves not a single number: one entry tells of all.
+            witnesses += [1 / shift for shift in shifts]
+            witnesses += [
+                side.diagonal if isinstance(side, _LongInverse) else side[:, 0, 0]
+                for side in inverses[place]
+            ]
+    sums = [jnp.sum(x).astype(damping.dtype) for x in witnesses]
     is_finite = jnp.isfinite(sum(sums, jnp.zeros_like(damping)))
-    inverses = list(state.inverses)
-    for block, pair in zip(blocks, new, strict=True):
-        pairs = list(inverses[block.weight])
-        pairs[block.place] = tree.select(is_finite, pair, pairs[block.place])
-        inverses[block.weight] = tuple(pairs)
-    return state._replace(
-        age=jnp.where(is_finite, 1, state.age), inverses=tuple(inverses)
-    )
+    age = jnp.where(is_finite, 1, state.age)
+    return age, tree.select(is_finite, tuple(inverses), state.inverses)
 
 
-def _inverted(block: _Block, pair: _Pair, damping: Scalar) -> _Pair:
-    inputs, outputs = block.oriented(pair)
-    has_bias = block.bias is not None
-    m, n = len(inputs.mean) + has_bias, len(outputs.mean)
-    input_trace = _trace(inputs.square) + has_bias
-    if block.layer is None:  # L ⊗ R / tr L
-        divisor = jnp.where(input_trace > 0, input_trace, 1)
-        outputs = outputs._replace(square=outputs.square / divisor)
-    input_size, output_size = input_trace / m, _trace(outputs.square) / n
-    is_usable = (input_size > 0) & (output_size > 0)
-    ratio = jnp.where(is_usable, input_size / jnp.where(is_usable, output_size, 1), 1)
-    root, balance = jnp.sqrt(damping).astype(ratio.dtype), jnp.sqrt(ratio)
-    tiny = jnp.finfo(ratio.dtype).eps
-
-    def shift(value: Array, floor: Array) -> Array:
-        total = value + tiny * floor
-        return jnp.where(total > 0, total, 1)
-
-    sides = (
-        _inverse(inputs, shift(root * balance, m * input_size)),
-        _inverse(outputs, shift(root / balance, n * output_size)),
-    )
-    return _Pair(*block.oriented(_Pair(*sides)))
+def _damped(
+    group: _Group, averages: _Pair, damping: Scalar, weights: list[ArrayLike]
+) -> tuple[_Pair, _Pair]:
+    """The factors of both sides, and ε of each."""
+    rows, columns = averages
+    row_trace, column_trace = _trace(rows), _trace(columns)
+    of_gradients = [b is not None and b.layer is None for b in group.blocks]
+    if any(of_gradients):  # L ⊗ R / tr L
+        divides = np.array(of_gradients) & (row_trace > 0)
+        factor = 1 / jnp.where(divides, row_trace, 1)
+        columns = jax.tree.map(functools.partial(_times, factor), columns)
+        column_trace *= factor
+    row_size = row_trace / _lengths(group, is_turned=False)
+    column_size = column_trace / _lengths(group, is_turned=True)
+    is_usable = (row_size > 0) & (column_size > 0)
+    ratio = jnp.where(is_usable, row_size / jnp.where(is_usable, column_size, 1), 1)
+    balance = jnp.sqrt(ratio)
+    root = jnp.sqrt(damping * _mean_weights(group, weights)).astype(balance.dtype)
+    tiny = jnp.finfo(balance.dtype).eps
+    shifts = root * balance + tiny * row_trace, root / balance + tiny * column_trace
+    return _Pair(rows, columns), _Pair(*(jnp.where(x > 0, x, 1) for x in shifts))
 
 
-def _inverse(factor: _Factor, shift: Scalar) -> _Inverse:
-    square, mean = factor
-    if square.ndim == 1:
-        # (diag(v) + ā āᵀ)⁻¹ = diag(d) - c s sᵀ, s = d ā / c, c = 1 + āᵀ (d ā).
-        diagonal = 1 / (jnp.maximum(square - mean**2, 0) + shift)
+def _lengths(group: _Group, *, is_turned: bool) -> np.ndarray:
+    """The number of rows of every block, or of columns, with the bias if it is there."""
+    has_bias = [
+        block is not None and block.bias is not None and block.is_turned == is_turned
+        for block in group.blocks
+    ]
+    return group.shape[is_turned] + np.array(has_bias)
+
+
+def _mean_weights(group: _Group, weights: list[ArrayLike]) -> Array:
+    """One number for all of a block, so that it stays a product."""
+
+    def mean(block: _Block | None) -> ArrayLike:
+        if block is None:
+            return 1.0
+        own = [weights[x] for x in (block.weight, block.bias) if x is not None]
+        return sum(map(jnp.sum, own)) / sum(map(jnp.size, own))
+
+    return jnp.stack([jnp.asarray(mean(block)) for block in group.blocks])
+
+
+def _times(factors: Array, values: Array) -> Array:
+    """Every entry along the first axis times a number of its own."""
+    return values * factors.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _trace(side: Any) -> Array:
+    """The trace of each."""
+    if isinstance(side, _Long):
+        return jnp.sum(side.square, 1)
+    # As a product: `jnp.trace` is a gather and a reduction.
+    identity = jnp.eye(side.shape[-1], dtype=side.dtype)
+    return tree.contract(side, identity, (1, 2), (0, 1))
+
+
+def _inverse(side: Any, shift: Array) -> Any:
+    """(A + ε)⁻¹ of each."""
+    if isinstance(side, _Long):
+        square, mean = side
+        diagonal = 1 / (jnp.maximum(square - mean**2, 0) + shift[:, None])
         scaled = diagonal * mean
-        downdate = 1 + jnp.vdot(mean, scaled)
-        return _Inverse(diagonal, scaled / downdate, downdate, shift + 1 / downdate)
+        downdate = 1 + jnp.sum(mean * scaled, 1)
+        return _LongInverse(diagonal, scaled / downdate[:, None], downdate)
+    if len(side) == 1:
+        return _inverse_of_one(side[0], shift[0])[None]
+    # One after the other: one program for all, and no batched LAPACK, which hung.
+    return jax.lax.map(lambda one: _inverse_of_one(*one), (side, shift))
+
+
+def _inverse_of_one(square: Array, shift: Array) -> Array:
     identity = jnp.eye(len(square), dtype=square.dtype)
-    root = jax.lax.linalg.cholesky(square + shift * identity, symmetrize_input=False)
+    # LAPACK goes along columns: the transpose of what is symmetric spares a copy.
+    damped = (square + shift * identity).T
+    root = jax.lax.linalg.cholesky(damped, symmetrize_input=False)
     half = jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
-    matrix = _matmul(half.T, half)
-    solved = _matmul(matrix, mean)
-    # Round-off aside, the first part is not negative.
-    rest = jnp.maximum(1 - jnp.vdot(mean, solved), 0) + shift
-    return _Inverse(matrix, solved, jnp.zeros_like(shift), rest)
+    return _matmul(half.T, half)
 
 
-def _multiply(inverse: _Inverse, values: Array) -> Array:
-    """The inverse of a factor times a vector or the columns of a matrix."""
-    matrix, solved = inverse.matrix, inverse.solved_mean
-    if matrix.ndim == 2:
-        return _matmul(matrix, values)
-    matrix, solved = (
-        x.reshape(-1, *(1,) * (values.ndim - 1)) for x in (matrix, solved)
-    )
-    along = jnp.sum(solved * values, axis=0, keepdims=True)
-    return matrix * values - inverse.downdate * solved * along
+def _multiply(inverse: Any, values: Array) -> Array:
+    """Inverses times the columns of matrices, `[K, n, n]` times `[K, n, m]`."""
+    if not isinstance(inverse, _LongInverse):
+        return _matmul(inverse, values)
+    solved = inverse.solved[:, :, None]
+    along = jnp.sum(solved * values, axis=1, keepdims=True)
+    along *= inverse.downdate[:, None, None]
+    return inverse.diagonal[:, :, None] * values - solved * along
 
 
 def _matvec(
     fisher: Any,
-    blocks: list[_Block],
+    groups: list[_Group],
     state: KroneckerState,
     damping: Scalar,
     weights: list[ArrayLike],
 ) -> MatVec:
     scales = None if fisher.scales is None else tree.widen(fisher.scales)
-    is_seen = state.num_batches > 0
-    places = {x for block in blocks for x in (block.weight, block.bias)}
     diagonals = {
-        place: jnp.where(is_seen, _damped(average, damping * weights[place]), 1)
-        for place, average in enumerate(state.averages)
-        if place not in places
+        place: jnp.where(state.num_batches > 0, _diagonals(group, *rest), 1)
+        for place, (group, *rest) in enumerate(
+            (group, average, damping, weights)
+            for group, average in zip(groups, state.averages, strict=True)
+        )
+        if group.is_used and not group.is_matrices
     }
 
     def matvec(vector: PyTree) -> PyTree:
@@ -634,23 +723,17 @@ def _matvec(
             vector = jax.tree.map(jnp.divide, vector, scales)
         leaves, structure = jax.tree.flatten(vector)
         results = list(leaves)
-        for place, diagonal in diagonals.items():
-            results[place] = leaves[place] / diagonal
-        for block in blocks:
-            pair = state.inverses[block.weight][block.place]
-            inputs, outputs = block.oriented(pair)
-            weight = leaves[block.weight]
-            matrix = block.matrix(weight.reshape(_sides(weight.shape, block.split)))
-            matrix = _multiply(outputs, matrix.T).T
-            result = _multiply(inputs, matrix)
-            if block.bias is not None:
-                # The inverse of [[A, ā], [āᵀ, 1]], bordered.
-                bias = leaves[block.bias]
-                image = _multiply(outputs, bias.reshape(-1))
-                image = (image - _matmul(inputs.solved_mean, matrix)) / inputs.rest
-                result -= jnp.outer(inputs.solved_mean, image)
-                results[block.bias] = image.reshape(bias.shape)
-            results[block.weight] = block.matrix(result).reshape(weight.shape)
+        for place, group in enumerate(groups):
+            if not group.is_used:
+                continue
+            if group.is_matrices:
+                rows, columns = state.inverses[place]
+                image = _multiply(rows, _bordered(group, leaves))
+                image = _multiply(columns, image.mT).mT
+            else:
+                own = [leaves[b.weight].reshape(-1) for b in group.blocks if b]
+                image = jnp.stack(own) / diagonals[place]
+            _spread(group, image, results)
         image = jax.tree.unflatten(structure, results)
         if scales is not None:
             image = jax.tree.map(jnp.divide, image, scales)
@@ -659,19 +742,50 @@ def _matvec(
     return matvec
 
 
-def _damped(diagonal: Array, damping: Array) -> Array:
+def _bordered(group: _Group, leaves: list[Array]) -> Array:
+    """`[K, rows + 1, columns + 1]`: matrices, with a bias beside its inputs."""
+
+    def one(block: _Block | None) -> Array:
+        if block is None:
+            return jnp.zeros([size + 1 for size in group.shape], group.dtype)
+        matrix = leaves[block.weight].reshape(group.shape)
+        if block.bias is None:
+            return jnp.pad(matrix, ((0, 1), (0, 1)))
+        bias = leaves[block.bias].reshape(-1)
+        if block.is_turned:
+            return jnp.pad(jnp.column_stack([matrix, bias]), ((0, 1), (0, 0)))
+        return jnp.pad(jnp.vstack([matrix, bias]), ((0, 0), (0, 1)))
+
+    return jnp.stack([one(block) for block in group.blocks])
+
+
+def _spread(group: _Group, image: Array, results: list[Array]) -> None:
+    """Inverse of `_bordered`, and of a stack of vectors, into the places of leaves."""
+    own = [block for block in group.blocks if block is not None or group.is_matrices]
+    for block, value in zip(own, image, strict=True):
+        if block is None:
+            continue
+        shape = results[block.weight].shape
+        if not group.is_matrices:
+            results[block.weight] = value.reshape(shape)
+            continue
+        results[block.weight] = value[:-1, :-1].reshape(shape)
+        if block.bias is not None:
+            bias = value[:-1, -1] if block.is_turned else value[-1, :-1]
+            results[block.bias] = bias.reshape(results[block.bias].shape)
+
+
+def _diagonals(
+    group: _Group, averages: Array, damping: Scalar, weights: list[ArrayLike]
+) -> Array:
     """The diagonal of F + λI, positive, whatever single samples say."""
-    floored = jnp.maximum(diagonal, _SMALLEST_SHARE * jnp.mean(diagonal))
-    damped = floored + damping.astype(diagonal.dtype)
+    own = [(k, block) for k, block in enumerate(group.blocks) if block is not None]
+    diagonal = jnp.stack([averages[k] for k, _ in own])
+    weight = jnp.stack([jnp.ravel(weights[block.weight]) for _, block in own])
+    mean = jnp.mean(diagonal, 1, keepdims=True)
+    damped = jnp.maximum(diagonal, _SMALLEST_SHARE * mean)
+    damped += (damping * weight).astype(diagonal.dtype)
     return jnp.where(damped > 0, damped, 1)
-
-
-def _trace(square: Array) -> Array:
-    """Of a matrix, or of what is a diagonal already."""
-    if square.ndim == 2:
-        # `jnp.diagonal` is a gather.
-        square = square.reshape(-1)[:: len(square) + 1]
-    return jnp.sum(square)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -744,10 +858,10 @@ class KFAC(Solver):
             start, pushed = tree.scale(share, rhs.guess), tree.scale(share, pushed)
             residual = tree.axpy(-share, product, residual)
 
-        # In units of its largest entry: its square could over- or underflow.
-        direction, unit, _ = tree.in_units(precondition(residual))
-        length, is_usable = unit, jnp.asarray(True)
+        direction, is_usable = precondition(residual), jnp.asarray(True)
         if self.exact_length:
+            # In units of its largest entry: its square could over- or underflow.
+            direction, _, _ = tree.in_units(direction)
             along = fisher.pushforward(direction)
             curvature = fisher.inner(along, along)
             curvature += damping * tree.vdot(direction, direction)
@@ -755,11 +869,10 @@ class KFAC(Solver):
             # NaN and infinity pass, and are reported by `solve_scaled`.
             is_usable = ~((curvature <= 0) | (slope <= 0))
             length = jnp.where(is_usable, slope / curvature, 0)
-            along = tree.scale(length, along)
+            direction, along = tree.scale(length, (direction, along))
             pushed = along if pushed is None else tree.axpy(1.0, along, pushed)
         else:
             pushed = None
-        direction = tree.scale(length, direction)
         if start is not None:
             direction = tree.axpy(1.0, direction, start)
         status = jnp.where(is_usable, SolverStatus.UNCHECKED, SolverStatus.BREAKDOWN)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -84,6 +85,19 @@ def inverse_of(model_fn, params, x, damping, likelihood=None, steps=1, **options
     return jax.tree.map(np.asarray, run(params, x))
 
 
+def kept(entries, params, place, max_size=2048, split=None):
+    """What the averages or the inverses in a state hold of one leaf.
+
+    Arrays of a side are with the row and the column of a bias, which are the last.
+    """
+    groups = kfac._groups(jax.tree.leaves(params), max_size)
+    for group, entry in zip(groups, entries, strict=True):
+        for k, (own_place, own_split) in enumerate(group.members):
+            if own_place == place and split in (None, own_split):
+                return jax.tree.map(lambda x, k=k: np.asarray(x[k]), entry)
+    raise AssertionError(f"leaf {place} has nothing")
+
+
 def test_one_layer_with_one_output_is_solved_exactly(dtype, rng):
     params, x = line_problem(rng, dtype, 1)
     inverse, _ = inverse_of(line, params, x, 0.0, ngd.Gaussian())
@@ -104,10 +118,14 @@ def test_damped_factors_are_the_formula(num_outputs, max_size, dtype, rng):
     if max_size < 5:
         mean = extended.mean(0)
         a = np.outer(mean, mean) + np.diag(extended.var(0))
-    g = np.asarray(state.averages[1][0].columns.square, float)
+    g = kept(state.averages, params, 1, max_size).columns
     if max_size < num_outputs:
-        g = np.diag(g)
-    assert g.shape == (num_outputs, num_outputs)
+        g = np.diag(g.square)
+    g = np.asarray(g, float)
+    assert g.shape == (num_outputs + 1, num_outputs + 1)
+    assert not g[-1].any()
+    assert not g[:, -1].any()
+    g = g[:-1, :-1]
     np.testing.assert_allclose(np.diag(g), 1.0, rtol=1e-5)  # signs are signs
     damped = damped_product(a, g, 0.1)
     tolerance = 1e-4 if dtype == "float32" else 1e-10
@@ -181,12 +199,14 @@ def test_an_average_over_many_batches_is_the_mean_fisher(has_shift, x64, rng):
     assert int(state.num_batches) == 2000
     probabilities = np.asarray(jax.nn.softmax(model_fn(params, x)))
     mean_metric = sum(np.diag(p) - np.outer(p, p) for p in probabilities) / COUNT
-    ((rows, columns),) = state.averages[-1]
-    np.testing.assert_allclose(columns.square, mean_metric, atol=6e-3)
-    np.testing.assert_allclose(rows.square, x.T @ x / COUNT, rtol=1e-10)
-    mean = 0 if has_shift else x.mean(0)  # of use together with a bias alone
-    np.testing.assert_allclose(rows.mean, mean, rtol=1e-10)
-    for diagonal in state.averages[:-1]:
+    place = len(params) - 1
+    rows, columns = kept(state.averages, params, place)
+    np.testing.assert_allclose(columns[:-1, :-1], mean_metric, atol=6e-3)
+    np.testing.assert_allclose(rows[:-1, :-1], x.T @ x / COUNT, rtol=1e-10)
+    bias = np.zeros(6) if has_shift else [*x.mean(0), 1]
+    np.testing.assert_allclose(rows[-1], bias, rtol=1e-10)
+    for vector in range(place):
+        diagonal = kept(state.averages, params, vector)
         expected = np.diag(mean_metric) if has_shift else 0
         np.testing.assert_allclose(diagonal, expected, atol=6e-3)
 
@@ -213,18 +233,18 @@ def test_factors_of_gradients_are_partial_traces_of_the_fisher(x64, rng):
     metric = reference.categorical_metric(outputs)
     fisher = reference.fisher_of(metric, jacobian, np.full(COUNT, 1 / COUNT))
     fisher = fisher.reshape(5, 3, 5, 3)
-    ((rows, columns),) = averaged(params, x).averages[0]
+    rows, columns = kept(averaged(params, x).averages, params, 0)
     left, right = np.einsum("ijkj->ik", fisher), np.einsum("ijil->jl", fisher)
     scale = np.trace(left)
-    np.testing.assert_allclose(rows.square / scale, left / scale, atol=2e-2)
-    np.testing.assert_allclose(columns.square / scale, right / scale, atol=2e-2)
+    np.testing.assert_allclose(rows[:-1, :-1] / scale, left / scale, atol=2e-2)
+    np.testing.assert_allclose(columns[:-1, :-1] / scale, right / scale, atol=2e-2)
 
 
 def test_factors_of_gradients_are_the_formula(x64, rng):
     params, x = {"w": normal(rng, 5, 3)}, normal(rng, COUNT, 5)
     inverse, state = inverse_of(tied, params, x, 0.1, steps=2)
-    ((rows, columns),) = state.averages[0]
-    left, right = rows.square, columns.square
+    rows, columns = kept(state.averages, params, 0)
+    left, right = rows[:-1, :-1], columns[:-1, :-1]
     np.testing.assert_allclose(np.trace(left), np.trace(right))
     damped = damped_product(left, right / np.trace(left), 0.1)
     np.testing.assert_allclose(inverse @ damped, np.eye(15), atol=1e-9)
@@ -254,13 +274,10 @@ def test_convolutions_are_split_where_their_inputs_end(x64, rng):
     expected = [f"convolution patch {sizes}" for sizes in expected]
     assert claims(linearize(model_fn, params, x)) == expected
     _, state = inverse_of(model_fn, params, x, 0.1)
-    for shape, pairs, split in zip(
-        [*shapes, (3, 4, 3, 3)], state.averages, (3, 3, 3, 1), strict=True
-    ):
-        used = [pair for pair in pairs if np.any(pair.rows.square)]
-        sides = np.prod(shape[:split]), np.prod(shape[split:])
-        (pair,) = used
-        assert (len(pair.rows.mean), len(pair.columns.mean)) == sides
+    for place, (param, split) in enumerate(zip(params, (3, 3, 3, 1), strict=True)):
+        for other in kfac._splits(param, 2048):
+            pair = kept(state.averages, params, place, split=other)
+            assert np.any(pair.rows) == np.any(pair.columns) == (other == split)
 
 
 @pytest.mark.parametrize(
@@ -497,14 +514,16 @@ def test_old_batches_are_forgotten_at_the_rate_of_the_decay(x64, rng):
         return state, state
 
     run = jax.jit(lambda state: jax.lax.scan(step, state, jnp.asarray(scales))[1])
-    ((rows, _),) = run(kronecker.init(params)).averages[1]
+    averages = run(kronecker.init(params)).averages
+    averages = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), averages)
+    rows, _ = kept(averages, params, 1)
     expected, mean = [], 0.0
     for k, scale in enumerate(scales, start=1):
         keep = min(1 - 1 / k, 0.75)
         mean = keep * mean + (1 - keep) * scale**2
         expected.append(mean)
     size = np.asarray(x.T @ x / COUNT)
-    np.testing.assert_allclose(rows.square[:, 0, 0], np.array(expected) * size[0, 0])
+    np.testing.assert_allclose(rows[:, 0, 0], np.array(expected) * size[0, 0])
 
 
 @pytest.mark.parametrize(
@@ -529,7 +548,9 @@ def test_inverses_come_when_the_averages_have_changed(refresh_every, expected, r
     start = kronecker.init(params)
     states = run(start, jnp.linspace(1, 2, 20))
     np.testing.assert_array_equal(1 + np.flatnonzero(states.age == 1), expected)
-    old, new = (one.inverses[1][0].rows.matrix for one in (start, states))
+    old = kept(start.inverses, params, 1).rows
+    new = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states.inverses)
+    new = kept(new, params, 1).rows
     changes = np.diff(np.concatenate([old[None], new]), axis=0)
     has_changed = np.abs(changes).max((1, 2)) > 0
     np.testing.assert_array_equal(1 + np.flatnonzero(has_changed), expected)
@@ -622,16 +643,13 @@ def test_microbatches_have_the_same_factors_of_layers(model_fn, x64, rng):
 
     whole, parts = states(params, x)
     if model_fn is tied:  # a sum of squares of other samples
-        rows = [one.averages[0][0].rows.square for one in (whole, parts)]
+        rows = [kept(one.averages, params, 0).rows for one in (whole, parts)]
         assert 0.2 < np.trace(rows[0]) / np.trace(rows[1]) < 5
         return
-    for one, other, is_vector in zip(
-        whole.averages, parts.averages, (False, False, False, False, True), strict=True
-    ):
-        if not is_vector:
-            jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), one, other
-            )
+    for place, leaf in enumerate(jax.tree.leaves(params)):
+        if leaf.ndim == 2:
+            pairs = [kept(one.averages, params, place) for one in (whole, parts)]
+            chex.assert_trees_all_close(*pairs, rtol=1e-10)
 
 
 def test_complex_parameters_are_left_to_the_diagonal(x64, rng):
@@ -659,9 +677,10 @@ def test_complex_parameters_are_left_to_the_diagonal(x64, rng):
     fisher = reference.covariance_of(jacobian, np.full(COUNT, 1 / COUNT))
     truth = np.diag(fisher).real
     sizes = 0.0
-    for leaf, diagonal, v in zip(
-        jax.tree.leaves(image), state.averages, jax.tree.leaves(vector), strict=True
+    for place, (leaf, v) in enumerate(
+        zip(jax.tree.leaves(image), jax.tree.leaves(vector), strict=True)
     ):
+        diagonal = kept(state.averages, params, place).reshape(v.shape)
         assert diagonal.dtype == jnp.float64
         floored = np.maximum(diagonal, 0.1 * np.mean(diagonal))
         np.testing.assert_allclose(leaf, v / (floored + 0.01), rtol=1e-12)

@@ -148,6 +148,7 @@ class Solution(NamedTuple):
       state: what the solver keeps for the next solve.
       damping: λ, from a solver that chooses it; else None.
       length: the length s of the step, from a solver that chooses it; else None.
+      largest: max |dᵢ|, filled in around the solver.
     """
 
     direction: PyTree
@@ -156,6 +157,7 @@ class Solution(NamedTuple):
     state: PyTree
     damping: Array | None = None
     length: Array | None = None
+    largest: Array | None = None
 
 
 class Solver(abc.ABC):
@@ -202,7 +204,8 @@ class Solver(abc.ABC):
 
         Args:
           fisher: the operator, an `ngd_jax.Fisher`.
-          rhs: finite, with a largest |gᵢ| of 1 (or g = 0); the guess likewise.
+          rhs: with a largest |gᵢ| of 1 (or g = 0); the guess likewise. Where it is not
+            finite, whatever is returned becomes zero; what is kept must not be touched.
           damping: λ ≥ 0, a scalar in units of F (a mean over examples).
           state: what the last solve or `init` returned; () starts anew.
 
@@ -276,27 +279,20 @@ def solve_scaled(
     tree.check_parameters(rhs.gradient, name="gradient")
     dtype = tree.accumulator_dtype(rhs.gradient)
     damping = jnp.asarray(damping).astype(dtype)
-    # Small leaves together, for fewer kernels to compile.
-    gradient, unpack = tree.pack(rhs.gradient)
-    largest = tree.max_abs(gradient)
+    largest = tree.max_abs(rhs.gradient)
     unit = tree.usable_unit(largest)
     is_finite = jnp.isfinite(largest) & jnp.isfinite(damping)
     coefficients, guess, objective = rhs.coefficients, rhs.guess, rhs.objective
     if coefficients is not None:
         is_finite &= jnp.isfinite(tree.max_abs(coefficients))
+        coefficients = tree.divide(coefficients, unit)
     if guess is not None:
         guess, _, largest_guess = tree.in_units(tree.widen(guess))
         is_finite &= jnp.isfinite(largest_guess)
-
-    def sound(values: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.where(is_finite, x, 0), values)
-
     scaled = RightHandSide(
-        gradient=unpack(sound(tree.divide(gradient, unit))),
-        coefficients=(
-            None if coefficients is None else sound(tree.divide(coefficients, unit))
-        ),
-        guess=None if guess is None else sound(guess),
+        gradient=tree.divide(rhs.gradient, unit),
+        coefficients=coefficients,
+        guess=guess,
         objective=(
             None if objective is None else lambda d: objective(tree.scale(unit, d))
         ),
@@ -304,14 +300,14 @@ def solve_scaled(
     )
     solution = solver.solve(fisher, scaled, damping=damping, state=state)
 
-    direction, unpack = tree.pack(solution.direction)
-    direction = tree.scale(unit, direction)
-    is_sound = is_finite & jnp.isfinite(tree.max_abs(direction))
+    largest_direction = tree.max_abs(solution.direction) * unit
+    is_sound = is_finite & jnp.isfinite(largest_direction)
     is_solved = largest == 0
     is_taken = is_sound & ~is_solved
 
     def taken(values: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.where(is_taken, x, 0), values)
+        scaled = tree.scale(unit, values)
+        return jax.tree.map(lambda x: jnp.where(is_taken, x, 0), scaled)
 
     num_steps, residual, status = solution.info
     residual = jnp.where(is_solved, 0.0, jnp.where(is_sound, residual, 1.0))
@@ -319,13 +315,14 @@ def solve_scaled(
     status = jnp.where(is_taken, status, refused)
     pushed = solution.pushed
     return solution._replace(
-        direction=unpack(taken(direction)),
-        pushed=None if pushed is None else taken(tree.scale(unit, pushed)),
+        direction=taken(solution.direction),
+        pushed=None if pushed is None else taken(pushed),
         info=SolverInfo(
             jnp.asarray(num_steps, jnp.int32),
             residual.astype(dtype),
             status.astype(jnp.int32),
         ),
+        largest=jnp.where(is_taken, largest_direction, 0).astype(dtype),
     )
 
 

@@ -129,7 +129,10 @@ class NaturalGradientStep:
         solution, direction, damping = self._solve(
             fisher, gradient, state, batch, loss_along
         )
-        direction, unit, largest = tree.in_units(direction)
+        is_changed = direction is not solution.direction
+        largest = tree.max_abs(direction) if is_changed else solution.largest
+        unit = tree.usable_unit(largest)
+        direction = tree.divide(direction, unit)
         pushed = solution.pushed
         if pushed is None:
             pushed = fisher.pushforward(direction)
@@ -165,7 +168,7 @@ class NaturalGradientStep:
             (solver_failed, StepStatus.NON_FINITE_MODEL),
             (is_stuck, StepStatus.NO_DIRECTION),
             (~step.found, missed),
-            (~jnp.isfinite(tree.max_abs(after)), StepStatus.NON_FINITE_UPDATE),
+            (~tree.all_finite(after), StepStatus.NON_FINITE_UPDATE),
             (~is_accepted, StepStatus.NO_REDUCTION),
             (~step.filled, StepStatus.TAKEN_SHORT),
         )
@@ -311,7 +314,10 @@ class NaturalGradientStep:
             direction, pushed = settings.learning_rate.combine(
                 fisher, gradient, direction, pushed, previous, damping
             )
-        solution = solution._replace(direction=direction, pushed=pushed)
+        if direction is not solution.direction:
+            solution = solution._replace(
+                direction=direction, pushed=pushed, largest=tree.max_abs(direction)
+            )
         return solution, params_from(direction), damping
 
     def _coefficients(self, fisher: Fisher, batch: Batch) -> PyTree | None:
@@ -433,10 +439,11 @@ class _Loss:
 
 def _first_cause(*causes: tuple[Array, StepStatus]) -> Array:
     """The first status whose condition holds; the later ones are consequences."""
-    conditions, statuses = zip(*causes, strict=True)
-    return jnp.select(
-        conditions, [jnp.int32(s) for s in statuses], jnp.int32(StepStatus.TAKEN)
-    )
+    status = jnp.int32(StepStatus.TAKEN)
+    # `jnp.select` would be an argmax, which is more to compile.
+    for condition, cause in reversed(causes):
+        status = jnp.where(condition, jnp.int32(cause), status)
+    return status
 
 
 def _is_taken(status: Array) -> Array:
