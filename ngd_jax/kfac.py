@@ -164,14 +164,17 @@ class Kronecker:
 
     The factors are averages over the batches of many steps, so that M knows of more
     examples than the F of this batch. They cost a backward pass and the products a aᵀ
-    and δ δᵀ at every step, and an inverse of each at some steps. As a preconditioner of
+    and δ δᵀ at some steps, and an inverse of each at fewer. As a preconditioner of
     `CG`, one to three steps of CG are enough; `KFAC` is K-FAC itself.
 
     Attributes:
       decay: weight of the past in the averages, which are plain means until
         1 / (1 - decay) batches are seen.
       refresh_every: steps from one inverse to the next, at most: in the beginning there
-        is one after batch 1, 2, 3, 5, 8, 12, each time half as many have come in again.
+        is one after batch 1, 2, 3, 5, 8, 12, each time half as many have come in again,
+        and always with a batch that is observed.
+      observe_every: steps from one batch in the averages to the next, once there are
+        1 / (1 - decay) in them.
       max_size: of longer a, A is their mean's ā āᵀ and their variances, and of longer
         δ, G is its diagonal. A weight of m times n numbers takes 2 (m² + n²) numbers in
         the state, and m or n in place of the square of a long side; with more than two
@@ -198,11 +201,13 @@ class Kronecker:
     """
 
     decay: float = 0.95
-    refresh_every: int = 5
+    refresh_every: int = 20
+    observe_every: int = 5
     max_size: int = 2048
 
     def __post_init__(self) -> None:
         check_count("refresh_every", self.refresh_every)
+        check_count("observe_every", self.observe_every)
         check_count("max_size", self.max_size)
         if not 0 <= self.decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
@@ -228,14 +233,22 @@ class Kronecker:
         groups = _groups(jax.tree.leaves(fisher.params), self.max_size)
         if not groups:
             return lambda vector: vector, state
-        groups, state = self._observe(fisher, state, groups)
+        # The mean of few batches is worth every batch; a long memory changes slowly.
+        is_young = state.num_batches < 1 / (1 - self.decay)
+        is_observed = is_young | (state.age % self.observe_every == 0)
+        num_batches, averages = jax.lax.cond(
+            is_observed,
+            lambda: self._observe(fisher, state, groups),
+            lambda: (state.num_batches, state.averages),
+        )
+        state = state._replace(num_batches=num_batches, averages=averages)
         damping = jnp.asarray(damping).astype(tree.accumulator_dtype(state.averages))
         weights = _damping_weights(fisher)
         # While the averages are young, half as many batches again change them a lot.
         half = (state.num_batches - state.age + 1) // 2
         is_due = state.age >= jnp.minimum(half, self.refresh_every)
         age, inverses = jax.lax.cond(
-            is_due & (state.num_batches > 0),
+            is_due & is_observed & (state.num_batches > 0),
             lambda: _refresh(groups, state, damping, weights),
             lambda: (state.age + 1, state.inverses),
         )
@@ -275,8 +288,11 @@ class Kronecker:
 
     def _observe(
         self, fisher: Any, state: KroneckerState, groups: list[_Group]
-    ) -> tuple[list[_Group], KroneckerState]:
-        """Adds this batch to the averages, if what it adds is finite."""
+    ) -> tuple[Array, PyTree]:
+        """Adds this batch to the averages, if what it adds is finite.
+
+        Which block each member of the groups is, is entered in `groups`.
+        """
         blocks, factors = _statistics(fisher, state.num_batches, self.max_size)
         # A sum of finite numbers is finite but for what no average should see either.
         sums = map(_sum, jax.tree.leaves(factors))
@@ -309,10 +325,7 @@ class Kronecker:
                 filled = [none if factor is None else factor for _, factor in new]
                 old = jax.tree.map(mix, old, *filled)
             averages.append(old)
-        return groups, state._replace(
-            num_batches=jnp.where(is_finite, count, state.num_batches),
-            averages=tuple(averages),
-        )
+        return jnp.where(is_finite, count, state.num_batches), tuple(averages)
 
 
 def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
@@ -633,7 +646,7 @@ def _damped(
 
 
 def _lengths(group: _Group, *, is_turned: bool) -> np.ndarray:
-    """The number of rows of every block, or of columns, with the bias if it is there."""
+    """The number of rows of every block, or of columns; with a bias, if it has one."""
     has_bias = [
         block is not None and block.bias is not None and block.is_turned == is_turned
         for block in group.blocks
@@ -803,7 +816,7 @@ class KFAC(Solver):
     `CG(max_steps=1, rtol=0, preconditioner=Kronecker())` takes the same step.
 
     Attributes:
-      decay, refresh_every, max_size: as of `Kronecker`.
+      decay, refresh_every, observe_every, max_size: as of `Kronecker`.
       exact_length: whether α minimises ½ dᵀ (F + λI) d - gᵀ d, or is 1.
 
     Raises:
@@ -825,7 +838,8 @@ class KFAC(Solver):
     """
 
     decay: float = 0.95
-    refresh_every: int = 5
+    refresh_every: int = 20
+    observe_every: int = 5
     max_size: int = 2048
     exact_length: bool = True
 
@@ -833,7 +847,9 @@ class KFAC(Solver):
         self._kronecker()  # raises
 
     def _kronecker(self) -> Kronecker:
-        return Kronecker(self.decay, self.refresh_every, self.max_size)
+        return Kronecker(
+            self.decay, self.refresh_every, self.observe_every, self.max_size
+        )
 
     def init(self, params: Params) -> KroneckerState:
         """The state before the first solve."""

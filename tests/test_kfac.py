@@ -505,7 +505,7 @@ def test_blocks_in_other_coordinates_are_those_of_scaled_parameters(x64, rng):
 
 def test_old_batches_are_forgotten_at_the_rate_of_the_decay(x64, rng):
     params, x = line_problem(rng, "float64", 1)
-    kronecker = Kronecker(decay=0.75)
+    kronecker = Kronecker(decay=0.75, observe_every=1)
     scales = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 
     def step(state, scale):
@@ -554,6 +554,32 @@ def test_inverses_come_when_the_averages_have_changed(refresh_every, expected, r
     changes = np.diff(np.concatenate([old[None], new]), axis=0)
     has_changed = np.abs(changes).max((1, 2)) > 0
     np.testing.assert_array_equal(1 + np.flatnonzero(has_changed), expected)
+
+
+def test_a_long_memory_is_fed_with_some_of_the_batches(rng):
+    params, x = line_problem(rng, "float32", 1)
+    kronecker = Kronecker(decay=0.75, refresh_every=4, observe_every=2)
+
+    def step(state, scale):
+        fisher = linearize(line, params, scale * x, ngd.Gaussian())
+        state = kronecker.prepare(fisher, state, 0.1)[1]
+        return state, state
+
+    run = jax.jit(lambda state, scales: jax.lax.scan(step, state, scales)[1])
+    states = run(kronecker.init(params), jnp.linspace(1, 2, 16))
+    # Four batches make 1 / (1 - decay); then one in two, an inverse from one in two.
+    observed = np.diff(np.concatenate([[0], states.num_batches])) > 0
+    refreshed = np.asarray(states.age == 1)
+    assert observed[:4].all()
+    assert 5 <= observed[4:].sum() <= 7
+    assert not (observed[5:] & observed[4:-1]).any()
+    assert (refreshed <= observed)[4:].all()
+    assert 3 <= refreshed[4:].sum() <= 6
+    leaf = kept(
+        jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states.averages), params, 1
+    )
+    changes = np.abs(np.diff(leaf.rows, axis=0)).max((1, 2)) > 0
+    np.testing.assert_array_equal(changes, observed[1:])
 
 
 @functools.partial(jax.jit, static_argnames="refresh_every")

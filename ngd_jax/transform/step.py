@@ -191,6 +191,12 @@ class NaturalGradientStep:
         kept_direction = solution.direction
         if isinstance(settings.learning_rate, RateRule):
             kept_direction = tree.scale(scale, kept_direction)
+        else:
+            # Of a direction that the radius has shortened, what was taken: momentum of
+            # steps that were never taken drives a network away from its optimum.
+            whole = jnp.where(jnp.isfinite(line.upper), line.upper, unit)
+            part = jnp.where(whole > 0, jnp.minimum(step.scale / whole, 1), 1)
+            kept_direction = tree.scale(part, kept_direction)
         if solution.length is not None:
             scale = scale * solution.length
         if solution.damping is not None:

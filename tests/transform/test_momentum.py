@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ngd_jax as ngd
@@ -99,3 +100,75 @@ def test_momentum_does_not_vanish_with_the_damping(rng, x64):
         inverse = np.linalg.pinv(x[rows])
         expected = start + inverse @ (-y[rows] - x[rows] @ start)
         np.testing.assert_allclose(directions[1], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [0.5, None])
+def test_what_is_remembered_is_what_was_taken(rate, rng, x64):
+    """A radius that shortens the step shortens the direction that momentum keeps."""
+    x, y = _consistent_problem(rng)
+    batch = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
+    w = jnp.zeros(NUM_PARAMS)
+    gradient = jnp.asarray(x.T @ (x @ np.zeros(NUM_PARAMS) - y) / NUM_ROWS)
+    kept = {}
+    for max_kl in (1e-3, 1e9):
+        tx = ngd.natural_gradient(
+            rate,
+            _linear_fn,
+            ngd.Gaussian(event_ndims=0),
+            max_kl=max_kl,
+            damping=1e-3,
+            solver=ngd.Cholesky(),
+            momentum=0.9,
+        )
+        updates, state = tx.update(gradient, tx.init(w), w, batch=batch)
+        kept[max_kl] = state.direction, updates, state.info.step_scale
+    direction, updates, scale = kept[1e-3]
+    assert scale < (rate or 1.0)
+    np.testing.assert_allclose(updates, -(rate or 1.0) * direction, rtol=1e-10)
+    # A radius that does not bind, and the growth of a step towards it, change nothing.
+    whole, _, scale = kept[1e9]
+    assert scale >= (rate or 1.0)
+    np.testing.assert_allclose(
+        np.linalg.lstsq(np.stack([direction]).T, whole)[0] * direction, whole, rtol=1e-8
+    )
+    assert jnp.linalg.norm(whole) > jnp.linalg.norm(direction)
+
+
+def test_steps_that_a_radius_has_cut_do_not_add_up(rng):
+    """A small convolution on noisy batches, of which every step is shortened."""
+    images = jnp.asarray(rng.normal(size=(256, 6, 6, 1)), jnp.float32)
+    labels = jnp.asarray(jnp.sum(images[:, :2], (1, 2, 3)) > 0, jnp.int32)
+    params = {
+        "kernel": jnp.asarray(rng.normal(size=(3, 3, 1, 4)) / 3, jnp.float32),
+        "w": jnp.asarray(rng.normal(size=(64, 2)) / 8, jnp.float32),
+    }
+
+    def model_fn(params, batch):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        hidden = jax.lax.conv_general_dilated(
+            batch["x"], params["kernel"], (1, 1), "VALID", dimension_numbers=numbers
+        )
+        return jnp.tanh(hidden).reshape(len(hidden), -1) @ params["w"]
+
+    tx = ngd.natural_gradient(
+        0.3, model_fn, ngd.Categorical(), max_kl=0.05, momentum=0.9, solver=ngd.KFAC()
+    )
+
+    def loss_fn(params, batch):
+        logits = model_fn(params, batch)
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["y"]
+        ).mean()
+
+    def step(carry, key):
+        params, state = carry
+        rows = jax.random.choice(key, 256, (32,), replace=False)
+        batch = {"x": images[rows], "y": labels[rows]}
+        gradient = jax.grad(loss_fn)(params, batch)
+        updates, state = tx.update(gradient, state, params, batch=batch)
+        whole = {"x": images, "y": labels}
+        return (optax.apply_updates(params, updates), state), loss_fn(params, whole)
+
+    keys = jax.random.split(jax.random.key(0), 100)
+    losses = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), keys)[1])()
+    assert losses[-20:].max() < 0.35
