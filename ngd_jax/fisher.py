@@ -408,6 +408,9 @@ class Fisher:
             `params`, float32 or wider, to such trees.
           scales: where S multiplies every parameter by a positive number, those.
         """
+        if scales is not None and self.origin is not None:
+            # Scales of scales multiply; those of any other coordinates are no scales.
+            scales = None if self.scales is None else _multiply(self.scales, scales)
         origin, wide_params = tree.zeros_like_wide(self.params), tree.widen(self.params)
         transpose = adjoint(params_from, origin)
 
@@ -430,6 +433,10 @@ class Fisher:
             scales=scales,
             origin=self,
         )
+
+
+def _multiply(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(jnp.multiply, a, b)
 
 
 def _placed_like(values: PyTree, like: PyTree) -> PyTree:

@@ -415,8 +415,8 @@ def _groups(leaves: list[Any], max_size: int) -> list[_Group]:
             key = ((math.prod(shape),), dtype)
             members.setdefault(key, []).append((place, None))
     return [
-        _Group(*key, tuple(found), (None,) * len(found))
-        for key, found in members.items()
+        _Group(shape, dtype, tuple(found), (None,) * len(found))
+        for (shape, dtype), found in members.items()
     ]
 
 
@@ -721,14 +721,11 @@ def _matvec(
     weights: list[ArrayLike],
 ) -> MatVec:
     scales = None if fisher.scales is None else tree.widen(fisher.scales)
-    diagonals = {
-        place: jnp.where(state.num_batches > 0, _diagonals(group, *rest), 1)
-        for place, (group, *rest) in enumerate(
-            (group, average, damping, weights)
-            for group, average in zip(groups, state.averages, strict=True)
-        )
-        if group.is_used and not group.is_matrices
-    }
+    is_seen, diagonals = state.num_batches > 0, {}
+    for place, group in enumerate(groups):
+        if group.is_used and not group.is_matrices:
+            diagonal = _diagonals(group, state.averages[place], damping, weights)
+            diagonals[place] = jnp.where(is_seen, diagonal, 1)
 
     def matvec(vector: PyTree) -> PyTree:
         vector = tree.widen(vector)

@@ -716,6 +716,32 @@ def test_fisher_in_coordinates_is_the_transformed_one(microbatch_size, x64, rng)
         assert_close(reference.flat(actual), reference.flat(expected), 1e-12)
 
 
+@pytest.mark.parametrize("inner", ["scales", "any"])
+def test_scales_of_scales_multiply_and_of_anything_else_are_none(inner, x64, rng):
+    case = CASES["categorical"]
+    params, x = case.make(rng, "float64")
+    scales = jax.tree.map(lambda p: 1 + p**2, params)
+
+    def scale(t):
+        return jax.tree.map(jnp.multiply, scales, t)
+
+    fisher = ngd.linearize_fisher(case.model_fn, params, x, case.likelihood)
+    there = fisher.in_coordinates(scale, scales if inner == "scales" else None)
+    there = there.in_coordinates(scale, scales)
+    if inner == "any":
+        assert there.scales is None
+    else:
+        squares = jax.tree.map(jnp.square, scales)
+        chex.assert_trees_all_close(there.scales, squares, rtol=1e-12)
+    # The factors are those of the parameters either way.
+    v = random_like(params, rng)
+    expected = ngd.Kronecker()(
+        fisher.in_coordinates(lambda t: scale(scale(t)), there.scales), 0.1
+    )(v)
+    actual = ngd.Kronecker()(there, 0.1)(v)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9)
+
+
 # --- Misuse.
 
 linearize_fisher = unchecked(ngd.linearize_fisher)

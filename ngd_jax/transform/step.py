@@ -129,8 +129,9 @@ class NaturalGradientStep:
         solution, direction, damping = self._solve(
             fisher, gradient, state, batch, loss_along
         )
-        is_changed = direction is not solution.direction
-        largest = tree.max_abs(direction) if is_changed else solution.largest
+        largest = solution.largest  # found once, around the solver
+        if largest is None or direction is not solution.direction:
+            largest = tree.max_abs(direction)
         unit = tree.usable_unit(largest)
         direction = tree.divide(direction, unit)
         pushed = solution.pushed
@@ -322,7 +323,7 @@ class NaturalGradientStep:
             )
         if direction is not solution.direction:
             solution = solution._replace(
-                direction=direction, pushed=pushed, largest=tree.max_abs(direction)
+                direction=direction, pushed=pushed, largest=None
             )
         return solution, params_from(direction), damping
 
