@@ -96,7 +96,7 @@ def kfac() -> dict[str, Any]:
         "damping": LevenbergMarquardt(
             initial=150.0, increase=1 / decay, decrease=decay, every=5
         ),
-        "solver": KFAC(exact_length=False),
+        "solver": KFAC(refresh_every=5, observe_every=1, exact_length=False),
     }
 
 

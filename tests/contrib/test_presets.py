@@ -70,7 +70,7 @@ def test_the_numbers_are_those_of_the_sources():
     assert (rule.initial, rule.every) == (150.0, 5)
     np.testing.assert_allclose(rule.decrease, 0.95**5)
     assert isinstance(solver, ngd.KFAC)
-    assert (solver.decay, solver.refresh_every) == (0.95, 5)
+    assert (solver.decay, solver.refresh_every, solver.observe_every) == (0.95, 5, 1)
 
     assert ngd.contrib.presets.pascanu_bengio(_halves)["damping"].initial == 6.0
 

@@ -40,6 +40,19 @@ def test_a_whole_step_that_falls_as_predicted_is_taken_beyond_the_radius():
     assert bool(step.found)
 
 
+@pytest.mark.parametrize(("sufficient", "is_taken"), [(0.2, True), (0.25, False)])
+def test_a_whole_step_must_fall_by_a_sufficient_part_of_the_prediction(
+    sufficient, is_taken
+):
+    # It falls by 0.12 where ½ is predicted: 0.24 of it, and less of shorter steps.
+    rule = RelativeRadius(1e-3, sufficient=sufficient)
+    step = search(rule, lambda s: 3 - 0.12 * s, slope=1.0)
+    if is_taken:
+        assert float(step.scale) == 1.0
+    else:
+        assert 0.92 * 3e-3 <= float(step.kl) <= 3e-3
+
+
 @pytest.mark.parametrize("halvings", [0, 1, 2, 3])
 def test_shorter_steps_are_looked_at_in_turn(halvings):
     # The quadratic model predicts a fall of s - s²/2; up to s = ¼ it does fall.

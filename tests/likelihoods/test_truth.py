@@ -340,6 +340,26 @@ def test_product_is_the_weighted_sum_of_its_blocks(rng):
         np.testing.assert_allclose(product["y"], weight_y * y, rtol=1e-6)
 
 
+def test_product_solve_inverts_the_weighted_roots(precision, rng):
+    # B = √w / scale for a Gaussian; a block of weight zero has no coefficients.
+    likelihood = Product(
+        {"x": Gaussian(scale=0.5), "y": Poisson(), "z": Gaussian()},
+        weights={"x": 4.0, "y": 0.25, "z": 0.0},
+    )
+    z, c = (
+        {name: jnp.asarray(rng.normal(size=(5, 2))) for name in ("x", "y", "z")}
+        for _ in range(2)
+    )
+    u = jax.jit(likelihood.sqrt_fisher_solve)(z, c)
+    np.testing.assert_allclose(u["x"], 0.5 * c["x"] / 2, rtol=precision)
+    root = 0.5 * np.exp(np.asarray(z["y"]) / 2)
+    np.testing.assert_allclose(u["y"], c["y"] / root, rtol=precision)
+    np.testing.assert_array_equal(u["z"], 0)
+    image = jax.jit(likelihood.sqrt_fisher_vp)(z, u)
+    np.testing.assert_allclose(image["x"], c["x"], rtol=precision)
+    np.testing.assert_allclose(image["y"], c["y"], rtol=precision)
+
+
 def test_product_blocks_may_have_their_own_batches(rng):
     outputs = {"interior": jnp.ones((7, 1)), "boundary": jnp.ones((3, 2))}
     likelihood = Product({"interior": Gaussian(), "boundary": Gaussian()})

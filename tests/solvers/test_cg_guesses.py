@@ -87,6 +87,30 @@ def test_first_guess_with_zero_right_hand_side_gives_zero():
     assert int(info.status) == Status.CONVERGED
 
 
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_from_a_guess_it_takes_a_step_for_each_eigenvalue(preconditioned, x64, rng):
+    # Only if the guess, which is conjugate to nothing, is no part of later directions.
+    eigenvalues = np.repeat([0.5, 1.0, 3.0], 4)
+    matrix, inverse = systems.spectrum(rng, eigenvalues), None
+    if preconditioned:  # M⁻¹ A is similar to the matrix
+        scales = np.geomspace(0.1, 10, 12)
+        matrix = scales[:, None] * matrix * scales
+        inverse = np.diag(scales**-2.0)
+    truth, x0 = rng.normal(size=(2, 12))
+    x, info = solve(
+        matrix,
+        matrix @ truth,
+        x0=x0,
+        preconditioner=inverse,
+        max_steps=5,
+        rtol=1e-9,
+        dtype="f8",
+    )
+    assert int(info.num_steps) == 3
+    assert int(info.status) == Status.CONVERGED
+    np.testing.assert_allclose(x, truth, rtol=1e-6)
+
+
 # --- Preconditioners.
 
 

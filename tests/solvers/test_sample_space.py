@@ -255,7 +255,9 @@ def test_float32_is_as_good_as_its_precision(damping, rng):
     truth = dense_truth(ngd.Categorical(), params, x, g, damping)
     error = np.linalg.norm(reference.flat(solution) - truth) / np.linalg.norm(truth)
     assert error < 2e-5
-    assert int(info.status) == Status.CONVERGED
+    # The smaller λ, the longer d, and the more of the residual is round-off.
+    allowed = {Status.CONVERGED} | ({Status.STAGNATED} if damping < 1e-2 else set())
+    assert int(info.status) in allowed
 
 
 def test_narrow_parameters_keep_their_dtype(rng):
