@@ -189,15 +189,7 @@ class NaturalGradientStep:
         was_weighed = taken | (status == StepStatus.NO_REDUCTION)
 
         scale = step.scale / unit
-        kept_direction = solution.direction
-        if isinstance(settings.learning_rate, RateRule):
-            kept_direction = tree.scale(scale, kept_direction)
-        else:
-            # Of a direction that the radius has shortened, what was taken: momentum of
-            # steps that were never taken drives a network away from its optimum.
-            whole = jnp.where(jnp.isfinite(line.upper), line.upper, unit)
-            part = jnp.where(whole > 0, jnp.minimum(step.scale / whole, 1), 1)
-            kept_direction = tree.scale(part, kept_direction)
+        kept_direction = self._kept(solution.direction, step.scale, line.upper, unit)
         if solution.length is not None:
             scale = scale * solution.length
         if solution.damping is not None:
@@ -347,6 +339,18 @@ class NaturalGradientStep:
         if isinstance(rule, RelativeDamping):
             return rule.value(fisher)
         return jnp.asarray(_value_at(rule, state.count))
+
+    def _kept(
+        self, direction: PyTree, scale: Scalar, upper: Scalar, unit: Scalar
+    ) -> PyTree:
+        """What the next step knows of this one; `scale` and `upper` in `unit`s."""
+        if isinstance(self.settings.learning_rate, RateRule):
+            return tree.scale(scale / unit, direction)
+        # Of a direction that the radius has shortened, what was taken: momentum of
+        # steps that were never taken drives a network away from its optimum.
+        whole = jnp.where(jnp.isfinite(upper), upper, unit)
+        part = jnp.where(whole > 0, jnp.minimum(scale / whole, 1), 1)
+        return tree.scale(part, direction)
 
     def _upper(self, count: Array, unit: ArrayLike) -> Array:
         """The longest step that the learning rate allows, in units of `unit`."""
