@@ -205,21 +205,11 @@ class CovariantDamping:
             parameters or do not broadcast to them.
         """
         wide = tree.zeros_like_wide(fisher.params)
-        if callable(self.scales):
-            scales = None
-        else:
-            structure = jax.tree.structure(self.scales)
-            if structure != jax.tree.structure(wide):
-                raise ValueError(
-                    f"`scales` of CovariantDamping must have the structure of the "
-                    f"parameters: got {structure}, expected "
-                    f"{jax.tree.structure(wide)}."
-                )
-            scales = self.scales
-        tree.check_like(
-            jax.eval_shape(self.params_from, wide),
-            wide,
-            name="scales",
-            like_name="params",
-        )
+        scales = None if callable(self.scales) else self.scales
+        if scales is not None:
+            # Scales broadcast, so only the structure is theirs to match.
+            structures = (jax.tree.map(lambda _: 0, one) for one in (scales, wide))
+            tree.check_like(*structures, name="scales", like_name="params")
+        moved = jax.eval_shape(self.params_from, wide)
+        tree.check_like(moved, wide, name="scales", like_name="params")
         return fisher.in_coordinates(self.params_from, scales)

@@ -18,7 +18,7 @@ from ngd_jax.solvers.protocol import Solver, SolverStatus, random_like
 from ngd_jax.transform import natural_gradient
 from ngd_jax.transform.arguments import split_functions
 from ngd_jax.transform.step import NaturalGradientStep
-from ngd_jax.types import Array, Batch, Params, PyTree
+from ngd_jax.types import Array, Batch, MatVec, Params, PyTree
 
 __all__ = ["Check", "Description", "describe"]
 
@@ -117,46 +117,37 @@ def describe(
     state = jax.eval_shape(step.init, params)
     params, model_from = split_functions(params)
     model_fn = model_from(settings.model_fn)
-
-    def linearized(params: Params, batch: Batch) -> Fisher:
-        return step.linearize(model_fn, params, batch, jnp.zeros((), jnp.int32))
-
+    num_params = max(1, dense.real_size(params))
     found: dict[str, Any] = {}
 
-    def trace(params: Params, batch: Batch) -> None:
-        fisher = linearized(params, batch)
+    @jax.jit
+    def errors_of(params: Params, batch: Batch) -> dict[str, Array]:
+        fisher = step.linearize(model_fn, params, batch, jnp.zeros((), jnp.int32))
         solver, reason = settings.solver, None
         if isinstance(solver, Auto):
             solver, reason = solver.choose(fisher)
-        found.update(
-            solver=solver,
-            reason=reason,
-            claims=_claims(solver, fisher),
-            num_examples=sum(mu.size for mu in fisher.measure),
-            num_outputs=dense.real_size(fisher.outputs),
-        )
+        num_examples = sum(mu.size for mu in fisher.measure)
+        sizes = f"{num_params} parameters, {dense.real_size(fisher.outputs)} outputs"
+        summary = [
+            f"{sizes} of {num_examples} examples, {settings.likelihood!r}",
+            f"solver: {solver!r}",
+            *([f"chosen by Auto: {reason}"] if reason else []),
+        ]
+        claims = _claims(solver, fisher)
+        found.update(solver=solver, summary=summary, claims=claims)
+        return _errors(fisher, solver)
 
-    jax.eval_shape(trace, params, batch)
-    errors = jax.jit(lambda p, b: _errors(linearized(p, b), settings.solver))(
-        params, batch
-    )
-    num_params = max(1, dense.real_size(params))
-    sizes = f"{num_params} parameters, {found['num_outputs']} outputs"
-    summary = [
-        f"{sizes} of {found['num_examples']} examples, {settings.likelihood!r}",
-        f"solver: {found['solver']!r}",
-    ]
-    if found["reason"]:
-        summary.append(f"chosen by Auto: {found['reason']}")
-    paths = [
-        (jax.tree_util.keystr(path) or "the root", " × ".join(map(str, leaf.shape)))
-        for path, leaf in jax.tree.leaves_with_path(params)
-    ]
+    errors = errors_of(params, batch)
+    leaves = jax.tree.leaves_with_path(params)
     return Description(
-        summary=summary,
+        summary=found["summary"],
         parameters=[
-            (path, shape or "scalar", claim)
-            for (path, shape), claim in zip(paths, found["claims"], strict=True)
+            (
+                jax.tree_util.keystr(path) or "the root",
+                " × ".join(map(str, leaf.shape)) or "scalar",
+                claim,
+            )
+            for (path, leaf), claim in zip(leaves, found["claims"], strict=True)
         ],
         memory={
             "direction": tree.size(state.direction) / num_params,
@@ -205,6 +196,10 @@ def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
     """The relative error of each claim in `_CLAIMS`, and of a solve."""
     u, v = (_random(seed, fisher.params) for seed in (0, 1))
     product, pushed = fisher.matvec_and_push(v)
+
+    def asymmetry(matvec: MatVec) -> Array:
+        return jnp.abs(tree.vdot(u, matvec(v)) - tree.vdot(v, matvec(u)))
+
     factor = getattr(fisher.likelihood, "kl_curvature", 1.0)
     curvature = factor * tree.vdot(v, product)
     size = jnp.abs(curvature)
@@ -214,22 +209,19 @@ def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
 
     one = jnp.ones((), curvature.dtype)
     slope, bend = jax.jvp(jax.grad(kl_along), (0 * one,), (one,))
-    asymmetry = tree.vdot(u, product) - tree.vdot(v, fisher.matvec(u))
     solve = kfac.Kronecker()(fisher, 1e-3)
-    solved_u, solved_v = solve(u), solve(v)
-    of_v = tree.vdot(v, solved_v)
-    asymmetry_of_factors = tree.vdot(v, solved_u) - tree.vdot(u, solved_v)
+    of_factors = tree.vdot(v, solve(v))
     excess = bend / curvature - 1
     # For wave functions the factor is an upper bound; see `Likelihood.kl_curvature`.
     excess = jnp.abs(excess) if factor == 1 else jnp.maximum(excess, 0)
     errors = {
-        "symmetry": jnp.abs(asymmetry) / (tree.norm(u) * tree.norm(product)),
+        "symmetry": asymmetry(fisher.matvec) / (tree.norm(u) * tree.norm(product)),
         "zero": jnp.abs(kl_along(0 * one)),
         "slope": jnp.abs(slope) / jnp.sqrt(size),
         "curvature": excess if fisher.kind == "exact" else 0 * one,
         "sign": jnp.maximum(0.0, -kl_along(0.1 * one) / (0.1**2 * size)),
         "layers": _error_of_layers(fisher.base),
-        "factors": jnp.where(of_v > 0, jnp.abs(asymmetry_of_factors) / of_v, 1),
+        "factors": jnp.where(of_factors > 0, asymmetry(solve) / of_factors, 1),
     }
     if not solver.uses_objective:
         solution, info = solver(fisher, u, damping=1e-3)
@@ -261,20 +253,15 @@ def _checks(errors: dict[str, Array], params: Params, solver: Solver) -> list[Ch
         Check(claim, float(errors[name]), eps**0.5, advice)
         for name, (claim, advice) in _CLAIMS.items()
     ]
-    if "status" not in errors:
-        return checks
-    status = SolverStatus(int(errors["status"]))
-    refused = {
-        SolverStatus.NOT_SEPARABLE,
-        SolverStatus.NON_FINITE,
-        SolverStatus.BREAKDOWN,
-    }
-    claim = f"{type(solver).__name__} solves a random system: {status.name}"
-    tolerance = -1.0 if status in refused else float("inf")
-    checks.append(Check(claim, float(errors["solve"]), tolerance, status.message))
+    if "status" in errors:
+        status = SolverStatus(int(errors["status"]))
+        is_refused = status.name in ("NOT_SEPARABLE", "NON_FINITE", "BREAKDOWN")
+        claim = f"{type(solver).__name__} solves a random system: {status.name}"
+        tolerance = -1.0 if is_refused else float("inf")
+        error = float(errors["solve"])
+        checks.append(Check(claim, error, tolerance, status.message))
     return checks
 
 
 def _random(seed: int, like: PyTree) -> PyTree:
-    wide = tree.widen(like)
-    return random_like(jax.random.normal, jax.random.key(seed), wide)
+    return random_like(jax.random.normal, jax.random.key(seed), tree.widen(like))

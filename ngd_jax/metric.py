@@ -10,7 +10,7 @@ with H and its root, and the mean KL; knows nothing of models or parameters.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import jax
@@ -139,14 +139,13 @@ def take_examples(batch: Batch, count: int, size: int | None = None) -> Batch:
         if jnp.ndim(leaf)
     }
     sizes = {shape[0] for shape in shapes.values()}
-    if size is None:
-        if len(sizes) != 1:
-            raise ValueError(
-                f"`take_examples` cannot tell which leaves of `batch` hold examples: "
-                f"their shapes are {shapes}. Pass the number of examples as `size`."
-            )
-        size = sizes.pop()
-    if size not in {shape[0] for shape in shapes.values()}:
+    if size is None and len(sizes) != 1:
+        raise ValueError(
+            f"`take_examples` cannot tell which leaves of `batch` hold examples: "
+            f"their shapes are {shapes}. Pass the number of examples as `size`."
+        )
+    size = next(iter(sizes)) if size is None else size
+    if size not in sizes:
         raise ValueError(
             f"`batch` has no leaf with a leading axis of `size` = {size}: the shapes "
             f"are {shapes}."
@@ -181,15 +180,12 @@ def split(likelihood: Likelihood, values: PyTree) -> list[PyTree]:
     ]
 
 
-def join(likelihood: Likelihood, parts: Sequence[PyTree]) -> PyTree:
+def join(likelihood: Likelihood, parts: Iterable[PyTree]) -> PyTree:
     """Inverse of `split`."""
-    return _join(likelihood, iter(parts))
-
-
-def _join(likelihood: Likelihood, parts: Iterator[PyTree]) -> PyTree:
+    parts = iter(parts)  # the same one at every level
     if not isinstance(likelihood, Product):
         return next(parts)
-    return {name: _join(block, parts) for name, block in likelihood.blocks.items()}
+    return {name: join(block, parts) for name, block in likelihood.blocks.items()}
 
 
 def leading_size(likelihood: Likelihood, outputs: Outputs) -> int | None:
@@ -221,6 +217,13 @@ class OutputMetric:
     outputs: Outputs
     measure: tuple[Array, ...]
     scores: PyTree | None = None
+
+    @property
+    def data(self) -> list[tuple[PyTree, Array, PyTree]]:
+        """The outputs, the weights μ and the scores (or None) of each term."""
+        outputs = split(self.likelihood, self.outputs)
+        scores = _spread(self.likelihood, self.scores)
+        return list(zip(outputs, self.measure, scores, strict=True))
 
     def matvec(self, tangents: PyTree) -> PyTree:
         """μₙ Hₙ tₙ, or μₙ (tₙ - t̄) where the metric is a covariance over examples."""
@@ -284,12 +287,9 @@ class OutputMetric:
     def kl(self, new_outputs: Outputs) -> Scalar:
         """Σ μₙ KL(pₙ ‖ p'ₙ) in nats; an example of weight 0 counts not even as NaN."""
         total = jnp.zeros((), tree.accumulator_dtype((self.outputs, self.measure)))
-        for (term, _), p, q, mu in zip(
-            terms(self.likelihood),
-            split(self.likelihood, self.outputs),
-            split(self.likelihood, new_outputs),
-            self.measure,
-            strict=True,
+        new = split(self.likelihood, new_outputs)
+        for (term, _), (p, mu, _), q in zip(
+            terms(self.likelihood), self.data, new, strict=True
         ):
             if term.centered:
                 log_normaliser_ratio = log_mean_exp(term.log_ratio(p, q), mu)
@@ -301,18 +301,11 @@ class OutputMetric:
 
     def _map(self, product: Callable[..., PyTree], values: PyTree) -> PyTree:
         """`product(term, outputs, μ, scores, values)` of every term, joined."""
-        scores = [None] * len(self.measure)
-        if self.scores is not None:
-            scores = split(self.likelihood, self.scores)
-        parts = zip(
-            terms(self.likelihood),
-            split(self.likelihood, self.outputs),
-            self.measure,
-            scores,
-            split(self.likelihood, values),
-            strict=True,
+        parts = split(self.likelihood, values)
+        every = zip(terms(self.likelihood), self.data, parts, strict=True)
+        return join(
+            self.likelihood, (product(t, *data, v) for (t, _), data, v in every)
         )
-        return join(self.likelihood, [product(t, *rest) for (t, _), *rest in parts])
 
 
 def output_metric(
@@ -335,41 +328,46 @@ def output_metric(
       ValueError: for an empty batch, or weights that do not fit.
     """
     likelihood.batch_shape(outputs)  # raises where the outputs do not fit
-    parts = split(likelihood, outputs)
-    measure = tuple(
-        _normalise(term, out, weight, factor)
-        for (term, factor), out, weight in zip(
-            terms(likelihood), parts, _spread(likelihood, weights), strict=True
-        )
+    parts = zip(
+        terms(likelihood),
+        split(likelihood, outputs),
+        _spread(likelihood, weights),
+        strict=True,
     )
-    scores = None
-    if targets is not None:
-        scores = join(
-            likelihood,
-            [
-                jax.grad(lambda o, t=term, y=target: t.log_prob(o, y).sum())(out)
-                for (term, _), out, target in zip(
-                    terms(likelihood), parts, split(likelihood, targets), strict=True
-                )
-            ],
+    measure = tuple(
+        _normalise(term, out, weight, factor) for (term, factor), out, weight in parts
+    )
+    if targets is None:
+        return OutputMetric(likelihood, outputs, measure)
+
+    def log_prob(outputs: Outputs) -> Any:
+        parts = zip(
+            terms(likelihood),
+            split(likelihood, outputs),
+            split(likelihood, targets),
+            strict=True,
         )
-    return OutputMetric(likelihood, outputs, measure, scores)
+        return sum(term.log_prob(out, y).sum() for (term, _), out, y in parts)
+
+    return OutputMetric(likelihood, outputs, measure, jax.grad(log_prob)(outputs))
 
 
-def _spread(likelihood: Likelihood, weights: PyTree | None) -> list[Any]:
-    """The weights of each term."""
-    if isinstance(likelihood, Product) and isinstance(weights, dict):
-        if set(weights) != set(likelihood.blocks):
-            raise ValueError(
-                f"`weights` must have an entry for each block of the likelihood: got "
-                f"{sorted(weights)}, expected {sorted(likelihood.blocks)}."
-            )
-        return [
-            part
-            for name, block in likelihood.blocks.items()
-            for part in _spread(block, weights[name])
-        ]
-    return [weights] * len(terms(likelihood))
+def _spread(likelihood: Likelihood, values: PyTree | None) -> list[Any]:
+    """What each term has of the weights: that of its block, or what all share."""
+    if not isinstance(likelihood, Product):
+        return [values]
+    if not isinstance(values, dict):
+        values = dict.fromkeys(likelihood.blocks, values)
+    if set(values) != set(likelihood.blocks):
+        raise ValueError(
+            f"`weights` must have an entry for each block of the likelihood: got "
+            f"{sorted(values)}, expected {sorted(likelihood.blocks)}."
+        )
+    return [
+        part
+        for name, block in likelihood.blocks.items()
+        for part in _spread(block, values[name])
+    ]
 
 
 def _normalise(
@@ -384,17 +382,14 @@ def _normalise(
         )
     if weights is None:
         return jnp.full(shape, factor / count, dtype)
-    weights = jnp.asarray(weights)
+    weights = jnp.asarray(weights).astype(dtype)
     try:
-        broadcast = jnp.broadcast_shapes(weights.shape, shape)
-    except ValueError:
-        broadcast = None
-    if broadcast != shape:
+        weights = jnp.broadcast_to(weights, shape)
+    except ValueError as error:
         raise ValueError(
             f"`weights` must broadcast against the examples: got shape "
             f"{weights.shape}, expected one that broadcasts to {shape}."
-        )
-    weights = jnp.broadcast_to(weights.astype(dtype), shape)
+        ) from error
     return factor * weights / jnp.sum(weights)
 
 

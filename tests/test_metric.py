@@ -159,6 +159,23 @@ def test_weights_of_each_term_add_up_to_that_of_its_block():
     assert leading_size(NESTED, same) == 3
 
 
+@pytest.mark.parametrize("likelihood", [ngd.LogDensity(), ngd.LogAmplitude()], ids=repr)
+def test_root_of_a_covariance_in_a_block_equals_the_dense_matrix(likelihood, x64, rng):
+    # A = diag(√μ) (1 - 1 μᵀ / Σμ) for any Σμ, that is, for any weight of the block.
+    block, weights = ngd.Product({"a": likelihood}, weights={"a": 2.0}), rng.random(5)
+    z, t, u = (
+        {"a": jnp.asarray(x + 1j * y if likelihood == ngd.LogAmplitude() else x)}
+        for x, y in rng.normal(size=(3, 2, 5))
+    )
+    metric = output_metric(block, z, weights={"a": jnp.asarray(weights)})
+    mu = 2.0 * weights / weights.sum()
+    root = np.sqrt(mu)[:, None] * (np.eye(5) - mu / mu.sum())
+    forward, back = metric.sqrt_matvec(t)["a"], metric.sqrt_rmatvec(u)["a"]
+    assert_close(forward, root @ np.asarray(t["a"]), 1e-12)
+    assert_close(back, root.T @ np.asarray(u["a"]), 1e-12)
+    assert_close(jnp.vdot(forward, u["a"]), jnp.vdot(t["a"], back), 1e-12)
+
+
 # --- Which examples.
 
 

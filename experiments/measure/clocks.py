@@ -5,22 +5,25 @@ contestants take turns, and each figure is the median over the turns. CPU time l
 out the time for which other processes held the core.
 """
 
+import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 __all__ = [
     "compile_seconds",
+    "compile_timed",
     "import_seconds",
     "interleaved_seconds",
     "operation_count",
     "use_one_thread",
+    "value_in_process",
 ]
 
 
@@ -72,6 +75,22 @@ def operation_count(function: Callable[..., Any], *args: Any) -> float:
     return float(analysis["flops"])
 
 
+def compile_timed(
+    function: Callable[..., Any], args: Sequence[Any], **options: Any
+) -> tuple[jax.stages.Compiled, float]:
+    """The compiled function, and the CPU seconds to trace, lower and compile it.
+
+    Args:
+      function: jitted or not.
+      args: its arguments.
+      **options: of `jax.jit`.
+    """
+    jax.clear_caches()
+    start = time.process_time()
+    compiled = jax.jit(function, **options).lower(*args).compile()
+    return compiled, time.process_time() - start
+
+
 def compile_seconds(
     functions: Sequence[Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]],
     *,
@@ -86,12 +105,9 @@ def compile_seconds(
     samples: list[list[float]] = [[] for _ in functions]
     for turn in range(repeats + 1):
         for make, sample in zip(functions, samples, strict=True):
-            function, args = make()
-            jax.clear_caches()
-            start = time.process_time()
-            jax.jit(function).lower(*args).compile()
+            _, seconds = compile_timed(*make())
             if turn:
-                sample.append(time.process_time() - start)
+                sample.append(seconds)
     return [statistics.median(sample) for sample in samples]
 
 
@@ -113,3 +129,32 @@ def import_seconds(module: str, *, after: Sequence[str], repeats: int) -> float:
         )
         samples.append(float(done.stdout))
     return statistics.median(samples)
+
+
+def value_in_process(
+    module: str,
+    function: str,
+    args: Sequence[Any],
+    environment: Mapping[str, str] | None = None,
+) -> float:
+    """The number that `function(*args)` of a module returns in a process of its own.
+
+    Args:
+      module: where the function is.
+      function: its name.
+      args: what JSON can carry.
+      environment: variables of the process besides those of this one.
+    """
+    program = (
+        f"import json\n"
+        f"from {module} import {function}\n"
+        f"print({function}(*json.loads({json.dumps(json.dumps(list(args)))})))"
+    )
+    done = subprocess.run(  # noqa: S603 (our own program)
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    return float(done.stdout.split()[-1])

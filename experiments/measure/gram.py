@@ -15,7 +15,7 @@ from experiments.measure.contestants import (
     make_problem,
     widths_of,
 )
-from ngd_jax import dense
+from ngd_jax.gram import gram as gram_matrix
 from ngd_jax.solvers import sample_space
 
 __all__ = ["GramCost", "gram_table", "measure_gram"]
@@ -49,7 +49,7 @@ def measure_gram(cell: Sequence[int], *, repeats: int) -> GramCost:
     args = (problem.params, problem.batch)
     gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
     _, rhs = gradient(*args)
-    build = jax.jit(lambda *args: dense.gram(problem.linearize(*args)))
+    build = jax.jit(lambda *args: gram_matrix(problem.linearize(*args)))
     gram = build(*args)
     known = jax.jit(lambda *rest: _solve(problem, *rest, in_outputs=True))
     unknown = jax.jit(lambda *rest: _solve(problem, *rest, in_outputs=False))

@@ -3,15 +3,24 @@
 import dataclasses
 from typing import Annotated
 
-from experiments.settings import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, SEED, Rule
+from experiments.settings import (
+    AT_LEAST_ONE,
+    NON_NEGATIVE,
+    POSITIVE,
+    SEED,
+    Rule,
+    one_of,
+)
 
 __all__ = [
+    "NETWORKS",
     "TABLES",
     "BenchmarkConfig",
     "MemorySettings",
     "PoliciesSettings",
     "PrecisionSettings",
     "PreconditionersSettings",
+    "PriceSettings",
     "ProductsSettings",
     "ScalingSettings",
     "SolversSettings",
@@ -27,6 +36,17 @@ TABLES = (
     "preconditioners",
     "trpo",
     "vmc",
+    "price",
+)
+
+# Whose steps the table `price` is of; `networks` makes them.
+NETWORKS = (
+    "mlp_small",
+    "mlp",
+    "cnn",
+    "transformer_2",
+    "transformer_4",
+    "transformer_8",
 )
 
 TABLE = Rule(
@@ -231,14 +251,33 @@ class WaveFunctionsSettings:
 
 
 @dataclasses.dataclass
+class PriceSettings:
+    """Settings of the table of prices.
+
+    Attributes:
+      networks: names of the networks.
+      cached_network: the one whose first step is timed with and without a compilation
+        cache on disk; null leaves this out.
+      steps: in a turn of each timing; as many as `KFAC` has from one inverse to the
+        next, so that a turn holds all that a step may do.
+      repeats: turns of each timing.
+    """
+
+    networks: Annotated[list[str], one_of(*NETWORKS)]
+    cached_network: Annotated[str | None, one_of(*NETWORKS)]
+    steps: Annotated[int, AT_LEAST_ONE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
 class BenchmarkConfig:
     """Settings of `experiments.benchmark`.
 
     Attributes:
       table: which one, or "all".
       output: Markdown file to write; null prints only.
-      products, solvers, memory, scaling, precision, preconditioners, trpo, vmc: of
-        each table.
+      products, solvers, memory, scaling, precision, preconditioners, trpo, vmc, price:
+        of each table.
     """
 
     table: Annotated[str, TABLE]
@@ -251,3 +290,4 @@ class BenchmarkConfig:
     preconditioners: PreconditionersSettings
     trpo: PoliciesSettings
     vmc: WaveFunctionsSettings
+    price: PriceSettings

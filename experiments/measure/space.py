@@ -5,14 +5,13 @@ workspace of libraries that it calls (LAPACK, matrix products that repack) and w
 allocator keeps; the peak of a fresh process shows those.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from experiments.measure.clocks import value_in_process
 
 __all__ = ["Memory", "planned_memory", "resident_bytes", "watch_peak"]
 
@@ -58,15 +57,7 @@ def watch_peak(function: jax.stages.Compiled, args: tuple[Any, ...]) -> int:
 
 def resident_bytes(module: str, function: str, args: Sequence[Any]) -> int:
     """What `function(*args)` of a module prints, in a Python process of its own."""
-    program = (
-        f"import json\n"
-        f"from {module} import {function}\n"
-        f"print({function}(*json.loads({json.dumps(json.dumps(list(args)))})))"
-    )
-    done = subprocess.run(  # noqa: S603 (our own program)
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    )
-    return int(done.stdout.split()[-1])
+    return int(value_in_process(module, function, args))
 
 
 def _status_bytes(name: str) -> int:

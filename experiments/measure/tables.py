@@ -12,6 +12,7 @@ from experiments.measure.preconditioning import (
     cells,
     measure_preconditioners,
 )
+from experiments.measure.price import price_tables
 from experiments.measure.products import product_tables
 from experiments.measure.scaling import scaling_tables
 from experiments.measure.settings import TABLES, BenchmarkConfig
@@ -37,6 +38,7 @@ def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
         "preconditioners": lambda: preconditioner_tables(config.preconditioners),
         "trpo": lambda: policy_tables(config.trpo),
         "vmc": lambda: wave_function_tables(config.vmc),
+        "price": lambda: price_tables(config.price),
     }
     return measure[name]()
 

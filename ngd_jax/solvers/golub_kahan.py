@@ -300,11 +300,8 @@ def _step(system: LeastSquares, state: _State) -> _State:
     outside = tree.norm(tree.axpy(-1.0, x[1], system.w))
     rest = tree.norm(tree.axpy(-system.damping, x[0], system.r))
     num_steps = state.num_steps + (~failed).astype(jnp.int32)
-    status = jnp.select(
-        [~is_finite, failed],
-        [SolverStatus.NON_FINITE, SolverStatus.BREAKDOWN],
-        _RUNNING,
-    )
+    status = jnp.where(failed, SolverStatus.BREAKDOWN, _RUNNING)
+    status = jnp.where(is_finite, status, SolverStatus.NON_FINITE)
     return _State(
         x=x,
         h=tree.scale(-theta * inverse(rho), h),

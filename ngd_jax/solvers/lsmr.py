@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.per_example import precision
 from ngd_jax.solvers.golub_kahan import LeastSquares, inverse, solve
 from ngd_jax.solvers.protocol import (
     RightHandSide,
@@ -176,7 +177,7 @@ class LSMR(Solver):
         Raises:
           ValueError: on coefficients unlike what `fisher.sqrt_matvec` returns.
         """
-        g, w = rhs.gradient, rhs.coefficients
+        g, w, eps = rhs.gradient, rhs.coefficients, precision(fisher)
         image = jax.eval_shape(fisher.sqrt_matvec, g)
         r = dropped = zeros = jax.tree.map(jnp.zeros_like, g)
         gradient = g
@@ -189,7 +190,7 @@ class LSMR(Solver):
             rest = tree.axpy(-1.0, gradient, g)
             g_norm = tree.norm(g)
             a_norm = tree.norm(fisher.sqrt_matvec(g)) * inverse(g_norm)
-            limit = _TWO_WAYS * _precision(fisher) * (g_norm + a_norm * tree.norm(w))
+            limit = _TWO_WAYS * eps * (g_norm + a_norm * tree.norm(w))
             is_round_off = tree.norm(rest) <= limit
             r = tree.select(is_round_off, zeros, rest)
             dropped = tree.select(is_round_off, rest, zeros)
@@ -201,7 +202,7 @@ class LSMR(Solver):
             r=r,
             dropped=dropped,
             damping=jnp.asarray(damping),
-            precision=_precision(fisher),
+            precision=eps,
             limits=self,
         )
         direction, info = solve(system, gradient, rhs.guess)
@@ -215,9 +216,3 @@ class _Root(NamedTuple):
     sqrt_rmatvec: MatVec
     params: PyTree
     outputs: PyTree
-
-
-def _precision(fisher: Any) -> float:
-    """ε of the narrowest dtype of parameters and outputs."""
-    leaves = jax.tree.leaves((fisher.params, fisher.outputs))
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)

@@ -99,20 +99,19 @@ def make_positive_definite(matrix: Array, damping: ArrayLike) -> PositiveDefinit
 
 
 def factorise(
-    system: PositiveDefinite, jitter: ArrayLike = 0.0, shift: Scalar | None = None
+    system: PositiveDefinite, jitter: ArrayLike = 0.0
 ) -> tuple[Factor, Array]:
     """Factorises A + jitter · diag(A).
 
     Args:
       system: A.
       jitter: at least 0.
-      shift: another λ / u to factorise with, or None.
 
     Returns:
       The factor, and whether there is one: False where A is singular to working
       precision, or not finite.
     """
-    added = (system.shift if shift is None else shift) * system.unit
+    added = system.shift * system.unit
     diagonal = system.diagonal + added
     is_positive = diagonal > 0
     inverse = jnp.where(is_positive, jnp.where(is_positive, diagonal, 1) ** -0.5, 1)
@@ -144,22 +143,18 @@ def with_least_jitter(
     size = len(system.matrix)
     jitters = jnp.asarray([0.0, size * eps, eps**0.5], system.matrix.dtype)
 
-    def attempt(count: Array) -> tuple[Array, PyTree]:
+    def attempt(carry: tuple[Any, ...]) -> tuple[Array, Array, PyTree]:
+        count, *_ = carry
         factor, exists = factorise(system, jitters[count])
-        return exists, fn(jitters[count], factor)
+        return count + 1, exists, fn(jitters[count], factor)
 
     def is_running(carry: tuple[Array, Array, PyTree]) -> Array:
         count, exists, _ = carry
         return (count < len(jitters)) & ~exists
 
-    def body(carry: tuple[Array, Array, PyTree]) -> tuple[Array, Array, PyTree]:
-        count, _, _ = carry
-        return count + 1, *attempt(count)
-
-    zero = jnp.zeros((), jnp.int32)
-    like = jax.eval_shape(attempt, zero)
+    like = jax.eval_shape(attempt, (jnp.zeros((), jnp.int32),))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    return jax.lax.while_loop(is_running, body, (zero, *start))[2]
+    return jax.lax.while_loop(is_running, attempt, start)[2]
 
 
 def solve(factor: Factor, b: Array) -> Array:
@@ -222,12 +217,7 @@ def direct_solution(
     )
     # Nothing in place of what is refused; what is not finite stays so, to be reported.
     nothing = info.relative_residual - info.relative_residual
-
-    def taken(values: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda x: jnp.where(is_taken, x, nothing).astype(x.dtype), values
-        )
-
     residual = jnp.where(is_taken, info.relative_residual, 1 + nothing)
     info = info._replace(relative_residual=residual)
-    return Solution(taken(direction), taken(pushed), info, state)
+    direction, pushed = tree.scale(jnp.where(is_taken, 1, nothing), (direction, pushed))
+    return Solution(direction, pushed, info, state)

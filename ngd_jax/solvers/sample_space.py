@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
-from ngd_jax.dense import gram, ravel_real
+from ngd_jax.gram import gram
+from ngd_jax.per_example import precision, ravel_real, working_dtype
 from ngd_jax.solvers.positive_definite import (
     Factor,
     PositiveDefinite,
@@ -142,13 +143,12 @@ class SampleSpace(Solver):
             )
 
         g = tree.replicate(rhs.gradient)
-        is_known = rhs.coefficients is not None
-        rest = tree.axpy(-1.0, pull(w), g) if is_known else g
+        rest = g if rhs.coefficients is None else tree.axpy(-1.0, pull(w), g)
         g_norm, round_off = tree.norm(g), _round_off(fisher)
 
         def solve_with(jitter: Scalar, factor: Factor) -> tuple[PyTree, Scalar]:
             system = _System(scaled, jitter, factor, push, pull, g_norm, round_off)
-            return _solve_factorised(system, w, rest, is_known=is_known)
+            return _solve_factorised(system, w, rest)
 
         solution, residual = with_least_jitter(scaled, solve_with)
         return direct_solution(
@@ -185,11 +185,6 @@ class _System(NamedTuple):
     round_off: float
 
     @property
-    def damping(self) -> Scalar:
-        """λ."""
-        return self.scaled.shift
-
-    @property
     def trace(self) -> Scalar:
         """The trace of G, which is the square of the Frobenius norm of A."""
         return jnp.sum(self.scaled.diagonal) / self.scaled.unit
@@ -200,29 +195,27 @@ class _System(NamedTuple):
         return tree.norm(rest) <= self.round_off * longest
 
 
-def _solve_factorised(
-    system: _System, w: Array, rest: PyTree, *, is_known: bool
-) -> tuple[PyTree, Scalar]:
+def _solve_factorised(system: _System, w: Array, rest: PyTree) -> tuple[PyTree, Scalar]:
     """The solution, and the norm of its residual by G.
 
     Args:
       system: A and the factor of G + λI.
       w: the coefficients that are known of g, else zero.
       rest: g - Aᵀ w.
-      is_known: whether there are any.
     """
-    eps, damping = float(jnp.finfo(w.dtype).eps), system.damping
+    eps, damping = float(jnp.finfo(w.dtype).eps), system.scaled.shift
 
     # 2. g = Aᵀ w + r, and A r. Far above the round-off of G any w will do.
-    def push_if_any(w: Array, rest: PyTree) -> Array:
-        if not is_known:
-            return system.push(rest)
+    def as_they_are(w: Array, rest: PyTree) -> tuple[Array, PyTree, Array]:
         is_nothing = system.is_nothing(rest, w)
-        return jax.lax.cond(is_nothing, lambda _: jnp.zeros_like(w), system.push, rest)
+        pushed = jax.lax.cond(
+            is_nothing, lambda _: jnp.zeros_like(w), system.push, rest
+        )
+        return w, rest, pushed
 
     w, rest, pushed = jax.lax.cond(
         damping * system.scaled.unit >= eps ** (1 / 3) * system.scaled.size(),
-        lambda w, rest: (w, rest, push_if_any(w, rest)),
+        as_they_are,
         functools.partial(_split, system),
         *(w, rest),
     )
@@ -249,11 +242,11 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
       w, r and A r.
     """
     eps = float(jnp.finfo(w.dtype).eps)
-    shift = jnp.maximum(system.damping, eps**0.5)
+    shift = jnp.maximum(system.scaled.shift, eps**0.5)
     shifted = jax.lax.cond(
-        system.damping >= eps**0.5,
+        system.scaled.shift >= eps**0.5,
         lambda: system.factor,
-        lambda: factorise(system.scaled, system.jitter, shift)[0],
+        lambda: factorise(system.scaled._replace(shift=shift), system.jitter)[0],
     )
 
     def is_left(carry: tuple[Array, Array, PyTree, Array]) -> Array:
@@ -303,7 +296,5 @@ def _coefficients(
 
 def _round_off(fisher: Any) -> float:
     """Of a product with A, relative: it is wide but for casts to narrow dtypes."""
-    leaves = jax.tree.leaves((fisher.params, fisher.outputs))
-    narrow = float(max(jnp.finfo(leaf.dtype).eps for leaf in leaves))
-    wide = float(jnp.finfo(tree.accumulator_dtype(leaves)).eps)
-    return max(_ROUND_OFF * wide, 2 * narrow)
+    wide = float(jnp.finfo(working_dtype(fisher)).eps)
+    return max(_ROUND_OFF * wide, 2 * precision(fisher))

@@ -208,7 +208,7 @@ def test_scales_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=match):
             step_of(tx, params, batch)
 
-    refused({"w": jnp.ones(3)}, "`scales` of CovariantDamping must have the structure")
+    refused({"w": jnp.ones(3)}, "`scales` must have the tree structure of `params`")
     refused(
         jax.tree.map(lambda p: jnp.ones((7, *p.shape)), params),
         "`scales` must have the shapes of `params`",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ngd_jax as ngd
-from ngd_jax import dense
+from ngd_jax import dense, gram, per_example
 from tests.dense_layers import CASES, make, network, weighted_case, widened
 from tests.fisher_cases import assert_close
 from tests.test_dense import columns
@@ -18,10 +18,8 @@ pytestmark = pytest.mark.usefixtures("strict_ranks")
 
 def found_layers(fisher):
     """The places of weights and biases whose rows are taken as outer products."""
-    (group,), layers = dense._row_groups(fisher, with_means=False), []
-    jax.eval_shape(
-        lambda: dense._factored_rows(fisher, group, layers, jnp.dtype("float64"))
-    )
+    (group,), layers = per_example.groups_of(fisher), []
+    jax.eval_shape(lambda: gram._factored_rows(fisher, group, layers))
     return [(layer.weight, layer.bias) for layer in layers]
 
 
@@ -40,14 +38,14 @@ def test_gram_by_outer_products_is_that_of_the_operator(name, x64, rng):
     model_fn, likelihood, params, x, weights = weighted_case(name, rng)
 
     @jax.jit
-    def gram(params):
+    def of_network(params):
         fisher = ngd.linearize_fisher(model_fn, params, x, likelihood, weights=weights)
         # All but the narrow last layer; leaves are in the order of their names.
         assert found_layers(fisher) == [(1, 0), (3, None)]
-        return dense.gram(fisher)
+        return gram.gram(fisher)
 
     root = columns(model_fn, params, x, likelihood, weights=weights)
-    assert_close(gram(params), root @ root.T, 1e-13)
+    assert_close(of_network(params), root @ root.T, 1e-13)
 
 
 def test_functions_jitted_by_themselves_are_seen_through(x64, rng):
@@ -66,16 +64,16 @@ def test_long_means_cost_no_digits(x64, rng):
     @jax.jit
     def both(params):
         fisher = ngd.linearize_fisher(model_fn, params, x, ngd.LogAmplitude())
-        return [dense.gram(fisher, block) for block in (None, 11)], dense.dense(fisher)
+        return [gram.gram(fisher, block) for block in (None, 11)], dense.dense(fisher)
 
     assert np.linalg.norm(x.mean(0)) > 100 * np.asarray(x).std()
     root = columns(model_fn, widened(params), widened(x), ngd.LogAmplitude())
     grams, matrix = both(params)
     # The model itself rounds; subtracted from the products, the mean would cost five
     # digits.
-    for gram in grams:
-        assert gram.dtype == jnp.float32
-        assert_close(gram, root @ root.T, 1e-4)
+    for matrix_of_rows in grams:
+        assert matrix_of_rows.dtype == jnp.float32
+        assert_close(matrix_of_rows, root @ root.T, 1e-4)
     assert_close(matrix, root.T @ root, 1e-4)
 
 
@@ -89,7 +87,7 @@ def test_weights_used_twice_are_no_outer_products(x64, rng):
     fisher = ngd.linearize_fisher(model_fn, params, x, likelihood)
     assert found_layers(fisher) == [(1, None)]
     root = columns(model_fn, params, x, likelihood)
-    assert_close(jax.jit(lambda: dense.gram(fisher))(), root @ root.T, 1e-13)
+    assert_close(jax.jit(lambda: gram.gram(fisher))(), root @ root.T, 1e-13)
 
 
 @pytest.mark.slow
@@ -118,7 +116,7 @@ def test_weights_of_any_layout_and_biases_of_any_kind(x64, rng):
 
     fisher = ngd.linearize_fisher(model_fn, params, x, ngd.LogAmplitude())
     root = columns(model_fn, params, x, ngd.LogAmplitude())
-    assert_close(jax.jit(lambda: dense.gram(fisher))(), root @ root.T, 1e-13)
+    assert_close(jax.jit(lambda: gram.gram(fisher))(), root @ root.T, 1e-13)
 
 
 def test_what_does_not_fit_into_memory_is_made_by_blocks_of_rows(x64, rng, monkeypatch):
@@ -126,7 +124,7 @@ def test_what_does_not_fit_into_memory_is_made_by_blocks_of_rows(x64, rng, monke
     params, x = make(rng, "float64")
     likelihood = ngd.Gaussian(event_ndims=0)
     fisher = ngd.linearize_fisher(model_fn, params, x, likelihood)
-    monkeypatch.setattr(dense, "_MEMORY", 2**13)
-    assert dense._gram_by_layers(fisher, jnp.dtype("float64")) is None
+    monkeypatch.setattr(gram, "_MEMORY", 2**13)
+    assert gram._by_layers(fisher, per_example.groups_of(fisher)) is None
     root = columns(model_fn, params, x, likelihood)
-    assert_close(jax.jit(lambda: dense.gram(fisher))(), root @ root.T, 1e-13)
+    assert_close(jax.jit(lambda: gram.gram(fisher))(), root @ root.T, 1e-13)
