@@ -39,7 +39,7 @@ def test_table_of_prices_has_a_row_for_each_optimizer(monkeypatch):
     assert [row[1] for row in found.rows] == list(price.OPTIMIZERS)
     for row in found.rows:
         assert len(row) == len(found.head)
-        # A state may be smaller than what two decimals show, but nothing is free.
+        # With 43 parameters even the counters of a state show in two decimals.
         assert all(float(cell.replace(",", "")) > 0 for cell in row[2:])
     adam = dict(zip(found.head, found.rows[0], strict=True))
     assert adam["× Adam's"] == "1.00"
