@@ -143,12 +143,13 @@ class SampleSpace(Solver):
             )
 
         g = tree.replicate(rhs.gradient)
-        rest = g if rhs.coefficients is None else tree.axpy(-1.0, pull(w), g)
+        is_known = rhs.coefficients is not None
+        rest = tree.axpy(-1.0, pull(w), g) if is_known else g
         g_norm, round_off = tree.norm(g), _round_off(fisher)
 
         def solve_with(jitter: Scalar, factor: Factor) -> tuple[PyTree, Scalar]:
             system = _System(scaled, jitter, factor, push, pull, g_norm, round_off)
-            return _solve_factorised(system, w, rest)
+            return _solve_factorised(system, w, rest, is_known=is_known)
 
         solution, residual = with_least_jitter(scaled, solve_with)
         return direct_solution(
@@ -195,27 +196,29 @@ class _System(NamedTuple):
         return tree.norm(rest) <= self.round_off * longest
 
 
-def _solve_factorised(system: _System, w: Array, rest: PyTree) -> tuple[PyTree, Scalar]:
+def _solve_factorised(
+    system: _System, w: Array, rest: PyTree, *, is_known: bool
+) -> tuple[PyTree, Scalar]:
     """The solution, and the norm of its residual by G.
 
     Args:
       system: A and the factor of G + λI.
       w: the coefficients that are known of g, else zero.
       rest: g - Aᵀ w.
+      is_known: whether there are any.
     """
     eps, damping = float(jnp.finfo(w.dtype).eps), system.scaled.shift
 
     # 2. g = Aᵀ w + r, and A r. Far above the round-off of G any w will do.
-    def as_they_are(w: Array, rest: PyTree) -> tuple[Array, PyTree, Array]:
+    def push_if_any(w: Array, rest: PyTree) -> Array:
+        if not is_known:
+            return system.push(rest)
         is_nothing = system.is_nothing(rest, w)
-        pushed = jax.lax.cond(
-            is_nothing, lambda _: jnp.zeros_like(w), system.push, rest
-        )
-        return w, rest, pushed
+        return jax.lax.cond(is_nothing, lambda _: jnp.zeros_like(w), system.push, rest)
 
     w, rest, pushed = jax.lax.cond(
         damping * system.scaled.unit >= eps ** (1 / 3) * system.scaled.size(),
-        as_they_are,
+        lambda w, rest: (w, rest, push_if_any(w, rest)),
         functools.partial(_split, system),
         *(w, rest),
     )
