@@ -410,7 +410,10 @@ class Fisher:
         """
         if scales is not None and self.origin is not None:
             # Scales of scales multiply; those of any other coordinates are no scales.
-            scales = None if self.scales is None else _multiply(self.scales, scales)
+            if self.scales is not None:
+                scales = jax.tree.map(jnp.multiply, self.scales, scales)
+            else:
+                scales = None
         origin, wide_params = tree.zeros_like_wide(self.params), tree.widen(self.params)
         transpose = adjoint(params_from, origin)
 
@@ -433,10 +436,6 @@ class Fisher:
             scales=scales,
             origin=self,
         )
-
-
-def _multiply(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(jnp.multiply, a, b)
 
 
 def _placed_like(values: PyTree, like: PyTree) -> PyTree:

@@ -206,8 +206,8 @@ MUTANTS = [
     ),
     Mutant(
         "solvers/protocol.py",
-        "coefficients = tree.divide(coefficients, unit)",
-        "pass",
+        "None if coefficients is None else sound(tree.divide(coefficients, unit))",
+        "coefficients",
         "tests/solvers tests/transform/test_output_space.py",
     ),
     Mutant(
@@ -218,9 +218,21 @@ MUTANTS = [
     ),
     Mutant(
         "solvers/protocol.py",
-        "pushed=None if pushed is None else taken(pushed),",
+        "pushed=None if pushed is None else taken(tree.scale(unit, pushed)),",
         "pushed=pushed,",
         "tests/solvers tests/transform",
+    ),
+    Mutant(
+        "solvers/protocol.py",
+        "gradient=sound(tree.divide(rhs.gradient, unit)),",
+        "gradient=tree.divide(rhs.gradient, unit),",
+        "tests/solvers/test_conformance.py",
+    ),
+    Mutant(
+        "solvers/protocol.py",
+        "largest_direction = tree.max_abs(direction)",
+        "largest_direction = tree.max_abs(solution.direction) * unit",
+        "tests/solvers/test_conformance.py",
     ),
     Mutant(
         "solvers/protocol.py",
@@ -559,51 +571,51 @@ MUTANTS = [
         "order = (*reversed(contracted[side]), *free[side])",
         "tests/test_layers.py",
     ),
-    # --- kfac.py
+    # --- kfac
     Mutant(
-        "kfac.py",
-        "_Pair(outputs, inputs) if block.is_turned",
-        "_Pair(inputs, outputs) if block.is_turned",
+        "kfac/factors.py",
+        "Pair(outputs, inputs) if block.is_turned",
+        "Pair(inputs, outputs) if block.is_turned",
         "tests/test_kfac.py",
     ),
     Mutant(
-        "kfac.py",
+        "kfac/inverses.py",
         "root * balance + tiny * row_trace",
         "root / balance + tiny * row_trace",
         "tests/test_kfac.py",
     ),
     Mutant(
-        "kfac.py",
+        "kfac/inverses.py",
         "bias = value[:-1, -1] if block.is_turned else value[-1, :-1]",
         "bias = value[:-1, -1] if block.is_turned else -value[-1, :-1]",
         "tests/test_kfac.py",
     ),
     Mutant(
-        "kfac.py",
+        "kfac/kronecker.py",
         "jnp.maximum(1 / count.astype(dtype), 1 - self.decay)",
         "jnp.maximum(1 / count.astype(dtype), self.decay)",
         "tests/test_kfac.py",
     ),
     Mutant(
-        "kfac.py",
+        "kfac/inverses.py",
         "column_trace *= factor",
         "pass",
         "tests/test_kfac.py",
     ),
     Mutant(
-        "kfac.py",
+        "kfac/inverses.py",
         "jnp.sqrt(damping * _mean_weights(group, weights))",
         "jnp.sqrt(damping * jnp.ones(len(group.blocks)))",
         "tests/test_kfac.py",
     ),
     Mutant(
-        "kfac.py",
+        "kfac/inverses.py",
         "age = jnp.where(is_finite, 1, state.age)",
         "age = jnp.where(is_finite, 0, state.age)",
         "tests/test_kfac.py",
     ),
     Mutant(
-        "kfac.py",
+        "kfac/kronecker.py",
         "is_young | (state.age % self.observe_every == 0)",
         "is_young",
         "tests/test_kfac.py",

@@ -12,8 +12,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
-from ngd_jax import kfac, layers, tree
-from ngd_jax.kfac import KFAC, Kronecker, claims
+from ngd_jax import layers, tree
+from ngd_jax.kfac import KFAC, Kronecker, claims, factors, groups
 from tests import reference
 
 COUNT = 12
@@ -90,8 +90,8 @@ def kept(entries, params, place, max_size=2048, split=None):
 
     Arrays of a side are with the row and the column of a bias, which are the last.
     """
-    groups = kfac._groups(jax.tree.leaves(params), max_size)
-    for group, entry in zip(groups, entries, strict=True):
+    shapes = groups.groups_of(jax.tree.leaves(params), max_size)
+    for group, entry in zip(shapes, entries, strict=True):
         for k, (own_place, own_split) in enumerate(group.members):
             if own_place == place and split in (None, own_split):
                 return jax.tree.map(lambda x, k=k: np.asarray(x[k]), entry)
@@ -156,7 +156,7 @@ def test_a_square_weight_has_its_factors_on_the_right_sides(model_fn, x64, rng):
     a = np.asarray(x)
     if has_bias:
         a = np.concatenate([a, np.ones((COUNT, 1))], axis=1)
-    signs = kfac._random_signs(jnp.zeros((), jnp.int32), jnp.zeros((COUNT, 4)))
+    signs = factors.random_signs(jnp.zeros((), jnp.int32), jnp.zeros((COUNT, 4)))
     p = reference.softmax(np.asarray(model_fn(params, x)))
     # The root of diag(p) - p pᵀ whose cotangents are √p (u - √p ⟨√p, u⟩).
     root = np.sqrt(p)
@@ -275,7 +275,7 @@ def test_convolutions_are_split_where_their_inputs_end(x64, rng):
     assert claims(linearize(model_fn, params, x)) == expected
     _, state = inverse_of(model_fn, params, x, 0.1)
     for place, (param, split) in enumerate(zip(params, (3, 3, 3, 1), strict=True)):
-        for other in kfac._splits(param, 2048):
+        for other in groups.splits_of(param, 2048):
             pair = kept(state.averages, params, place, split=other)
             assert np.any(pair.rows) == np.any(pair.columns) == (other == split)
 
@@ -296,8 +296,8 @@ def test_convolutions_are_split_where_their_inputs_end(x64, rng):
     ],
 )
 def test_state_has_room_for_splits_by_shape_alone(shape, splits):
-    assert kfac._splits(jnp.zeros(shape), 2048) == splits
-    assert kfac._splits(jnp.zeros(shape, complex), 2048) == []
+    assert groups.splits_of(jnp.zeros(shape), 2048) == splits
+    assert groups.splits_of(jnp.zeros(shape, complex), 2048) == []
 
 
 def test_claims_say_what_every_parameter_is_taken_for(rng):
@@ -720,7 +720,7 @@ def test_complex_parameters_are_left_to_the_diagonal(x64, rng):
 
 def test_signs_are_random(x64):
     like = {"c": jnp.zeros(500, complex), "r": jnp.zeros((40, 50))}
-    draw = jax.jit(jax.vmap(lambda count: kfac._random_signs(count, like)))
+    draw = jax.jit(jax.vmap(lambda count: factors.random_signs(count, like)))
     signs = draw(jnp.arange(600))
     assert signs["c"].dtype == jnp.complex128
     parts = [signs["c"].real, signs["c"].imag, signs["r"].reshape(600, -1)]

@@ -204,8 +204,7 @@ class Solver(abc.ABC):
 
         Args:
           fisher: the operator, an `ngd_jax.Fisher`.
-          rhs: with a largest |gᵢ| of 1 (or g = 0); the guess likewise. Where it is not
-            finite, whatever is returned becomes zero; what is kept must not be touched.
+          rhs: finite, with a largest |gᵢ| of 1 (or g = 0); the guess likewise.
           damping: λ ≥ 0, a scalar in units of F (a mean over examples).
           state: what the last solve or `init` returned; () starts anew.
 
@@ -285,14 +284,19 @@ def solve_scaled(
     coefficients, guess, objective = rhs.coefficients, rhs.guess, rhs.objective
     if coefficients is not None:
         is_finite &= jnp.isfinite(tree.max_abs(coefficients))
-        coefficients = tree.divide(coefficients, unit)
     if guess is not None:
         guess, _, largest_guess = tree.in_units(tree.widen(guess))
         is_finite &= jnp.isfinite(largest_guess)
+
+    def sound(values: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.where(is_finite, x, 0), values)
+
     scaled = RightHandSide(
-        gradient=tree.divide(rhs.gradient, unit),
-        coefficients=coefficients,
-        guess=guess,
+        gradient=sound(tree.divide(rhs.gradient, unit)),
+        coefficients=(
+            None if coefficients is None else sound(tree.divide(coefficients, unit))
+        ),
+        guess=None if guess is None else sound(guess),
         objective=(
             None if objective is None else lambda d: objective(tree.scale(unit, d))
         ),
@@ -300,14 +304,14 @@ def solve_scaled(
     )
     solution = solver.solve(fisher, scaled, damping=damping, state=state)
 
-    largest_direction = tree.max_abs(solution.direction) * unit
+    direction = tree.scale(unit, solution.direction)
+    largest_direction = tree.max_abs(direction)
     is_sound = is_finite & jnp.isfinite(largest_direction)
     is_solved = largest == 0
     is_taken = is_sound & ~is_solved
 
     def taken(values: PyTree) -> PyTree:
-        scaled = tree.scale(unit, values)
-        return jax.tree.map(lambda x: jnp.where(is_taken, x, 0), scaled)
+        return jax.tree.map(lambda x: jnp.where(is_taken, x, 0), values)
 
     num_steps, residual, status = solution.info
     residual = jnp.where(is_solved, 0.0, jnp.where(is_sound, residual, 1.0))
@@ -315,14 +319,14 @@ def solve_scaled(
     status = jnp.where(is_taken, status, refused)
     pushed = solution.pushed
     return solution._replace(
-        direction=taken(solution.direction),
-        pushed=None if pushed is None else taken(pushed),
+        direction=taken(direction),
+        pushed=None if pushed is None else taken(tree.scale(unit, pushed)),
         info=SolverInfo(
             jnp.asarray(num_steps, jnp.int32),
             residual.astype(dtype),
             status.astype(jnp.int32),
         ),
-        largest=jnp.where(is_taken, largest_direction, 0).astype(dtype),
+        largest=jnp.where(is_taken, largest_direction, 0),
     )
 
 

@@ -118,8 +118,8 @@ class NaturalGradientState(NamedTuple):
     Attributes:
       count: int32, steps taken; what schedules are evaluated at.
       direction: the last natural direction d, float32 or wider, for momentum and warm
-        starts: zero before the first step, () if neither is used. If the radius has
-        shortened the step, d is shortened with it, so that the update was -rate·d. In
+        starts: zero before the first step, () if neither is used. If the step was
+        shortened, d is shortened with it, so that the update was -rate·d. In
         the coordinates of `CovariantDamping` if there is one; under a rule for the
         learning rate the last step itself.
       damping: the λ of the next step under `LevenbergMarquardt`, else that of the last.

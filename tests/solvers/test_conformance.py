@@ -364,6 +364,42 @@ def test_a_bad_number_in_a_large_leaf_is_found(bad):
 # --- Input errors.
 
 
+class Recorder(ngd.Solver):
+    """Answers with ones, and keeps what it was asked."""
+
+    def solve(self, fisher, rhs, *, damping, state=()):
+        del fisher, state
+        ones = jax.tree.map(jnp.ones_like, rhs.gradient)
+        info = ngd.SolverInfo(jnp.int32(1), jnp.float32(0), jnp.int32(Status.CONVERGED))
+        return ngd.Solution(ones, ones, info, (rhs[:3], damping))
+
+
+@pytest.mark.parametrize("where", ["gradient", "coefficients", "guess"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_solver_is_never_asked_what_is_not_finite(where, bad):
+    given = dict.fromkeys(("gradient", "coefficients", "guess"), jnp.ones(3))
+    given[where] = jnp.array([1.0, bad, 2.0])
+    rhs = ngd.RightHandSide(**given)
+    found = jax.jit(lambda rhs: ngd.solve_scaled(Recorder(), None, rhs, damping=0.1))(
+        rhs
+    )
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found.state))
+    assert not np.any(found.direction)
+    assert not np.any(found.pushed)
+    assert int(found.info.status) == Status.NON_FINITE
+
+
+def test_a_direction_that_overflows_the_narrower_of_two_dtypes_is_refused(x64):
+    """One in units of the wide leaf, which is no number in the narrow one."""
+    rhs = ngd.RightHandSide(
+        {"wide": jnp.array([1e60]), "narrow": jnp.array([1.0], jnp.float32)}
+    )
+    found = ngd.solve_scaled(Recorder(), None, rhs, damping=0.1)
+    assert not np.any(found.direction["wide"])
+    assert not np.any(found.direction["narrow"])
+    assert int(found.info.status) == Status.NON_FINITE
+
+
 @every_own_solver
 @pytest.mark.parametrize(
     ("options", "match"),

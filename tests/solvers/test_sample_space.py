@@ -237,11 +237,16 @@ def solve_network(likelihood, solver, params, x, rhs, damping):
     return solver(fisher, rhs, damping=damping)
 
 
-def dense_truth(likelihood, params, x, g, damping):
+def dense_system(likelihood, params, x, damping):
+    """F + λI in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda p: jnp.asarray(p, float), params)
         root = columns(reference.network, wide, jnp.asarray(x, float), likelihood)
-    return np.linalg.solve(root.T @ root + damping * np.eye(len(g)), g)
+    return root.T @ root + damping * np.eye(root.shape[1])
+
+
+def dense_truth(likelihood, params, x, g, damping):
+    return np.linalg.solve(dense_system(likelihood, params, x, damping), g)
 
 
 @pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
@@ -252,12 +257,23 @@ def test_float32_is_as_good_as_its_precision(damping, rng):
         ngd.Categorical(), ngd.SampleSpace(), params, x, rhs, damping
     )
     g = reference.flat(rhs)
+    d = reference.flat(solution)
     truth = dense_truth(ngd.Categorical(), params, x, g, damping)
-    error = np.linalg.norm(reference.flat(solution) - truth) / np.linalg.norm(truth)
+    error = np.linalg.norm(d - truth) / np.linalg.norm(truth)
     assert error < 2e-5
-    # The smaller λ, the longer d, and the more of the residual is round-off.
-    allowed = {Status.CONVERGED} | ({Status.STAGNATED} if damping < 1e-2 else set())
-    assert int(info.status) in allowed
+    # The smaller λ, the longer d, and the more of g - (F + λI) d is round-off: in 40
+    # problems of this kind at most 1.9 units, in two modes of the compiler. Above √ε it
+    # no longer says CONVERGED, which for λ = 1e-4 is the case in half of them.
+    eps = float(jnp.finfo(jnp.float32).eps)
+    system = dense_system(ngd.Categorical(), params, x, damping)
+    length = np.linalg.norm(system, 2) * np.linalg.norm(d) / np.linalg.norm(g)
+    residual = np.linalg.norm(g - system @ d) / np.linalg.norm(g)
+    assert residual <= 5 * eps * (1 + length)
+    reported = float(info.relative_residual)
+    assert reported <= 5 * eps * (1 + length)
+    has_converged = int(info.status) == Status.CONVERGED
+    assert has_converged == (reported <= eps**0.5)
+    assert has_converged or (damping < 1e-2 and int(info.status) == Status.STAGNATED)
 
 
 def test_narrow_parameters_keep_their_dtype(rng):

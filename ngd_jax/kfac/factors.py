@@ -1,0 +1,174 @@
+"""The factors that one batch has for every block.
+
+    A = E[a aᵀ],    G = E[δ δᵀ];    L = E[γ γᵀ],    R = E[γᵀ γ]
+
+of the inputs a and the cotangents δ of layers, and the gradients γ of other matrices,
+for random signs in the space where F is a square. Knows nothing of averages and
+inverses.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngd_jax import tree
+from ngd_jax.fisher import linearize, sum_microbatches
+from ngd_jax.kfac.groups import Block, blocks_of, sides_of
+from ngd_jax.kfac.state import Long, Pair
+from ngd_jax.layers import LayerValues, backward_pass
+from ngd_jax.types import Array, PyTree
+
+__all__ = ["batch_factors", "random_signs", "total"]
+
+
+def batch_factors(
+    fisher: Any, count: Array, max_size: int
+) -> tuple[list[Block], list[Any]]:
+    """The blocks; and of each its factors, or squares, on this batch.
+
+    With scales, of the parameters before they were scaled.
+    """
+    at = fisher if fisher.scales is None else fisher.base
+    like = jax.eval_shape(at.metric.sqrt_matvec, at.outputs)
+    cotangents = at.sqrt_cotangents(random_signs(count, like))
+    leaves = jax.tree.leaves(at.params)
+    blocks: list[Block] = []
+
+    def on_part(data: PyTree) -> Any:
+        batch, cotangents = data
+        pull = at.pullback
+        if at.chunks is not None:
+            pull = linearize(at.model_fn, at.params, batch).pull
+        layers, values, gradients = backward_pass(
+            pull, cotangents, at.params, keep_terms=True
+        )
+        blocks[:] = blocks_of(layers, at.params, max_size)
+        by_weight = dict(zip((one.weight for one in layers), values, strict=True))
+        gradients = jax.tree.leaves(gradients)
+        num_examples = max(
+            (len(x) for x in jax.tree.leaves(cotangents) if x.ndim), default=1
+        )
+
+        def sums(block: Block) -> tuple:
+            if block.layer is not None:
+                has_bias = block.bias is not None
+                return _layer_sums(by_weight[block.weight], has_bias, max_size)
+            gradient = jnp.asarray(gradients[block.weight])
+            shape = jnp.shape(leaves[block.weight])
+            samples = _samples(gradient, shape, num_examples)
+            if block.split is None:
+                return (jnp.sum(_mean_square(samples), 0).reshape(-1),)
+            return _gradient_sums(samples, block.split, max_size)
+
+        return [sums(block) for block in blocks]
+
+    sums = sum_microbatches(on_part, (at.batch, cotangents), at.chunks)
+    return blocks, [
+        _factors(block, one) for block, one in zip(blocks, sums, strict=True)
+    ]
+
+
+def _samples(gradient: Array, shape: tuple[int, ...], num_examples: int) -> Array:
+    """A gradient by examples, `[N, *shape]`, where it has such terms; else `[1, ...]`.
+
+    The terms of an example's places are not independent of each other, and add up.
+    """
+    if gradient.ndim == len(shape):
+        return gradient[None]
+    if len(gradient) % num_examples:
+        return jnp.sum(gradient, 0, keepdims=True)
+    return jnp.sum(gradient.reshape(num_examples, -1, *shape), 1)
+
+
+def _layer_sums(values: LayerValues, has_bias: bool, max_size: int) -> tuple:
+    """Σ a aᵀ and Σ δ δᵀ, a with a one for a bias; and the number of terms."""
+    a, delta = values
+    number = jnp.asarray(len(a), a.dtype)
+    if has_bias:
+        inputs = _gram(jnp.pad(a, ((0, 0), (0, 1)), constant_values=1), max_size + 1)
+    else:
+        inputs = _gram(a, max_size)
+    outputs = _gram(delta, max_size)
+    if isinstance(outputs, Long):
+        outputs = outputs._replace(mean=jnp.zeros_like(outputs.mean))
+    return inputs, outputs, number
+
+
+def _gradient_sums(samples: Array, split: int, max_size: int) -> tuple:
+    """Σ γ γᵀ and Σ γᵀ γ of samples `[N, *shape]`."""
+    rows, columns = sides_of(samples.shape[1:], split)
+    matrices = samples.reshape(-1, rows, columns)
+    sums = []
+    for axis, size in ((1, rows), (2, columns)):
+        square = _gram(jnp.moveaxis(matrices, axis, -1).reshape(-1, size), max_size)
+        if isinstance(square, Long):
+            square = square._replace(mean=jnp.zeros_like(square.mean))
+        elif samples.size == size:
+            # A single vector tells the squares of its entries, and nothing beside.
+            square *= jnp.eye(size, dtype=square.dtype)
+        sums.append(square)
+    return tuple(sums)
+
+
+def _factors(block: Block, sums: tuple) -> Any:
+    """Means over the batch: of rows and of columns, or of squares."""
+    if block.split is None:
+        return sums[0]
+    if block.layer is None:
+        return Pair(*sums)
+    inputs, outputs, number = sums
+    inputs = jax.tree.map(lambda x: x / number, inputs)
+    return Pair(outputs, inputs) if block.is_turned else Pair(inputs, outputs)
+
+
+def _gram(rows: Array, max_size: int) -> Any:
+    """Σ row rowᵀ; of long rows Σ row² and Σ row."""
+    if rows.shape[1] > max_size:
+        return Long(jnp.sum(rows**2, 0), jnp.sum(rows, 0))
+    return tree.contract(rows, rows, (0,), (0,))
+
+
+def total(values: Array) -> Array:
+    """The sum of all entries, as products: much less to compile than a reduction."""
+    for _ in range(values.ndim):
+        values = jnp.ones(len(values), values.dtype) @ values
+    return values
+
+
+def _mean_square(leaf: Array) -> Array:
+    """Squares; of complex numbers the mean of both parts, since one serves for both."""
+    leaf = leaf.astype(tree.wide_dtype(leaf))
+    if jnp.iscomplexobj(leaf):
+        return (jnp.real(leaf) ** 2 + jnp.imag(leaf) ** 2) / 2
+    return leaf**2
+
+
+def random_signs(count: Array, like: PyTree) -> PyTree:
+    """±1 by a hash of the place and of the batch's number.
+
+    Any signs that are independent of the data and of each other do, and this takes one
+    kernel, where a generator of random numbers takes many. The hash is the finalizer of
+    MurmurHash3, of which every input bit changes every output bit in half of all cases.
+    """
+
+    def mixed(bits: Array) -> Array:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+        return bits ^ (bits >> 16)
+
+    seed, start = mixed(count.astype(jnp.uint32) + np.uint32(1)), 0
+    leaves, structure = jax.tree.flatten(like)
+    signs = []
+    for leaf in leaves:
+        parts = 2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1
+        size = parts * math.prod(leaf.shape)
+        places = jnp.arange(start, start + size, dtype=jnp.uint32)
+        bits = mixed(mixed(places) + seed) & 1
+        real = 1 - 2 * bits.astype(jnp.finfo(leaf.dtype).dtype)
+        real = real.reshape(parts, *leaf.shape)
+        signs.append(jax.lax.complex(*real) if parts == 2 else real[0])
+        start += size
+    return jax.tree.unflatten(structure, signs)

@@ -1,0 +1,138 @@
+"""Which leaves of the parameters are handled together; a function of their shapes.
+
+A matrix has rows and columns. Where its shape parts into the two, only the program of
+the model can tell: until it is read a leaf is a member of the group of every split.
+Static throughout. Knows layers, and nothing of factors.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax import tree
+from ngd_jax.layers import Layer
+from ngd_jax.types import ArrayLike, Params
+
+__all__ = ["Block", "Group", "blocks_of", "groups_of", "sides_of", "splits_of"]
+
+# Numbers that factors for a split may take that no layer may turn out to have.
+_SPARE_NUMBERS = 2**16
+
+
+class Block(NamedTuple):
+    """A block of M; static.
+
+    Attributes:
+      weight: the place of a matrix or a vector among the leaves.
+      split: the axis where rows and columns part; None for vectors.
+      layer: the layer that it belongs to; None for factors of gradients.
+    """
+
+    weight: int
+    split: int | None
+    layer: Layer | None
+
+    @property
+    def bias(self) -> int | None:
+        """The place of the bias that shares the block."""
+        return None if self.layer is None else self.layer.bias
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the rows are outputs, and the columns inputs."""
+        return self.layer is not None and not self.layer.inputs_first
+
+
+class Group(NamedTuple):
+    """Leaves that are handled together; static.
+
+    Attributes:
+      shape: (rows, columns), or (size,) of vectors.
+      dtype: of the leaves, float32 or wider.
+      members: of each the place among the leaves, and the axis of its shape where rows
+        and columns part; None for vectors.
+      blocks: of each the block that it is; None if it is none, or not known.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    members: tuple[tuple[int, int | None], ...]
+    blocks: tuple[Block | None, ...]
+
+    @property
+    def real_dtype(self) -> Any:
+        """The dtype of factors and diagonals."""
+        return jnp.finfo(self.dtype).dtype
+
+    @property
+    def is_matrices(self) -> bool:
+        """Whether they are matrices."""
+        return len(self.shape) == 2
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a block among them."""
+        return any(block is not None for block in self.blocks)
+
+
+def groups_of(leaves: list[Any], max_size: int) -> list[Group]:
+    """The groups of all leaves with entries, a function of their shapes alone."""
+    members: dict[tuple, list[tuple[int, int | None]]] = {}
+    for place, leaf in enumerate(leaves):
+        shape, dtype = jnp.shape(leaf), tree.wide_dtype(leaf)
+        for split in splits_of(leaf, max_size):
+            key = (sides_of(shape, split), dtype)
+            members.setdefault(key, []).append((place, split))
+        if not splits_of(leaf, max_size) and 0 not in shape:
+            key = ((math.prod(shape),), dtype)
+            members.setdefault(key, []).append((place, None))
+    return [
+        Group(shape, dtype, tuple(found), (None,) * len(found))
+        for (shape, dtype), found in members.items()
+    ]
+
+
+def blocks_of(layers: list[Layer], params: Params, max_size: int) -> list[Block]:
+    """One for every leaf that is not the bias of another one, in order."""
+    leaves = jax.tree.leaves(params)
+    splits = [splits_of(leaf, max_size) for leaf in leaves]
+    # A layer for whose split there is no room is none: it has factors of gradients.
+    fitting = {one.weight: one for one in layers if one.split in splits[one.weight]}
+    biases = {layer.bias for layer in fitting.values()}
+    blocks = []
+    for place, own in enumerate(splits):
+        if place in biases or 0 in jnp.shape(leaves[place]):
+            continue
+        layer = fitting.get(place)
+        split = layer.split if layer is not None else own[-1] if own else None
+        blocks.append(Block(place, split, layer))
+    return blocks
+
+
+def splits_of(leaf: ArrayLike, max_size: int) -> list[int]:
+    """The axes where the shape of a matrix may part; none for what has a diagonal.
+
+    A matrix of two axes has one. The inputs and outputs of a kernel of more part after
+    the first axis or before the last, and which it is only the program of the model can
+    tell. The split that is the more square always has room in the state, the other one
+    where it does not take more than a few times the numbers of the weight itself.
+    """
+    shape = jnp.shape(leaf)
+    if jnp.iscomplexobj(leaf) or len(shape) < 2 or 0 in shape:
+        return []
+    candidates = sorted({1, len(shape) - 1})
+    best = min(candidates, key=lambda k: sum(n**2 for n in sides_of(shape, k)))
+
+    def numbers(split: int) -> int:
+        sides = sides_of(shape, split)
+        return sum(n if n > max_size else n**2 for n in sides)
+
+    limit = max(_SPARE_NUMBERS, 4 * math.prod(shape))
+    return [k for k in candidates if k == best or numbers(k) <= limit]
+
+
+def sides_of(shape: tuple[int, ...], split: int) -> tuple[int, int]:
+    """How many rows and columns a matrix has that parts there."""
+    return math.prod(shape[:split]), math.prod(shape[split:])

@@ -1,0 +1,235 @@
+"""The damped inverses of all factors, and v -> M⁻¹ v by them.
+
+    (A + ε)⁻¹ V (G + ε')⁻¹,    ε = π √λ,    ε' = √λ / π
+
+for a matrix V, with a bias as one more row beside the inputs, and v / (diag + λ) for a
+vector. Knows nothing of models and batches.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngd_jax import tree
+from ngd_jax.kfac.groups import Block, Group
+from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
+from ngd_jax.types import Array, ArrayLike, MatVec, PyTree, Scalar
+
+__all__ = ["damping_weights", "inverse_matvec", "refreshed_inverses"]
+
+# An entry of an estimated diagonal counts as at least this part of the leaf's mean.
+_SMALLEST_SHARE = 0.1
+# Where the default is TF32, a barely positive matrix would lose its Cholesky factor.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def damping_weights(fisher: Any) -> list[ArrayLike]:
+    """S⁻² of every leaf: in coordinates θ = S φ, M_φ + λ I = S (M + λ S⁻²) S."""
+    if fisher.scales is None:
+        return [1.0] * len(jax.tree.leaves(fisher.params))
+    return [1 / scale**2 for scale in jax.tree.leaves(tree.widen(fisher.scales))]
+
+
+def refreshed_inverses(
+    groups: list[Group],
+    state: KroneckerState,
+    damping: Scalar,
+    weights: list[ArrayLike],
+) -> tuple[Array, PyTree]:
+    """Age 1 and new inverses; the old ones, still due, where these are not finite."""
+    inverses, witnesses = list(state.inverses), []
+    for place, group in enumerate(groups):
+        if group.is_matrices and group.is_used:
+            sides, shifts = _damped(group, state.averages[place], damping, weights)
+            inverses[place] = Pair(*map(_inverse, sides, shifts))
+            # No entry of an inverse is above 1 / ε, and a Cholesky factorisation that
+            # breaks down leaves not a single number: one entry tells of all.
+            witnesses += [1 / shift for shift in shifts]
+            witnesses += [
+                side.diagonal if isinstance(side, LongInverse) else side[:, 0, 0]
+                for side in inverses[place]
+            ]
+    sums = [jnp.sum(x).astype(damping.dtype) for x in witnesses]
+    is_finite = jnp.isfinite(sum(sums, jnp.zeros_like(damping)))
+    age = jnp.where(is_finite, 1, state.age)
+    return age, tree.select(is_finite, tuple(inverses), state.inverses)
+
+
+def _damped(
+    group: Group, averages: Pair, damping: Scalar, weights: list[ArrayLike]
+) -> tuple[Pair, Pair]:
+    """The factors of both sides, and ε of each."""
+    rows, columns = averages
+    row_trace, column_trace = _trace(rows), _trace(columns)
+    of_gradients = [b is not None and b.layer is None for b in group.blocks]
+    if any(of_gradients):  # L ⊗ R / tr L
+        divides = np.array(of_gradients) & (row_trace > 0)
+        factor = 1 / jnp.where(divides, row_trace, 1)
+        columns = jax.tree.map(functools.partial(_times, factor), columns)
+        column_trace *= factor
+    row_size = row_trace / _lengths(group, is_turned=False)
+    column_size = column_trace / _lengths(group, is_turned=True)
+    is_usable = (row_size > 0) & (column_size > 0)
+    ratio = jnp.where(is_usable, row_size / jnp.where(is_usable, column_size, 1), 1)
+    balance = jnp.sqrt(ratio)
+    root = jnp.sqrt(damping * _mean_weights(group, weights)).astype(balance.dtype)
+    tiny = jnp.finfo(balance.dtype).eps
+    shifts = root * balance + tiny * row_trace, root / balance + tiny * column_trace
+    return Pair(rows, columns), Pair(*(jnp.where(x > 0, x, 1) for x in shifts))
+
+
+def _lengths(group: Group, *, is_turned: bool) -> np.ndarray:
+    """The number of rows of every block, or of columns; with a bias, if it has one."""
+    has_bias = [
+        block is not None and block.bias is not None and block.is_turned == is_turned
+        for block in group.blocks
+    ]
+    return group.shape[is_turned] + np.array(has_bias)
+
+
+def _mean_weights(group: Group, weights: list[ArrayLike]) -> Array:
+    """One number for all of a block, so that it stays a product."""
+
+    def mean(block: Block | None) -> ArrayLike:
+        if block is None:
+            return 1.0
+        own = [weights[x] for x in (block.weight, block.bias) if x is not None]
+        return sum(map(jnp.sum, own)) / sum(map(jnp.size, own))
+
+    return jnp.stack([jnp.asarray(mean(block)) for block in group.blocks])
+
+
+def _times(factors: Array, values: Array) -> Array:
+    """Every entry along the first axis times a number of its own."""
+    return values * factors.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _trace(side: Any) -> Array:
+    """The trace of each."""
+    if isinstance(side, Long):
+        return jnp.sum(side.square, 1)
+    # As a product: `jnp.trace` is a gather and a reduction.
+    identity = jnp.eye(side.shape[-1], dtype=side.dtype)
+    return tree.contract(side, identity, (1, 2), (0, 1))
+
+
+def _inverse(side: Any, shift: Array) -> Any:
+    """(A + ε)⁻¹ of each."""
+    if isinstance(side, Long):
+        square, mean = side
+        diagonal = 1 / (jnp.maximum(square - mean**2, 0) + shift[:, None])
+        scaled = diagonal * mean
+        downdate = 1 + jnp.sum(mean * scaled, 1)
+        return LongInverse(diagonal, scaled / downdate[:, None], downdate)
+    if len(side) == 1:
+        return _inverse_of_one(side[0], shift[0])[None]
+    # One after the other: one program for all, and no batched LAPACK, which hung.
+    return jax.lax.map(lambda one: _inverse_of_one(*one), (side, shift))
+
+
+def _inverse_of_one(square: Array, shift: Array) -> Array:
+    identity = jnp.eye(len(square), dtype=square.dtype)
+    # LAPACK goes along columns: the transpose of what is symmetric spares a copy.
+    damped = (square + shift * identity).T
+    root = jax.lax.linalg.cholesky(damped, symmetrize_input=False)
+    half = jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+    return _matmul(half.T, half)
+
+
+def _multiply(inverse: Any, values: Array) -> Array:
+    """Inverses times the columns of matrices, `[K, n, n]` times `[K, n, m]`."""
+    if not isinstance(inverse, LongInverse):
+        return _matmul(inverse, values)
+    solved = inverse.solved[:, :, None]
+    along = jnp.sum(solved * values, axis=1, keepdims=True)
+    along *= inverse.downdate[:, None, None]
+    return inverse.diagonal[:, :, None] * values - solved * along
+
+
+def inverse_matvec(
+    fisher: Any,
+    groups: list[Group],
+    state: KroneckerState,
+    damping: Scalar,
+    weights: list[ArrayLike],
+) -> MatVec:
+    """The map v -> M⁻¹ v; I before the first batch."""
+    scales = None if fisher.scales is None else tree.widen(fisher.scales)
+    is_seen, diagonals = state.num_batches > 0, {}
+    for place, group in enumerate(groups):
+        if group.is_used and not group.is_matrices:
+            diagonal = _diagonals(group, state.averages[place], damping, weights)
+            diagonals[place] = jnp.where(is_seen, diagonal, 1)
+
+    def matvec(vector: PyTree) -> PyTree:
+        vector = tree.widen(vector)
+        if scales is not None:
+            vector = jax.tree.map(jnp.divide, vector, scales)
+        leaves, structure = jax.tree.flatten(vector)
+        results = list(leaves)
+        for place, group in enumerate(groups):
+            if not group.is_used:
+                continue
+            if group.is_matrices:
+                rows, columns = state.inverses[place]
+                image = _multiply(rows, _bordered(group, leaves))
+                image = _multiply(columns, image.mT).mT
+            else:
+                own = [leaves[b.weight].reshape(-1) for b in group.blocks if b]
+                image = jnp.stack(own) / diagonals[place]
+            _spread(group, image, results)
+        image = jax.tree.unflatten(structure, results)
+        if scales is not None:
+            image = jax.tree.map(jnp.divide, image, scales)
+        return image
+
+    return matvec
+
+
+def _bordered(group: Group, leaves: list[Array]) -> Array:
+    """`[K, rows + 1, columns + 1]`: matrices, with a bias beside its inputs."""
+
+    def one(block: Block | None) -> Array:
+        if block is None:
+            return jnp.zeros([size + 1 for size in group.shape], group.dtype)
+        matrix = leaves[block.weight].reshape(group.shape)
+        if block.bias is None:
+            return jnp.pad(matrix, ((0, 1), (0, 1)))
+        bias = leaves[block.bias].reshape(-1)
+        if block.is_turned:
+            return jnp.pad(jnp.column_stack([matrix, bias]), ((0, 1), (0, 0)))
+        return jnp.pad(jnp.vstack([matrix, bias]), ((0, 0), (0, 1)))
+
+    return jnp.stack([one(block) for block in group.blocks])
+
+
+def _spread(group: Group, image: Array, results: list[Array]) -> None:
+    """Inverse of `_bordered`, and of a stack of vectors, into the places of leaves."""
+    own = [block for block in group.blocks if block is not None or group.is_matrices]
+    for block, value in zip(own, image, strict=True):
+        if block is None:
+            continue
+        shape = results[block.weight].shape
+        if not group.is_matrices:
+            results[block.weight] = value.reshape(shape)
+            continue
+        results[block.weight] = value[:-1, :-1].reshape(shape)
+        if block.bias is not None:
+            bias = value[:-1, -1] if block.is_turned else value[-1, :-1]
+            results[block.bias] = bias.reshape(results[block.bias].shape)
+
+
+def _diagonals(
+    group: Group, averages: Array, damping: Scalar, weights: list[ArrayLike]
+) -> Array:
+    """The diagonal of F + λI, positive, whatever single samples say."""
+    own = [(k, block) for k, block in enumerate(group.blocks) if block is not None]
+    diagonal = jnp.stack([averages[k] for k, _ in own])
+    weight = jnp.stack([jnp.ravel(weights[block.weight]) for _, block in own])
+    mean = jnp.mean(diagonal, 1, keepdims=True)
+    damped = jnp.maximum(diagonal, _SMALLEST_SHARE * mean)
+    damped += (damping * weight).astype(diagonal.dtype)
+    return jnp.where(damped > 0, damped, 1)

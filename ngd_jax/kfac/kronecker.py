@@ -1,0 +1,250 @@
+"""`Kronecker`: averages of the factors over the batches of many steps."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngd_jax import tree
+from ngd_jax.kfac.factors import batch_factors, total
+from ngd_jax.kfac.groups import Block, Group, groups_of, sides_of
+from ngd_jax.kfac.inverses import (
+    damping_weights,
+    inverse_matvec,
+    refreshed_inverses,
+)
+from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
+from ngd_jax.metric import check_count
+from ngd_jax.types import Array, ArrayLike, MatVec, Params, PyTree
+
+__all__ = ["Kronecker", "claims"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """Blocks of layers as products of small matrices: M = (A + ε) ⊗ (G + ε').
+
+        A = E[a aᵀ],    G = E[δ δᵀ],    ε = π √λ,    ε' = √λ / π
+
+    a are the inputs of a dense layer or the patches of a convolution, followed by a one
+    if there is a bias, δ the cotangents of the outputs for random signs in the space
+    where F is a square, and π² = (tr A / dim A) / (tr G / dim G). Weights of examples
+    are in G; A counts all examples alike. Layers are found in the program of the
+    gradient, whatever library the model is written in. A matrix of no layer (embedding,
+    tied or scanned weight) has factors of its gradients γ for such signs,
+
+        L = E[γ γᵀ],    R = E[γᵀ γ],    F ≈ L ⊗ R / tr L,
+
+    and a vector of no layer has an estimate of the diagonal of F.
+
+    The factors are averages over the batches of many steps, so that M knows of more
+    examples than the F of this batch. They cost a backward pass and the products a aᵀ
+    and δ δᵀ at some steps, and an inverse of each at fewer. As a preconditioner of
+    `CG`, one to three steps of CG are enough; `KFAC` is K-FAC itself.
+
+    Attributes:
+      decay: weight of the past in the averages, which are plain means until
+        1 / (1 - decay) batches are seen.
+      refresh_every: steps from one inverse to the next, at most: in the beginning there
+        is one after batch 1, 2, 3, 5, 8, 12, each time half as many have come in again,
+        and always with a batch that is observed.
+      observe_every: steps from one batch in the averages to the next, once there are
+        1 / (1 - decay) in them.
+      max_size: of longer a, A is their mean's ā āᵀ and their variances, and of longer
+        δ, G is its diagonal. A weight of m times n numbers takes 2 (m² + n²) numbers in
+        the state, and m or n in place of the square of a long side; with more than two
+        axes some more, as it is not known in advance where inputs and outputs part.
+
+    Raises:
+      ValueError, TypeError: for numbers out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ngd_jax as ngd
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> fisher = ngd.linearize_fisher(
+      ...     lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian()
+      ... )
+      >>> precondition = Kronecker()(fisher, 0.0)
+      >>> precondition(jnp.ones((2, 1))).ravel().round(2)  # F = diag(1/2, 9/2)
+      Array([2.  , 0.22], dtype=float32)
+
+    References:
+      Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
+      curvature, 2015: sections 3 (factors), 5 (averages) and 6.3 (π). Grosse and
+      Martens, A Kronecker-factored approximate Fisher matrix for convolution layers,
+      2016, section 3.1.
+    """
+
+    decay: float = 0.95
+    refresh_every: int = 20
+    observe_every: int = 5
+    max_size: int = 2048
+
+    def __post_init__(self) -> None:
+        check_count("refresh_every", self.refresh_every)
+        check_count("observe_every", self.observe_every)
+        check_count("max_size", self.max_size)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
+
+    def init(self, params: Params) -> KroneckerState:
+        """The state before anything is built, with which M = I."""
+        groups = groups_of(jax.tree.leaves(params), self.max_size)
+        # `optax.tree.map_params` takes what this makes of no parameters for a prefix of
+        # every state: a leaf there stands for all that is not shaped like them.
+        averages = tuple(map(self._zeros, groups)) if groups else jnp.zeros(())
+        inverses = tuple(map(self._identities, groups)) if groups else jnp.zeros(())
+        return KroneckerState(
+            num_batches=jnp.zeros((), jnp.int32),
+            age=jnp.asarray(self.refresh_every, jnp.int32),
+            averages=averages,
+            inverses=inverses,
+        )
+
+    def prepare(
+        self, fisher: Any, state: KroneckerState, damping: ArrayLike
+    ) -> tuple[MatVec, KroneckerState]:
+        """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
+        groups = groups_of(jax.tree.leaves(fisher.params), self.max_size)
+        if not groups:
+            return lambda vector: vector, state
+        # The mean of few batches is worth every batch; a long memory changes slowly.
+        is_young = state.num_batches < 1 / (1 - self.decay)
+        is_observed = is_young | (state.age % self.observe_every == 0)
+        num_batches, averages = jax.lax.cond(
+            is_observed,
+            lambda: self._observe(fisher, state, groups),
+            lambda: (state.num_batches, state.averages),
+        )
+        state = state._replace(num_batches=num_batches, averages=averages)
+        damping = jnp.asarray(damping).astype(tree.accumulator_dtype(state.averages))
+        weights = damping_weights(fisher)
+        # While the averages are young, half as many batches again change them a lot.
+        half = (state.num_batches - state.age + 1) // 2
+        is_due = state.age >= jnp.minimum(half, self.refresh_every)
+        age, inverses = jax.lax.cond(
+            is_due & is_observed & (state.num_batches > 0),
+            lambda: refreshed_inverses(groups, state, damping, weights),
+            lambda: (state.age + 1, state.inverses),
+        )
+        state = state._replace(age=age, inverses=inverses)
+        return inverse_matvec(fisher, groups, state, damping, weights), state
+
+    def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
+        """The map v -> M⁻¹ v, built for this Fisher and not kept."""
+        return self.prepare(fisher, self.init(fisher.params), damping)[0]
+
+    def _zeros(self, group: Group) -> Any:
+        count = len(group.members)
+        if not group.is_matrices:
+            return jnp.zeros((count, *group.shape), group.real_dtype)
+
+        def side(size: int) -> Any:
+            vectors = (count, size + 1)
+            if size > self.max_size:
+                return Long(*(jnp.zeros(vectors, group.real_dtype) for _ in range(2)))
+            return jnp.zeros((*vectors, size + 1), group.real_dtype)
+
+        return Pair(*map(side, group.shape))
+
+    def _identities(self, group: Group) -> Any:
+        count, dtype = len(group.members), group.real_dtype
+
+        def side(size: int) -> Any:
+            vectors = (count, size + 1)
+            if size > self.max_size:
+                zeros = jnp.zeros(vectors, dtype)
+                return LongInverse(
+                    jnp.ones(vectors, dtype), zeros, jnp.zeros(count, dtype)
+                )
+            return jnp.tile(jnp.eye(size + 1, dtype=dtype), (count, 1, 1))
+
+        return Pair(*map(side, group.shape)) if group.is_matrices else ()
+
+    def _observe(
+        self, fisher: Any, state: KroneckerState, groups: list[Group]
+    ) -> tuple[Array, PyTree]:
+        """Adds this batch to the averages, if what it adds is finite.
+
+        Which block each member of the groups is, is entered in `groups`.
+        """
+        blocks, factors = batch_factors(fisher, state.num_batches, self.max_size)
+        # A sum of finite numbers is finite but for what no average should see either.
+        sums = map(total, jax.tree.leaves(factors))
+        dtype = tree.accumulator_dtype(state.averages)
+        is_finite = jnp.isfinite(sum(x.astype(dtype) for x in sums))
+        count = state.num_batches + 1
+        share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
+
+        def mix(old: Array, *new: Array | None) -> Array:
+            filled = [
+                old[k]
+                if x is None
+                else jnp.pad(x, [(0, len(old[k]) - len(x))] * x.ndim)
+                for k, x in enumerate(new)
+            ]
+            change = jnp.stack(filled).astype(old.dtype) - old
+            return jnp.where(is_finite, old + share.astype(old.dtype) * change, old)
+
+        # What no batch has a factor for stays as it is.
+        found = {
+            (block.weight, block.split): (block, factor)
+            for block, factor in zip(blocks, factors, strict=True)
+        }
+        averages = []
+        for place, (group, old) in enumerate(zip(groups, state.averages, strict=True)):
+            new = [found.get(member, (None, None)) for member in group.members]
+            groups[place] = group._replace(blocks=tuple(block for block, _ in new))
+            if groups[place].is_used:
+                none = jax.tree.map(lambda _: None, old)
+                filled = [none if factor is None else factor for _, factor in new]
+                old = jax.tree.map(mix, old, *filled)
+            averages.append(old)
+        return jnp.where(is_finite, count, state.num_batches), tuple(averages)
+
+
+def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
+    """What every leaf of the parameters is taken for, in words.
+
+    Args:
+      fisher: of the model, at any parameters.
+      max_size: as of `Kronecker`.
+
+    Example:
+      >>> import jax.numpy as jnp, ngd_jax as ngd
+      >>> fisher = ngd.linearize_fisher(
+      ...     lambda params, x: x @ params["w"] + params["b"],
+      ...     {"b": jnp.zeros(2), "w": jnp.zeros((3, 2))},
+      ...     jnp.ones((4, 3)),
+      ...     ngd.Gaussian(),
+      ... )
+      >>> claims(fisher)
+      ["bias of ['w']", "dense 3 → 2 with bias ['b']"]
+    """
+    blocks: list[Block] = []
+
+    def trace() -> Array:
+        blocks[:] = batch_factors(fisher, jnp.zeros((), jnp.int32), max_size)[0]
+        return jnp.zeros(())
+
+    jax.eval_shape(trace)
+    leaves = jax.tree.leaves_with_path(fisher.params)
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    shapes = [jnp.shape(leaf) for _, leaf in leaves]
+    words = ["diagonal"] * len(paths)
+    for block in blocks:
+        layer = block.layer
+        if block.split is None:
+            continue
+        if layer is None:
+            rows, columns = sides_of(shapes[block.weight], block.split)
+            words[block.weight] = f"factors from gradients {rows} × {columns}"
+            continue
+        kind = "convolution patch" if layer.is_convolution else "dense"
+        text = f"{kind} {layer.num_inputs} → {layer.num_outputs}"
+        if layer.bias is not None:
+            text += f" with bias {paths[layer.bias]}"
+            words[layer.bias] = f"bias of {paths[layer.weight]}"
+        words[layer.weight] = text
+    return words
