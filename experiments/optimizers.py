@@ -54,6 +54,7 @@ class CGConfig:
         "kronecker" (factored blocks of dense layers and convolutions, averaged over
         steps).
       refresh_every: steps for which the preconditioner is kept, or what kfac inverts.
+      observe_every: of kronecker and kfac: one batch in so many goes into the averages.
       rank: vectors of the sketch.
       decay: of kronecker, and of the solver kfac: weight of the past in its averages.
     """
@@ -62,6 +63,7 @@ class CGConfig:
     rtol: Annotated[float, NON_NEGATIVE]
     preconditioner: Annotated[str, one_of("none", "jacobi", "nystrom", "kronecker")]
     refresh_every: Annotated[int, AT_LEAST_ONE]
+    observe_every: Annotated[int, AT_LEAST_ONE]
     rank: Annotated[int, AT_LEAST_ONE]
     decay: Annotated[float, FRACTION]
 
@@ -426,6 +428,7 @@ def make_solver(config: NaturalGradientConfig) -> ngd.Solver:
             return ngd.KFAC(
                 decay=config.cg.decay,
                 refresh_every=config.cg.refresh_every,
+                observe_every=config.cg.observe_every,
                 # The other rule finds the length by itself.
                 exact_length=config.rate_rule == "constant",
             )
@@ -455,7 +458,11 @@ def _make_preconditioner(config: CGConfig) -> ngd.Preconditioner | None:
                 refresh_every=config.refresh_every,
             )
         case "kronecker":
-            return ngd.Kronecker(decay=config.decay, refresh_every=config.refresh_every)
+            return ngd.Kronecker(
+                decay=config.decay,
+                refresh_every=config.refresh_every,
+                observe_every=config.observe_every,
+            )
         case _:
             return None
 

@@ -65,12 +65,13 @@ def test_a_word_changes_the_solver(name):
 
 
 def test_kfac_is_as_long_as_its_rate_rule_needs():
-    words = ["optimizer.solver=kfac", "optimizer.cg.refresh_every=7"]
+    counts = ["optimizer.cg.refresh_every=7", "optimizer.cg.observe_every=3"]
+    words = ["optimizer.solver=kfac", *counts]
     by_rule = ["optimizer.learning_rate=null", "optimizer.rate_rule=quadratic_model"]
     for changes, is_exact in ([], True), (by_rule, False):
         solver = make_solver(make_config(*words, *changes).optimizer)
         assert isinstance(solver, ngd.KFAC)
-        assert solver.refresh_every == 7
+        assert (solver.refresh_every, solver.observe_every) == (7, 3)
         assert solver.exact_length == is_exact
 
 
