@@ -1,1 +1,1 @@
-"""Programs built on ngd_jax: train, and benchmark."""
+"""Programs built on ngd_jax: train, compare, benchmark, claims and variational."""

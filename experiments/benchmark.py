@@ -4,7 +4,7 @@ Ratios to one gradient of the same network, interleaved in one process, as Markd
 The tables are products (what runs without a word), solvers, memory, scaling, precision,
 preconditioners, trpo, vmc and price (a step in Adam's: compiling, time and memory);
 `table=all` for all of them.
-The library part is `experiments.measure`; `configs/benchmark.yaml` has the settings.
+The library part is `experiments.benchmarks`; `configs/benchmark.yaml` has the settings.
 """
 
 import sys
@@ -14,18 +14,18 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
-from experiments.measure.clocks import use_one_thread
+from experiments.benchmarks.clocks import use_one_thread
 
 use_one_thread()  # before JAX starts its threads
 
-from experiments.config import CONFIG_DIR, read_as, run_program  # noqa: E402
-from experiments.measure.settings import BenchmarkConfig  # noqa: E402
-from experiments.measure.tables import (  # noqa: E402
+from experiments.benchmarks.settings import BenchmarkConfig  # noqa: E402
+from experiments.benchmarks.tables import (  # noqa: E402
     measure_tables,
     select,
     write_tables,
 )
-from experiments.settings import ConfigError  # noqa: E402
+from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
+from experiments.running.settings import ConfigError  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="benchmark")

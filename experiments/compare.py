@@ -14,15 +14,15 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from experiments.measure.clocks import use_one_thread
+from experiments.benchmarks.clocks import use_one_thread
 
 use_one_thread()  # before JAX starts its threads
 
-from experiments.config import CONFIG_DIR, run_program  # noqa: E402
 from experiments.race.racing import Race  # noqa: E402
 from experiments.race.report import write_report  # noqa: E402
 from experiments.race.settings import read_compare  # noqa: E402
-from experiments.settings import ConfigError  # noqa: E402
+from experiments.running.config import CONFIG_DIR, run_program  # noqa: E402
+from experiments.running.settings import ConfigError  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="compare")

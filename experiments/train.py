@@ -1,6 +1,6 @@
 """Trains one network: `python -m experiments.train task=... optimizer=... name=value`.
 
-The library part is `experiments.loop.run_training`; `configs/` has all the settings.
+The library part is `experiments.running.loop`; `configs/` has all the settings.
 With `distributed.num_processes` above one, this either starts the others or is one.
 """
 
@@ -14,12 +14,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments.config import CONFIG_DIR, read_config, run_program
-from experiments.distributed import broadcast_text, check_same, connect
-from experiments.interruption import EXIT_INTERRUPTED
-from experiments.launcher import launch
-from experiments.loop import describe_result, run_training
-from experiments.run_folder import (
+from experiments.running.config import CONFIG_DIR, read_config, run_program
+from experiments.running.distributed import broadcast_text, check_same, connect
+from experiments.running.interruption import EXIT_INTERRUPTED
+from experiments.running.launcher import launch
+from experiments.running.loop import describe_result, run_training
+from experiments.running.run_folder import (
     choose_folder,
     config_text,
     open_run,
@@ -27,7 +27,7 @@ from experiments.run_folder import (
     removed_if_empty,
     shorten,
 )
-from experiments.settings import ConfigError
+from experiments.running.settings import ConfigError
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")

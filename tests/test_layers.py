@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.tasks.convolution import convolve
+from experiments.tasks.supervised.convolution import convolve
 from ngd_jax import layers as layers_module
 from ngd_jax.fisher import linearize
 from ngd_jax.layers import Layer, backward_pass, check_partition

@@ -12,11 +12,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from experiments.batches import epoch_and_position, epoch_permutation
-from experiments.measure.space import planned_memory
-from experiments.optimizers import make_optimizer
+from experiments.benchmarks.space import planned_memory
+from experiments.running.optimizers import make_optimizer
 from experiments.tasks import Task, num_examples
-from experiments.training import TrainState, init_state, make_train_chunk
+from experiments.tasks.supervised.batches import epoch_and_position, epoch_permutation
+from experiments.tasks.supervised.training import (
+    TrainState,
+    init_state,
+    make_train_chunk,
+)
 
 __all__ = ["Contestant", "OptaxContestant", "Snapshot", "batch_size_of"]
 

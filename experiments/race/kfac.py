@@ -14,10 +14,10 @@ import optax
 
 import ngd_jax as ngd
 from experiments.race.contestants import Snapshot, batch_size_of
-from experiments.settings import POSITIVE, ConfigError
-from experiments.streaming import HostBatches
+from experiments.running.settings import POSITIVE, ConfigError
 from experiments.tasks import Task
-from experiments.training import TrainState, init_state
+from experiments.tasks.supervised.streaming import HostBatches
+from experiments.tasks.supervised.training import TrainState, init_state
 
 __all__ = ["KFACConfig", "KFACContestant", "KFACState"]
 

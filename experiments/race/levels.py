@@ -11,7 +11,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from experiments.markdown import Table
+from experiments.benchmarks.markdown import Table
 from experiments.race.results import Result
 from experiments.race.table import FIRST_ORDER, OURS
 

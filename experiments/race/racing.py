@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.markdown import describe_environment
+from experiments.benchmarks.markdown import describe_environment
 from experiments.race.contestants import (
     Contestant,
     OptaxContestant,
@@ -26,9 +26,9 @@ from experiments.race.kfac import KFACConfig, KFACContestant
 from experiments.race.results import Result, Store
 from experiments.race.settings import CompareConfig, Entrant, candidates, with_settings
 from experiments.race.timing import CLOCKS, Run, Trace, race
-from experiments.settings import ConfigError
+from experiments.running.settings import ConfigError
 from experiments.tasks import Task, make_task
-from experiments.training import make_evaluate_fn
+from experiments.tasks.supervised.training import make_evaluate_fn
 
 __all__ = ["Race", "best_candidate"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.evidence.drawing import finish, new_figure
-from experiments.markdown import describe_environment, write_table
+from experiments.benchmarks.markdown import describe_environment, write_table
+from experiments.claims.drawing import finish, new_figure
 from experiments.race.levels import best_peer_at, levels_table
 from experiments.race.results import Result, write_whole
 from experiments.race.settings import BY_PEERS, CompareConfig, Entrant

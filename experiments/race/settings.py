@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from experiments.config import read_as
-from experiments.optimizers import OPTIMIZER_CONFIGS
 from experiments.race.kfac import KFACConfig
-from experiments.settings import (
+from experiments.running.config import read_as
+from experiments.running.optimizers import OPTIMIZER_CONFIGS
+from experiments.running.settings import (
     AT_LEAST_ONE,
     POSITIVE,
     SEED,

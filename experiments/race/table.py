@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.markdown import Table
+from experiments.benchmarks.markdown import Table
 from experiments.race.results import Result
 
 __all__ = ["FIRST_ORDER", "OURS", "race_table", "summarize", "verdicts"]

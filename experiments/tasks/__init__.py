@@ -1,23 +1,23 @@
 """The tasks by name; a new one is a module here and a line in `TASKS`.
 
 A task that is not a data set with a loss (a policy in an environment, a wave function)
-has its settings in `OTHER_TASK_CONFIGS` and what it does in `experiments.learners`.
+has its settings in `OTHER_TASK_CONFIGS`, and what it does in `learners`.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from experiments.physics.settings import PhysicsConfig
-from experiments.policy.settings import PolicyConfig
-from experiments.tasks.autoencoder import AutoencoderConfig, make_autoencoder
-from experiments.tasks.charlm import CharLMConfig, make_charlm
-from experiments.tasks.digits import DigitsConfig, make_digits
-from experiments.tasks.fashion_cnn import FashionCNNConfig, make_fashion_cnn
-from experiments.tasks.fashion_mlp import FashionMLPConfig, make_fashion_mlp
-from experiments.tasks.imbalance import ImbalanceConfig, make_imbalance
-from experiments.tasks.regression import RegressionConfig, make_regression
-from experiments.tasks.task import Task, num_examples
-from experiments.wave_functions.settings import WaveFunctionConfig
+from experiments.tasks.equations.settings import PhysicsConfig
+from experiments.tasks.policies.settings import PolicyConfig
+from experiments.tasks.supervised.autoencoder import AutoencoderConfig, make_autoencoder
+from experiments.tasks.supervised.charlm import CharLMConfig, make_charlm
+from experiments.tasks.supervised.digits import DigitsConfig, make_digits
+from experiments.tasks.supervised.fashion_cnn import FashionCNNConfig, make_fashion_cnn
+from experiments.tasks.supervised.fashion_mlp import FashionMLPConfig, make_fashion_mlp
+from experiments.tasks.supervised.imbalance import ImbalanceConfig, make_imbalance
+from experiments.tasks.supervised.regression import RegressionConfig, make_regression
+from experiments.tasks.supervised.task import Task, num_examples
+from experiments.tasks.wave_functions.settings import WaveFunctionConfig
 
 __all__ = [
     "OTHER_TASK_CONFIGS",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data import mnist5k
+from experiments.tasks.data import mnist5k
 
 
 def sum_of(content: np.ndarray) -> str:

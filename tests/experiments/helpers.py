@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments.checkpoints import Checkpoints
-from experiments.config import TrainConfig, compose_config, read_config
-from experiments.loop import Result, run_training
-from experiments.optimizers import make_optimizer
+from experiments.running.checkpoints import Checkpoints
+from experiments.running.config import TrainConfig, compose_config, read_config
+from experiments.running.loop import Result, run_training
+from experiments.running.optimizers import make_optimizer
 from experiments.tasks import make_task
-from experiments.training import TrainState, init_state
+from experiments.tasks.supervised.training import TrainState, init_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

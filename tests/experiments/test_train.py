@@ -12,8 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import train as program
-from experiments.config import read_config
-from experiments.run_folder import read_json_lines
+from experiments.running.config import read_config
+from experiments.running.run_folder import read_json_lines
 from tests.experiments.helpers import (
     SMALL,
     assert_same_bits,

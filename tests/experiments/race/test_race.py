@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.optimizers import make_optimizer
 from experiments.race.contestants import OptaxContestant
 from experiments.race.kfac import KFACConfig, KFACContestant
 from experiments.race.levels import best_peer_at, levels_table
@@ -20,9 +19,10 @@ from experiments.race.report import write_report
 from experiments.race.results import Result, Store
 from experiments.race.table import race_table, summarize, verdicts
 from experiments.race.timing import Trace
-from experiments.settings import ConfigError
+from experiments.running.optimizers import make_optimizer
+from experiments.running.settings import ConfigError
 from experiments.tasks import make_task, num_examples
-from experiments.training import init_state, make_train_chunk
+from experiments.tasks.supervised.training import init_state, make_train_chunk
 from tests.experiments.race.test_settings import entrant, read
 
 SMALL = (

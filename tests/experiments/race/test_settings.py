@@ -3,9 +3,9 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.config import CONFIG_DIR
 from experiments.race.settings import candidates, read_compare, with_settings
-from experiments.settings import ConfigError
+from experiments.running.config import CONFIG_DIR
+from experiments.running.settings import ConfigError
 
 
 def read(*overrides):

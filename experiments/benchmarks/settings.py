@@ -1,0 +1,293 @@
+"""The settings of the benchmark; `configs/benchmark.yaml` has the numbers."""
+
+import dataclasses
+from typing import Annotated
+
+from experiments.running.settings import (
+    AT_LEAST_ONE,
+    NON_NEGATIVE,
+    POSITIVE,
+    SEED,
+    Rule,
+    one_of,
+)
+
+__all__ = [
+    "NETWORKS",
+    "TABLES",
+    "BenchmarkConfig",
+    "MemorySettings",
+    "PoliciesSettings",
+    "PrecisionSettings",
+    "PreconditionersSettings",
+    "PriceSettings",
+    "ProductsSettings",
+    "ScalingSettings",
+    "SolversSettings",
+    "WaveFunctionsSettings",
+]
+
+TABLES = (
+    "products",
+    "solvers",
+    "memory",
+    "scaling",
+    "precision",
+    "preconditioners",
+    "trpo",
+    "vmc",
+    "price",
+)
+
+# Whose steps the table `price` is of; `networks` makes them.
+NETWORKS = (
+    "mlp_small",
+    "mlp",
+    "cnn",
+    "transformer_2",
+    "transformer_4",
+    "transformer_8",
+)
+
+TABLE = Rule(
+    f"all or one of {', '.join(TABLES)}", lambda name: name in (*TABLES, "all")
+)
+DTYPE = Rule(
+    "bfloat16, float32 or float64",
+    lambda name: name in ("bfloat16", "float32", "float64"),
+)
+WIDTHS = Rule(
+    "lists of two or more positive widths",
+    lambda widths: len(widths) >= 2 and all(width >= 1 for width in widths),
+)
+CELLS = Rule(
+    "lists [parameters, examples, outputs] of positive numbers",
+    lambda cell: len(cell) == 3 and all(number >= 1 for number in cell),
+)
+
+SAMPLES_AND_WIDTHS = Rule(
+    "lists [samples, widths...] of positive numbers",
+    lambda cell: len(cell) >= 2 and all(number >= 1 for number in cell),
+)
+
+
+@dataclasses.dataclass
+class ProductsSettings:
+    """Settings of the tables of products and whole steps.
+
+    Attributes:
+      networks: widths of the networks, inputs first and classes last.
+      batch_size: examples in a batch.
+      cg_steps: solver steps of the whole step that is timed.
+      repeats: turns of each timing.
+      compile_repeats: turns of each compilation.
+      import_repeats: processes that import the library.
+    """
+
+    networks: Annotated[list[list[int]], WIDTHS]
+    batch_size: Annotated[int, AT_LEAST_ONE]
+    cg_steps: Annotated[int, AT_LEAST_ONE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+    compile_repeats: Annotated[int, AT_LEAST_ONE]
+    import_repeats: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class SolversSettings:
+    """Settings of the table of solvers.
+
+    Attributes:
+      cells: [P, N, K] of each row: parameters, examples, outputs of an example.
+      gram_cells: [P, N, K] where the Gram matrix is timed by itself; the first is that
+        of the goal.
+      steps: step budgets of the solvers that iterate.
+      repeats: turns of each timing.
+      budget: seconds that one call may be expected to take; others are skipped.
+      cholesky_limit: the largest P for the dense matrix.
+    """
+
+    cells: Annotated[list[list[int]], CELLS]
+    gram_cells: Annotated[list[list[int]], CELLS]
+    steps: Annotated[list[int], AT_LEAST_ONE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+    budget: Annotated[float, POSITIVE]
+    cholesky_limit: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class MemorySettings:
+    """Settings of the table of memory.
+
+    Attributes:
+      cells: [P, N, K] of each row.
+      cg_steps: steps of conjugate gradients, which keep nothing of them.
+      block_sizes: of `SampleSpace`, examples at a time.
+      gram_limit: the largest N·K for `SampleSpace`.
+      resident_cells: [P, N, K] where a process of its own is watched.
+    """
+
+    cells: Annotated[list[list[int]], CELLS]
+    cg_steps: Annotated[int, AT_LEAST_ONE]
+    block_sizes: Annotated[list[int], AT_LEAST_ONE]
+    gram_limit: Annotated[int, AT_LEAST_ONE]
+    resident_cells: Annotated[list[list[int]], CELLS]
+
+
+@dataclasses.dataclass
+class ScalingSettings:
+    """Settings of the table of scaling: three sweeps.
+
+    Attributes:
+      examples: N; the first is that of the other sweeps, as with those that follow.
+      parameters: P.
+      steps: steps of conjugate gradients.
+      outputs: K.
+      repeats: turns of each timing.
+    """
+
+    examples: Annotated[list[int], AT_LEAST_ONE]
+    parameters: Annotated[list[int], AT_LEAST_ONE]
+    steps: Annotated[list[int], AT_LEAST_ONE]
+    outputs: Annotated[int, AT_LEAST_ONE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class PrecisionSettings:
+    """Settings of the table of precision.
+
+    Attributes:
+      cells: [P, N, K]; P small enough for the dense matrix in float64.
+      dtypes: of parameters, data and so activations.
+      dampings: λ, in units of trace(F) / P.
+      max_steps: budget of the solvers that iterate, enough to converge.
+    """
+
+    cells: Annotated[list[list[int]], CELLS]
+    dtypes: Annotated[list[str], DTYPE]
+    dampings: Annotated[list[float], NON_NEGATIVE]
+    max_steps: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class PreconditionersSettings:
+    """Settings of the table of preconditioners.
+
+    Attributes:
+      widths: of the autoencoder's encoder, pixels first and code last; 784, 1000, 500,
+        250, 30 is the published one.
+      num_examples: images in the batch.
+      training_steps: natural gradient steps before anything is measured.
+      steps_between: how much older the parameters of a reused preconditioner are.
+      dampings: λ of the autoencoder's systems.
+      raw_dampings: λ of the systems with raw inputs.
+      ranks: of `Nystrom`.
+      num_probes: of the estimated diagonal.
+      exact_limit: parameters above which the exact diagonal is left out, which takes a
+        backward pass for each output of each example alone.
+      rtol: relative residual to reach.
+      few_products: after so many, the decrease of the quadratic model is compared.
+      max_products: where to give up.
+      seed: of the initial parameters and of the random vectors.
+    """
+
+    widths: Annotated[list[int], AT_LEAST_ONE]
+    num_examples: Annotated[int, AT_LEAST_ONE]
+    training_steps: Annotated[int, AT_LEAST_ONE]
+    steps_between: Annotated[int, AT_LEAST_ONE]
+    dampings: Annotated[list[float], POSITIVE]
+    raw_dampings: Annotated[list[float], POSITIVE]
+    ranks: Annotated[list[int], AT_LEAST_ONE]
+    num_probes: Annotated[int, AT_LEAST_ONE]
+    exact_limit: Annotated[int, AT_LEAST_ONE]
+    rtol: Annotated[float, POSITIVE]
+    few_products: Annotated[int, AT_LEAST_ONE]
+    max_products: Annotated[int, AT_LEAST_ONE]
+    seed: Annotated[int, SEED]
+
+
+@dataclasses.dataclass
+class PoliciesSettings:
+    """Settings of the tables of policies.
+
+    Attributes:
+      environments: with the threshold of the mean return for each.
+      seeds: runs in each.
+      peer_seeds: runs of the peer in each, of which one takes a minute.
+      peer_python: the interpreter that has stable-baselines3-contrib; null for this
+        one.
+      num_agents: so many under `vmap` are timed in the first environment; 1 for none.
+      dampings: λ of the table of residuals; an empty list leaves it out.
+      solver_steps: its budgets of conjugate gradients.
+      overrides: of `experiments.train`, as on its command line.
+    """
+
+    environments: dict[str, float]
+    seeds: Annotated[int, AT_LEAST_ONE]
+    peer_seeds: Annotated[int, AT_LEAST_ONE]
+    peer_python: str | None
+    num_agents: Annotated[int, AT_LEAST_ONE]
+    dampings: Annotated[list[float], NON_NEGATIVE]
+    solver_steps: Annotated[list[int], AT_LEAST_ONE]
+    overrides: list[str]
+
+
+@dataclasses.dataclass
+class WaveFunctionsSettings:
+    """Settings of the table of wave functions.
+
+    Attributes:
+      cells: lists [samples, widths...]; one width is a restricted Boltzmann machine,
+        more are a perceptron.
+      damping: the diagonal shift.
+      repeats: turns.
+      peer_python: the interpreter that has NetKet; null for this one.
+    """
+
+    cells: Annotated[list[list[int]], SAMPLES_AND_WIDTHS]
+    damping: Annotated[float, POSITIVE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+    peer_python: str | None
+
+
+@dataclasses.dataclass
+class PriceSettings:
+    """Settings of the table of prices.
+
+    Attributes:
+      networks: names of the networks.
+      cached_network: the one whose first step is timed with and without a compilation
+        cache on disk; null leaves this out.
+      steps: in a turn of each timing; as many as `KFAC` has from one inverse to the
+        next, so that a turn holds all that a step may do.
+      repeats: turns of each timing.
+    """
+
+    networks: Annotated[list[str], one_of(*NETWORKS)]
+    cached_network: Annotated[str | None, one_of(*NETWORKS)]
+    steps: Annotated[int, AT_LEAST_ONE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class BenchmarkConfig:
+    """Settings of `experiments.benchmark`.
+
+    Attributes:
+      table: which one, or "all".
+      output: Markdown file to write; null prints only.
+      products, solvers, memory, scaling, precision, preconditioners, trpo, vmc, price:
+        of each table.
+    """
+
+    table: Annotated[str, TABLE]
+    output: str | None
+    products: ProductsSettings
+    solvers: SolversSettings
+    memory: MemorySettings
+    scaling: ScalingSettings
+    precision: PrecisionSettings
+    preconditioners: PreconditionersSettings
+    trpo: PoliciesSettings
+    vmc: WaveFunctionsSettings
+    price: PriceSettings

@@ -1,0 +1,237 @@
+"""It costs more than gradient descent: how much, counted and timed.
+
+A gradient of a network with P weights, P₁ of them in the first layer, on N examples
+multiplies 6NP - 2NP₁ times; a further Fisher product, linearised before, 8NP - 4NP₁;
+the linearisation 2NP. So a product is at most 4/3 of a gradient, and k of them in a
+step make it 1 + 4k/3 gradients.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from matplotlib.figure import Figure
+
+import ngd_jax as ngd
+from experiments.benchmarks.clocks import interleaved_seconds, operation_count
+from experiments.benchmarks.contestants import (
+    Problem,
+    check_taken,
+    count_parameters,
+    make_problem,
+    natural_step,
+    products,
+)
+from experiments.benchmarks.markdown import Table
+from experiments.claims.claim import Check, Claim, Evidence, Plot, between
+from experiments.claims.drawing import COLORS, finish, new_figure
+
+__all__ = ["COST"]
+
+_BATCH_SIZE = 256
+_SMALL = (64, 128, 64, 10)
+_NETWORKS = (_SMALL, (784, 1000, 300, 10))
+# Activations, biases and the likelihood, which the count of products leaves out.
+_TOLERANCE = 0.08
+
+
+class _Prices(NamedTuple):
+    """What a network costs.
+
+    Attributes:
+      name: its widths and its parameters.
+      product: operations of a further product, in gradients.
+      lone: the same with the linearisation.
+      product_expected, lone_expected: by the count of multiplications.
+      gradient: CPU seconds.
+      steps: CPU time of a whole step, in gradients, for each number of products.
+      kl_evaluations: forward passes for the radius, likewise.
+    """
+
+    name: str
+    product: float
+    lone: float
+    product_expected: float
+    lone_expected: float
+    gradient: float
+    steps: Sequence[float]
+    kl_evaluations: Sequence[int]
+
+
+def demonstrate(quick: bool) -> Evidence:
+    """Multilayer perceptrons of 17 thousand to a million parameters."""
+    networks = [_SMALL] if quick else _NETWORKS
+    counts = (5, 20) if quick else (5, 10, 20)
+    prices = [_price(widths, counts, repeats=3 if quick else 5) for widths in networks]
+    checks: list[Check] = []
+    for price in prices:
+        for name, measured, expected in (
+            ("a further product", price.product, price.product_expected),
+            ("a lone product, linearised for it", price.lone, price.lone_expected),
+        ):
+            checks.append(
+                between(
+                    f"{name}, operations in gradients, {price.name}",
+                    measured,
+                    expected * (1 - _TOLERANCE),
+                    expected * (1 + _TOLERANCE),
+                    "count of multiplications",
+                )
+            )
+    longest = max(counts)
+    dearest = max(price.steps[-1] for price in prices)
+    return Evidence(
+        headline=(
+            f"a product costs {prices[-1].product:.2f} gradients by operations; a "
+            f"whole step of {longest} products up to {dearest:.0f} by time, where 1 + "
+            f"4k/3 is {1 + 4 * longest / 3:.0f}"
+        ),
+        setup=(
+            f"Tanh networks with softmax outputs, {_BATCH_SIZE} examples, float32. "
+            f"Operations as the compiler counts them. Times are CPU times of the whole "
+            f"process, each the median of turns taken in one process; they are of this "
+            f"machine, so they are told and not judged. A step is a gradient, k "
+            f"products of conjugate gradients, and the search for the radius, 0.01 "
+            f"nats."
+        ),
+        checks=checks,
+        tables=[_tabulate(prices, counts)],
+        plots=[
+            Plot(
+                "cost",
+                "Price of a step against the products in it. The dashed line is what "
+                "the products and one gradient cost at most by operation count; the "
+                "forward passes that measure the KL come on top.",
+                _draw(prices, counts),
+            )
+        ],
+        notes=[_HONEST],
+    )
+
+
+_HONEST = (
+    "So a natural gradient step is never as cheap as one of gradient descent, and must "
+    "make up for it by fewer steps. What lowers the price: fewer products from a warm "
+    "start or a preconditioner, the metric on a part of the batch, or a direct solve "
+    "where examples are few; `python -m experiments.benchmark table=solvers` has the "
+    "prices of those."
+)
+
+
+def _price(widths: Sequence[int], counts: Sequence[int], *, repeats: int) -> _Prices:
+    problem = make_problem(widths, _BATCH_SIZE)
+    product, lone = _operations(problem)
+    product_expected, lone_expected = _multiplications(widths)
+    steps = [_step(problem, count) for count in counts]
+    evaluations = [
+        int(check_taken(run()[1]).num_kl_evaluations)  # also warms it up
+        for run in steps
+    ]
+    gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
+    one, *seconds = interleaved_seconds(
+        [lambda: gradient(problem.params, problem.batch), *steps], repeats=repeats
+    )
+    return _Prices(
+        name=f"{'-'.join(map(str, widths))} ({count_parameters(problem):,} parameters)",
+        product=product,
+        lone=lone,
+        product_expected=product_expected,
+        lone_expected=lone_expected,
+        gradient=one,
+        steps=[taken / one for taken in seconds],
+        kl_evaluations=evaluations,
+    )
+
+
+def _operations(problem: Problem) -> tuple[float, float]:
+    """Of a further product and of a lone one, in gradients, as compiled."""
+    args = (problem.params, problem.batch, problem.vector)
+    gradient = operation_count(jax.value_and_grad(problem.loss_fn), *args[:2])
+    once, twice = (operation_count(products(problem, k), *args) for k in (1, 2))
+    return (twice - once) / gradient, once / gradient
+
+
+def _multiplications(widths: Sequence[int]) -> tuple[float, float]:
+    """The same by hand; see the head of this module."""
+    weights = [a * b for a, b in itertools.pairwise(widths)]
+    gradient = 6 * sum(weights) - 2 * weights[0]
+    product = 8 * sum(weights) - 4 * weights[0]
+    return product / gradient, (product + 2 * sum(weights)) / gradient
+
+
+def _step(problem: Problem, count: int) -> Callable[[], Any]:
+    step, args = natural_step(problem, ngd.CG(max_steps=count, rtol=0.0))
+    compiled = jax.jit(step)
+    return lambda: compiled(*args)
+
+
+def _tabulate(prices: Sequence[_Prices], counts: Sequence[int]) -> Table:
+    rows = [
+        ["one gradient, CPU ms", *(f"{1e3 * price.gradient:.3g}" for price in prices)],
+        [
+            "a further product, operations in gradients",
+            *(f"{price.product:.3g}" for price in prices),
+        ],
+    ]
+    for index, count in enumerate(counts):
+        name = f"a whole step of {count} products in gradients, CPU time"
+        cells = [
+            f"{price.steps[index]:.3g} ({price.kl_evaluations[index]} KL evaluations)"
+            for price in prices
+        ]
+        rows.append([f"{name}; 1 + 4k/3 = {1 + 4 * count / 3:.3g}", *cells])
+    head = ["", *(price.name for price in prices)]
+    return Table("Prices, in gradients of the same network", head, rows)
+
+
+def _draw(prices: Sequence[_Prices], counts: Sequence[int]) -> Figure:
+    figure, (axis,) = new_figure()
+    ends = [0, max(counts)]
+    axis.plot(
+        ends,
+        [1 + 4 * k / 3 for k in ends],
+        "--",
+        color=COLORS["theory"],
+        label="1 + 4k/3: one gradient, k products",
+    )
+    colors = (COLORS["SGD"], COLORS["natural gradient"])
+    for price, color, marker in zip(prices, colors, "os", strict=False):
+        axis.plot(counts, price.steps, f"{marker}-", color=color, label=price.name)
+    axis.axhline(1.0, color=COLORS["theory"], alpha=0.5)
+    axis.annotate(
+        "gradient descent",
+        (ends[1], 1.0),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        color=COLORS["theory"],
+    )
+    axis.set_ylim(bottom=0)
+    axis.set_xticks([0, *counts])
+    finish(
+        axis,
+        title="What a step to the KL radius costs",
+        x="Fisher products in a step, k",
+        y="CPU time of a step (gradients)",
+    )
+    return figure
+
+
+COST = Claim(
+    name="cost",
+    title="It costs more than gradient descent",
+    statement=(
+        "A natural gradient step costs more than one of gradient descent: a Fisher "
+        "product is at most 4/3 of a gradient, a step of k products about 1 + 4k/3."
+    ),
+    truth=(
+        "True. By operations a product keeps to the bound, and stays below it where "
+        "the first layer is a large part of the network. By time a whole step follows "
+        "1 + 4k/3, and pays for the forward passes that measure its KL besides."
+    ),
+    source="Martens 2010, Deep learning via Hessian-free optimization",
+    demonstrate=demonstrate,
+    x64=False,
+    is_timed=True,
+)

@@ -1,0 +1,196 @@
+"""Many known algorithms are natural gradient in disguise: each identity, measured.
+
+A file for each identity or each pair of related ones; in it the call of this library,
+the textbook's way in NumPy, and what is left of the identity without its condition.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import ngd_jax as ngd
+from experiments.benchmarks.markdown import Table
+from experiments.claims.claim import Claim, Evidence, Plot
+from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.gallery.adaptive import adam
+from experiments.claims.gallery.exponential_family import mirror, variational
+from experiments.claims.gallery.identity import (
+    Identity,
+    call_in,
+    descend,
+    listing,
+)
+from experiments.claims.gallery.kronecker import factored_layer
+from experiments.claims.gallery.newton import Descent, reweighting
+from experiments.claims.gallery.policies import policy_gradient, trpo
+from experiments.claims.gallery.regression import gauss_newton, least_squares
+from experiments.claims.gallery.wave_function import reconfiguration
+
+__all__ = ["GALLERY"]
+
+_FLOOR = 1e-16  # of what double precision can show
+
+
+def demonstrate(quick: bool) -> Evidence:
+    """Every identity on a small problem, and one of them as curves."""
+    generalised_linear, descent = reweighting()
+    identities = [
+        least_squares(),
+        generalised_linear,
+        gauss_newton(),
+        trpo(quick),
+        policy_gradient(quick),
+        factored_layer(quick),
+        adam(quick),
+        reconfiguration(quick),
+        mirror(quick),
+        variational(quick),
+    ]
+    worst = max(identity.equality.measured for identity in identities)
+    steps = len(descent.natural) - 1
+    return Evidence(
+        headline=(
+            f"{len(identities)} algorithms are a call of `natural_gradient`, to "
+            f"{worst:.0e} relative at worst; Newton's gradient norm is "
+            f"{descent.natural[-1]:.0e} after {steps} steps, where gradient descent "
+            f"takes {np.argmax(descent.plain < 1e-8):,} to 1e-8"
+        ),
+        setup=(
+            "Each algorithm as its source has it, written in NumPy (Adam: Optax's), "
+            "against one call of the library, in float64; the problems are in the "
+            "second table. Differences are the largest one over the largest entry. "
+            "Round-off is bounded by n ε κ: n the length of the sums or of the chain "
+            "of steps, ε = 2.2e-16, κ the condition number of what is solved."
+        ),
+        checks=[
+            check
+            for identity in identities
+            for check in (identity.equality, identity.limit, *identity.others)
+        ],
+        tables=[_calls(identities), _conditions(identities)],
+        plots=[
+            Plot(
+                "gallery",
+                "Left: Newton's method, alias natural gradient, and gradient descent "
+                "on logistic regression. Right: how far each algorithm is from its "
+                "call, and how far where the condition of the identity is left out.",
+                _draw(identities, descent),
+            )
+        ],
+        notes=[
+            f"`ngd.contrib.presets.trpo()` is `{ngd.contrib.presets.trpo()}`.",
+            "The code that ran, NumPy for the textbook's side:",
+            _listing("the steps", descend),
+            *(
+                _listing(each.algorithm, each.ours, each.textbook)
+                for each in identities
+            ),
+        ],
+    )
+
+
+def _calls(identities: Sequence[Identity]) -> Table:
+    return Table(
+        "The algorithm, and the call that is the same",
+        ["algorithm", "the call", "difference, relative", "expected", "source"],
+        [
+            [
+                identity.algorithm,
+                f"`{call_in(identity.ours)}`",
+                f"{identity.equality.measured:.1e}",
+                identity.equality.expected,
+                identity.source,
+            ]
+            for identity in identities
+        ],
+    )
+
+
+def _conditions(identities: Sequence[Identity]) -> Table:
+    return Table(
+        "When it holds, and what is left where it does not",
+        ["algorithm", "condition", "without it", "measured on"],
+        [
+            [
+                identity.algorithm,
+                identity.condition,
+                f"{identity.limit.name} {identity.limit.measured:.1e}",
+                identity.setup,
+            ]
+            for identity in identities
+        ],
+    )
+
+
+def _listing(name: str, *functions: Callable[..., Any]) -> str:
+    code = listing(*functions)
+    summary = f"<details><summary>{name}</summary>"
+    return f"{summary}\n\n```python\n{code}\n```\n\n</details>"
+
+
+def _draw(identities: Sequence[Identity], descent: Descent) -> Figure:
+    figure, (left, right) = new_figure(2, width=9.0, height=4.6)
+    _draw_descent(left, descent)
+    _draw_errors(right, identities)
+    return figure
+
+
+def _draw_descent(axis: Axes, descent: Descent) -> None:
+    # Each with its name beside it, and until round-off is all that is left.
+    curves = [
+        (descent.plain, "gradient descent,\nrate 1/L", (60, 0.05), "SGD"),
+        (descent.tuned, "rate 25/L", (270, 1e-10), "SGD, clipped"),
+        (descent.natural, "natural\ngradient,\nNewton", (9, 2e-16), "natural gradient"),
+    ]
+    for norms, label, place, color in curves:
+        shown = norms[: np.argmax(norms < _FLOOR) or None]
+        style = "o-" if len(shown) < 10 else "-"
+        axis.plot(shown, style, color=COLORS[color], markersize=4)
+        axis.annotate(label, place, color=COLORS[color])
+    axis.set_xscale("symlog", linthresh=10)
+    axis.set_yscale("log")
+    axis.set_xticks([0, 5, 10, 100, 1000], ["0", "5", "10", "100", "1,000"])
+    finish(axis, title="Logistic regression", x="step", y="norm of the gradient")
+
+
+def _draw_errors(axis: Axes, identities: Sequence[Identity]) -> None:
+    rows = np.arange(len(identities))
+    series = [
+        ([max(each.equality.measured, _FLOOR) for each in identities], "o", "measured"),
+        ([each.equality.high for each in identities], "|", "bound of round-off"),
+        ([each.limit.measured for each in identities], "D", "without its condition"),
+    ]
+    colors = ["natural gradient", "theory", "SGD"]
+    for (values, marker, label), color in zip(series, colors, strict=True):
+        size = 12 if marker == "|" else 7
+        style = {"color": COLORS[color], "markersize": size, "label": label}
+        axis.plot(values, rows, marker, **style)
+    axis.set_xscale("log")
+    axis.set_yticks(rows, [each.algorithm for each in identities])
+    axis.set_ylim(len(identities) - 0.5, -0.5)
+    title = "How far from the textbook"
+    finish(axis, title=title, x="largest difference, relative", y="", legend=False)
+    axis.figure.legend(loc="outside lower right", ncols=3, frameon=False)
+
+
+GALLERY = Claim(
+    name="gallery",
+    title="Many known algorithms are natural gradient in disguise",
+    statement=(
+        "Least squares, Newton's method for generalised linear models, "
+        "Levenberg-Marquardt, TRPO, the tabular natural policy gradient, K-FAC, Adam, "
+        "stochastic reconfiguration, mirror descent and variational inference are "
+        "natural gradient with a choice of outputs, damping and solver."
+    ),
+    truth=(
+        "Exact identities, to round-off, each under a condition; without it the two "
+        "differ by per cents or far more. Of TRPO the direction is the same, not the "
+        "length; of K-FAC one layer only; of Adam only batches of one, and with the "
+        "empirical Fisher to the power ½, which is not the natural gradient."
+    ),
+    source="Martens 2020, and the sources in the table",
+    demonstrate=demonstrate,
+)

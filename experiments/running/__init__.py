@@ -1,0 +1,1 @@
+"""What every run has: configuration, loop, checkpoints, logs, screen, processes."""

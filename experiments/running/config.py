@@ -1,0 +1,245 @@
+"""The configuration of a run: from Hydra's untyped tree to checked dataclasses.
+
+`configs/` owns the numbers, the dataclasses own the names, types and rules. Whatever is
+wrong becomes a `ConfigError` of one line that names the setting.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from experiments.running.distributed import DistributedConfig
+from experiments.running.optimizers import ALL_OPTIMIZER_CONFIGS
+from experiments.running.settings import (
+    AT_LEAST_ONE,
+    NON_NEGATIVE,
+    SEED,
+    ConfigError,
+    check_rules,
+)
+from experiments.tasks import TASK_CONFIGS
+
+__all__ = [
+    "CONFIG_DIR",
+    "RESUMABLE_OVERRIDES",
+    "TrainConfig",
+    "check_without_data",
+    "compose_config",
+    "describe_error",
+    "merge_resumed",
+    "read_as",
+    "read_config",
+    "run_program",
+]
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+# What a resumed run may change: how far it goes, how often it tells or saves, and where
+# its data lies. None of these touches a number that the run computes.
+RESUMABLE_OVERRIDES = (
+    "steps",
+    "checkpoint_every",
+    "log_every",
+    "prefetch",
+    "task.data_dir",
+    "task.cache_dir",
+)
+
+# Where to look for the run and where to run it; not part of what was run.
+LOCATION_SETTINGS = re.compile(r"resume|runs_dir|distributed(\..*)?|hydra\..*")
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Settings of one training run.
+
+    Attributes:
+      task: what is learned; a group, `task=...`.
+      optimizer: how; a group, `optimizer=...`.
+      seed: the one source of randomness.
+      steps: optimizer steps of the whole run.
+      batch_size: examples in a batch; null for the whole training set.
+      steps_per_dispatch: steps that run on the device before Python looks again.
+      eval_every: steps between evaluations on the whole training and test sets.
+      checkpoint_every: steps between checkpoints.
+      log_every: steps between rows on the screen; the files hold every step.
+      eval_batch_size: examples that go through the model at once in evaluation.
+      eval_train_examples: of the training set, so many are evaluated; null for all.
+      stream_above: a training set of more MiB stays on the host, and its batches are
+        brought to the devices in advance; null for never.
+      prefetch: dispatches whose batches are then on the devices before their turn.
+      measure_kl: measure the KL of steps also where the optimizer does not need it.
+      runs_dir: the folder of all run folders.
+      resume: a run folder to continue, or "latest"; null for a new run.
+      distributed: in which processes it runs.
+    """
+
+    task: Any
+    optimizer: Any
+    seed: Annotated[int, SEED]
+    steps: Annotated[int, AT_LEAST_ONE]
+    batch_size: Annotated[int | None, AT_LEAST_ONE]
+    steps_per_dispatch: Annotated[int, AT_LEAST_ONE]
+    eval_every: Annotated[int, AT_LEAST_ONE]
+    checkpoint_every: Annotated[int, AT_LEAST_ONE]
+    log_every: Annotated[int, AT_LEAST_ONE]
+    eval_batch_size: Annotated[int, AT_LEAST_ONE]
+    eval_train_examples: Annotated[int | None, AT_LEAST_ONE]
+    stream_above: Annotated[float | None, NON_NEGATIVE]
+    prefetch: Annotated[int, AT_LEAST_ONE]
+    measure_kl: bool
+    runs_dir: str
+    resume: str | None
+    distributed: DistributedConfig
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """Composes `configs/train.yaml` with command-line overrides, as `train` does."""
+    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        return compose("train", overrides=overrides)
+
+
+def read_config(tree: DictConfig) -> TrainConfig:
+    """Turns an untyped tree into checked dataclasses.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, a wrong type, or a broken rule.
+    """
+    choices = {"task": TASK_CONFIGS, "optimizer": ALL_OPTIMIZER_CONFIGS}
+    schema = OmegaConf.structured(TrainConfig)
+    for group, classes in choices.items():
+        name = OmegaConf.select(tree, f"{group}.name")
+        if name not in classes:
+            raise ConfigError(
+                f"`{group}.name` must be one of {', '.join(classes)}, got {name!r}."
+            )
+        schema[group] = OmegaConf.structured(classes[name])
+    return read_as(schema, tree)
+
+
+def read_as(schema: DictConfig, tree: DictConfig) -> Any:
+    """Turns an untyped tree into the dataclasses of `schema`, and checks their rules.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, a wrong type, or a broken rule.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    check_rules(config)
+    return config
+
+
+def check_without_data(config: TrainConfig) -> None:
+    """Holds the settings of a task that makes its own data to what it can do.
+
+    Raises:
+      ConfigError: a setting about a training set, or several processes.
+    """
+    for name in ("eval_train_examples", "stream_above"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"`{name}` is about a training set, and task={config.task.name} has "
+                f"none: it must be null, got {value}."
+            )
+    if config.distributed.num_processes > 1:
+        raise ConfigError(
+            f"`distributed.num_processes` must be 1 for task={config.task.name}, got "
+            f"{config.distributed.num_processes}."
+        )
+
+
+def run_program(program: Callable[[], None]) -> None:
+    """Runs a Hydra program; a mistake in its settings ends as one line, status 1."""
+    # Hydra would print and exit by itself; we want the exception.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        program()
+    except Exception as error:
+        if (message := describe_error(error)) is None:
+            raise
+        sys.exit(f"error: {message}")
+
+
+def merge_resumed(recorded: DictConfig, tree: DictConfig, names: list[str]) -> None:
+    """Carries into `recorded` the overrides that a resumed run may take.
+
+    Args:
+      recorded: the configuration in the folder of the run; changed in place.
+      tree: the configuration that this command line composes to.
+      names: dotted names of the settings that the command line overrides.
+
+    Raises:
+      ConfigError: an override that would make it another run.
+    """
+    for name in names:
+        if LOCATION_SETTINGS.fullmatch(name):
+            continue
+        new, old = _value(tree, name), _value(recorded, name)
+        if name in RESUMABLE_OVERRIDES:
+            OmegaConf.update(recorded, name, new)
+        elif new != old:
+            raise ConfigError(
+                f"A resumed run cannot change `{name}` from {old} to {new}; it takes "
+                f"only {', '.join(RESUMABLE_OVERRIDES)}."
+            )
+
+
+def describe_error(error: Exception) -> str | None:
+    """Returns a mistake in the configuration as one line, None for any other error."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(
+        error
+    ):
+        return _explain(error)
+    return None
+
+
+def _value(tree: DictConfig, name: str) -> Any:
+    value = OmegaConf.select(tree, name)
+    # A group was chosen: its name is what the command line says about it.
+    return value.get("name") if isinstance(value, DictConfig) else value
+
+
+def _explain(error: Exception) -> str:
+    message = str(error)
+    if match := re.match(r"Could not override '([^']*)'", message):
+        return f"`{match[1]}` is not a setting here; --cfg job prints those there are."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not an override such as name=value."
+    name = getattr(error, "full_key", None)
+    if isinstance(error, MissingMandatoryValue):
+        return f"`{name}` has no value."
+    if isinstance(error, ConfigKeyError):
+        return f"`{name}` is not a setting; --cfg job prints those there are."
+    # What follows is about Hydra's insides.
+    message = re.split(r" {4}full_key:|Config search path:|See https:", message)[0]
+    message = re.sub(r"\s+", " ", message).strip()
+    _, from_resolver, ours = message.partition("ConfigError raised while resolving ")
+    if from_resolver:
+        return ours.partition(": ")[2]
+    return f"`{name}`: {message}" if name else message
+
+
+def _is_from_hydra(error: Exception) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(
+        Path(hydra.__file__).parent
+    )

@@ -1,0 +1,194 @@
+"""A whole run: dispatches of steps, evaluations, logs, checkpoints, and a clean stop.
+
+    restore -> [ steps -> evaluate -> logs -> checkpoint ] ... -> result, curves
+
+At a checkpoint the logs are on the disk up to that step, so that killing the process at
+any moment loses only steps that a resumed run takes again.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from experiments.running.checkpoints import Checkpoints
+from experiments.running.config import TrainConfig
+from experiments.running.distributed import any_process
+from experiments.running.interruption import StopRequest
+from experiments.running.learner import Learner, Rows, State
+from experiments.running.logs import plain_number
+from experiments.running.report import Report, SilentReport
+from experiments.running.run_folder import (
+    describe_resumption,
+    read_json_lines,
+    write_json,
+)
+from experiments.running.schedule import next_stop
+from experiments.running.settings import ConfigError
+from experiments.tasks.learners import make_learner
+
+__all__ = ["Result", "describe_result", "run_training"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+      steps: steps taken.
+      finished: whether these are all.
+      metrics: what the last evaluation came to; empty where the run was stopped
+        before its end.
+      seconds: of training, over all resumptions, without compiling and evaluating.
+      compile_seconds: of compiling the training step, this time.
+      state: that of the learner after the last step.
+    """
+
+    steps: int
+    finished: bool
+    metrics: dict[str, float | int | None]
+    seconds: float
+    compile_seconds: float
+    state: Any
+
+
+def run_training(config: TrainConfig, folder: Path, console: Console) -> Result:
+    """Trains as `config` says, in `folder`, from its last checkpoint if it has one.
+
+    Raises:
+      ConfigError: the configuration does not fit the task or the run in the folder.
+    """
+    precision = getattr(config.task, "precision", "float32")
+    with jax.enable_x64(precision == "float64"):  # of this thread only
+        return _run(config, folder, console)
+
+
+def _run(config: TrainConfig, folder: Path, console: Console) -> Result:
+    learner = make_learner(config)
+    title = f"{config.task.name}, {config.optimizer.name}, seed {config.seed}"
+    is_first = jax.process_index() == 0
+    with StopRequest() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
+        first_state = learner.first_state
+        state = checkpoints.restore_latest(first_state) or first_state
+        step = int(state.step)
+        if step > config.steps:
+            raise ConfigError(
+                f"`steps` must be at least the {step} steps that the run in {folder} "
+                f"has taken, got {config.steps}."
+            )
+        report = SilentReport()
+        if is_first:
+            report = Report(config, folder, console, step, title, learner.columns)
+        with report:
+            result = _train(learner, config, state, stop, checkpoints, report)
+    summary = {
+        "steps": result.steps,
+        **result.metrics,
+        "seconds": round(result.seconds, 3),
+        "compile_seconds": round(result.compile_seconds, 3),
+    }
+    if is_first:
+        if result.finished:
+            write_json(folder / "result.json", summary)
+        records = read_json_lines(folder / "metrics.jsonl")
+        learner.draw(result.state, records, folder, title)
+    return result
+
+
+def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
+    """Returns the last line of a run: what came out, and where everything is."""
+    if not result.finished:
+        return (
+            f"Stopped after step {result.steps} of {config.steps}; to go on: "
+            f"{describe_resumption(folder, config.distributed.num_processes)}"
+        )
+    values = ", ".join(
+        f"{name.replace('_', ' ').replace('train', 'training')} {_format(name, value)}"
+        for name, value in result.metrics.items()
+        if name == "train_loss" or name.startswith("test_")
+    )
+    return (
+        f"{config.task.name}, {config.optimizer.name}, seed {config.seed}: {values} "
+        f"after {result.steps} steps and {result.seconds:.1f} s of training "
+        f"(compiled in {result.compile_seconds:.1f} s). All of it is in {folder}"
+    )
+
+
+def _train(
+    learner: Learner,
+    config: TrainConfig,
+    state: State,
+    stop: StopRequest,
+    checkpoints: Checkpoints,
+    report: SilentReport,
+) -> Result:
+    """Takes the steps that are left, until `stop` is requested."""
+    step = saved_step = int(state.step)
+    seconds, metrics, compile_seconds = report.seconds, {}, 0.0
+    if step < config.steps:
+        started = time.perf_counter()
+        with learner.start(state) as advance:
+            compile_seconds = time.perf_counter() - started
+            while step < config.steps and not any_process(stop.requested):
+                num_steps = next_stop(step, config) - step
+                started = time.perf_counter()
+                state, records = advance(state, num_steps)
+                records = jax.device_get(records)
+                seconds += time.perf_counter() - started
+                rows = _rows(records, config, step, num_steps)
+                step += num_steps
+                if step % config.eval_every == 0 or step == config.steps:
+                    metrics = _evaluate(learner, state)
+                    rows[-1].update(metrics)
+                report.show(rows, seconds)
+                if step % config.checkpoint_every == 0:
+                    _save(state, checkpoints, report)
+                    saved_step = step
+    if saved_step != step:
+        _save(state, checkpoints, report)
+    finished = step == config.steps
+    if finished and not metrics:
+        metrics = _evaluate(learner, state)
+    return Result(
+        steps=step,
+        finished=finished,
+        metrics=metrics if finished else {},
+        seconds=seconds,
+        compile_seconds=compile_seconds,
+        state=state,
+    )
+
+
+def _rows(
+    records: dict[str, Any], config: TrainConfig, step: int, num_steps: int
+) -> Rows:
+    radius = getattr(config.optimizer, "max_kl", None)
+    constants = {} if radius is None else {"max_kl": radius}
+    return [
+        {
+            "step": step + index + 1,
+            **{name: plain_number(leaf[index]) for name, leaf in records.items()},
+            **constants,
+        }
+        for index in range(num_steps)
+    ]
+
+
+def _evaluate(learner: Learner, state: State) -> dict[str, float | int | None]:
+    values = learner.evaluate(state)
+    return {name: plain_number(value) for name, value in values.items()}
+
+
+def _save(state: State, checkpoints: Checkpoints, report: SilentReport) -> None:
+    # In this order: a checkpoint promises that the logs reach up to it.
+    report.sync()
+    checkpoints.save(state)
+
+
+def _format(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.3g}"

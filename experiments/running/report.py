@@ -1,0 +1,111 @@
+"""What a run tells while it goes: its files, and rows on the screen.
+
+In a run of several processes the first one tells; the report of the others is silent.
+"""
+
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+
+from experiments.running.config import TrainConfig
+from experiments.running.logs import RunLogs
+from experiments.running.run_folder import write_config, write_environment
+from experiments.running.screen import Column, Screen
+
+__all__ = ["Report", "SilentReport"]
+
+Row = dict[str, Any]
+
+
+class SilentReport:
+    """Tells nothing; a context manager, as `Report` is.
+
+    Attributes:
+      seconds: of training, as last told.
+    """
+
+    seconds: float = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+    def show(self, rows: list[Row], seconds: float) -> None:
+        """Tells of the steps of a dispatch, after `seconds` of training in all."""
+        del rows
+        self.seconds = seconds
+
+    def sync(self) -> None:
+        """Makes the files durable, as they must be before a checkpoint."""
+
+
+class Report(SilentReport):
+    """Tells of a run in `folder` and on `console`, from after `step` on."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        console: Console,
+        step: int,
+        title: str,
+        columns: tuple[Column, ...],
+    ):
+        self._config = config
+        self._folder = folder
+        self._console = console
+        self._step = step
+        self._title = title
+        self._columns = columns
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        differences = write_environment(self._folder)
+        write_config(self._config, self._folder)
+        screen = Screen(
+            self._console,
+            title=self._title,
+            columns=self._columns,
+            first_step=self._step,
+            last_step=self._config.steps,
+            log_every=self._config.log_every,
+        )
+        self._logs = self._stack.enter_context(RunLogs(self._folder, self._step))
+        self._screen = self._stack.enter_context(screen)
+        self.seconds = self._logs.seconds
+        whence = f"continues after step {self._step}" if self._step else "starts"
+        self._screen.say(f"{self._title}: {whence}, in {self._folder}")
+        for difference in differences:
+            self._screen.say(f"Not the environment of before: {difference}.")
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(exc_type, exc, traceback)
+
+    def show(self, rows: list[Row], seconds: float) -> None:
+        """Logs the steps of a dispatch and shows those that are due."""
+        for row in rows:
+            self._logs.write_step(row)
+            self._screen.show_step(row)
+        self._screen.show_progress(rows[-1])
+        self._logs.write_time(rows[-1]["step"], seconds)
+        self.seconds = seconds
+
+    def sync(self) -> None:
+        """Makes the logs durable, as they must be before a checkpoint."""
+        self._logs.sync()

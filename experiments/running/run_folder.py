@@ -1,0 +1,231 @@
+"""The folder of one run: where it is, what it holds, how it is opened again.
+
+config.yaml       the resolved configuration
+environment.json  versions and devices
+metrics.jsonl     one line for each step; the same bytes each time a run is repeated
+timings.jsonl     one line for each dispatch: seconds of training until then
+result.json       losses and metrics after the last step, and seconds
+curves.png        the curves; tensorboard/ has them too
+checkpoints/      the training state, through Orbax
+"""
+
+import contextlib
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.running.config import TrainConfig, merge_resumed, read_config
+from experiments.running.settings import ConfigError
+
+__all__ = [
+    "choose_folder",
+    "config_text",
+    "describe_resumption",
+    "find_run",
+    "hydra_override",
+    "latest_step",
+    "open_run",
+    "plain_name",
+    "read_json_lines",
+    "removed_if_empty",
+    "shorten",
+    "write_config",
+    "write_environment",
+    "write_json",
+]
+
+CONFIG_FILE = "config.yaml"
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
+
+
+def choose_folder(
+    resume: str | None,
+    runs_dir: str,
+    task: str,
+    optimizer: str,
+    seed: int,
+    process_id: int | None = None,
+) -> str:
+    """Returns the folder of the run to resume, or a fresh one named after the run.
+
+    Of several processes, the first one chooses for all; this makes none for the others.
+    It is the resolver `run_folder` of `configs/train.yaml`.
+    """
+    if process_id:
+        return runs_dir
+    if resume is not None:
+        return str(find_run(resume, Path(runs_dir)))
+    now = dt.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    name = f"{task}-{optimizer}-{now}"
+    folder, number = Path(runs_dir) / name / f"seed{seed}", 2
+    while folder.exists():
+        folder = Path(runs_dir) / f"{name}-{number}" / f"seed{seed}"
+        number += 1
+    return str(folder)
+
+
+def plain_name(text: str) -> str:
+    """Returns `text` with what a command line would want quoted replaced by dashes.
+
+    This is the resolver `plain_name` of `configs/train.yaml`.
+    """
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
+
+
+def find_run(resume: str, runs_dir: Path) -> Path:
+    """Returns the run folder that `resume` names: a path, or "latest".
+
+    Raises:
+      ConfigError: there is no such run.
+    """
+    if resume == "latest":
+        found = sorted(
+            runs_dir.glob(f"**/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime
+        )
+        if not found:
+            raise ConfigError(f"`resume=latest`: {runs_dir} holds no run.")
+        return found[-1].parent
+    if not (Path(resume) / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"`resume` must be the folder of a run, with its {CONFIG_FILE}, or latest; "
+            f"got {resume!r}."
+        )
+    return Path(resume)
+
+
+def open_run(
+    tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool = False
+) -> TrainConfig:
+    """Returns the checked configuration of the run in `folder`, new or resumed.
+
+    Args:
+      tree: what this command line composes to.
+      folder: the run folder.
+      overrides: the command line's overrides, such as "optimizer.max_kl=0.1".
+      is_sweep: whether the run is one of several of this command line.
+
+    Raises:
+      ConfigError: a bad configuration, or overrides that do not fit the resumed run.
+    """
+    if tree.resume is None:
+        if (folder / CONFIG_FILE).exists():
+            raise ConfigError(f"{folder} holds a run already; resume={folder} goes on.")
+        return read_config(tree)
+    if is_sweep:
+        raise ConfigError("`resume` continues one run: leave out --multirun.")
+    recorded = OmegaConf.load(folder / CONFIG_FILE)
+    assert isinstance(recorded, DictConfig)
+    names = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    merge_resumed(recorded, tree, names)
+    recorded.distributed = tree.distributed
+    return read_config(recorded)
+
+
+def latest_step(folder: Path) -> int | None:
+    """Returns the step of the newest whole checkpoint in a run folder, if any."""
+    names = (path.name for path in (folder / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def describe_resumption(folder: Path, num_processes: int = 1) -> str:
+    """Returns the command that continues the run in `folder`."""
+    resume = hydra_override("resume", str(folder))
+    words = ["python", "-m", "experiments.train", resume]
+    if num_processes > 1:
+        words.append(f"distributed.num_processes={num_processes}")
+    return shlex.join(words)
+
+
+def hydra_override(name: str, value: str) -> str:
+    """Returns `name=value`, with quotes for Hydra where the value is not plain."""
+    if re.fullmatch(r"[\w./+-]+", value, re.ASCII):
+        return f"{name}={value}"
+    escaped = value.replace('"', r"\"")
+    return f'{name}="{escaped}"'
+
+
+def shorten(path: Path) -> Path:
+    """Returns `path` relative to the working directory where it lies within."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Removes `folder` at the end if nothing was written there.
+
+    Hydra makes the folder before anyone has looked at the configuration.
+    """
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+def config_text(config: TrainConfig) -> str:
+    """Returns the resolved configuration, the same for all processes of a run."""
+    tree = OmegaConf.structured(config)
+    tree.resume = None
+    tree.distributed.process_id = tree.distributed.coordinator_address = None
+    return OmegaConf.to_yaml(tree)
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Writes the resolved configuration."""
+    _write_atomically(folder / CONFIG_FILE, config_text(config))
+
+
+def write_environment(folder: Path) -> list[str]:
+    """Writes versions and devices; returns what differs from an earlier write."""
+    path = folder / "environment.json"
+    environment = {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "cpu_count": os.cpu_count(),
+        "jax_enable_x64": bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
+        "jax_default_matmul_precision": str(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "command": sys.argv,
+    }
+    differences = []
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        differences = [
+            f"{name} was {earlier.get(name)}, is {value}"
+            for name, value in environment.items()
+            if name != "command" and earlier.get(name) != value
+        ]
+    write_json(path, environment)
+    return differences
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, whole or not at all."""
+    _write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a file of one JSON object a line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    draft.replace(path)

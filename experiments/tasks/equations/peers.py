@@ -1,0 +1,262 @@
+"""What others do with the same residuals: the peers of the natural gradient.
+
+    r(θ) = (√(w_b / N_b) r_bn)ₙ,    loss = |r|²,    J = ∂r/∂θ
+
+All see the parameters as one vector. `advance` takes some steps in one compiled call.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+import ngd_jax as ngd
+from experiments.tasks.equations.problems import Points, Problem
+from ngd_jax import contrib
+
+__all__ = ["OURS", "PEERS", "Equation", "iterate"]
+
+PyTree = Any
+
+OURS = "natural gradient, ours"
+# The line search of the published energy natural gradient.
+_SCALES = 2.0 ** -np.arange(31.0)
+
+
+class Equation(NamedTuple):
+    """A problem on its points.
+
+    Attributes:
+      problem: the equation.
+      points: all of them.
+      params: the initial parameters, a tree.
+    """
+
+    problem: Problem
+    points: Points
+    params: PyTree
+
+    def unravel(self, theta: jax.Array) -> PyTree:
+        """The tree of a vector of parameters."""
+        return ravel_pytree(self.params)[1](theta)
+
+    def residuals(self, theta: jax.Array) -> jax.Array:
+        """r, so that the loss is |r|²."""
+        blocks = self.problem.residuals(self.unravel(theta), self.points)
+        return self._join(blocks)
+
+    def jacobian(self, theta: jax.Array) -> jax.Array:
+        """J, `[N, P]`, from one backward pass for each point."""
+
+        def rows(points: Points) -> PyTree:
+            single = jax.tree.map(lambda x: x[None], points)
+            jacobian = jax.jacrev(
+                lambda theta: self.problem.residuals(self.unravel(theta), single)
+            )(theta)
+            return jax.tree.map(lambda row: row[0], jacobian)
+
+        points, first = self.points, jax.tree.map(lambda x: x[0], self.points)
+        axes = dict.fromkeys(points)
+        blocks = {}
+        for name in self.problem.weights:
+            own = [key for key in points if key.startswith(name)]
+            cut = {key: points[key] if key in own else first[key] for key in points}
+            in_axes = {**axes, **dict.fromkeys(own, 0)}
+            blocks[name] = jax.vmap(
+                lambda points, name=name: rows(points)[name], in_axes=(in_axes,)
+            )(cut)
+        return self._join(blocks)
+
+    def _join(self, blocks: dict[str, jax.Array]) -> jax.Array:
+        return jnp.concatenate(
+            [(w / len(blocks[b])) ** 0.5 * blocks[b] for b, w in self._weights()]
+        )
+
+    def _weights(self) -> list[tuple[str, float]]:
+        return sorted(self.problem.weights.items())
+
+    def loss(self, theta: jax.Array) -> jax.Array:
+        """|r|² = Σ w_b mean r_b²."""
+        return jnp.sum(self.residuals(theta) ** 2)
+
+
+Step = Callable[[PyTree], PyTree]
+
+
+def _search(equation: Equation, theta: jax.Array, direction: jax.Array) -> jax.Array:
+    """θ - s d with the lowest loss among s = 2⁰ ... 2⁻³⁰ and 0."""
+    moved = theta - jnp.asarray([*_SCALES, 0.0])[:, None] * direction
+    losses = jax.vmap(equation.loss)(moved)
+    return moved[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
+
+
+def _published(equation: Equation) -> tuple[PyTree, Step]:
+    """Müller and Zeinhofer 2023: least squares of the Gram matrix, line search."""
+
+    def step(theta: jax.Array) -> jax.Array:
+        jacobian, residuals = equation.jacobian(theta), equation.residuals(theta)
+        gram = jacobian.T @ jacobian
+        direction = jnp.linalg.lstsq(gram, jacobian.T @ residuals)[0]
+        return _search(equation, theta, direction)
+
+    return ravel_pytree(equation.params)[0], step
+
+
+def _least_squares(equation: Equation) -> tuple[PyTree, Step]:
+    """Least squares by singular values of J above 1e-7, the same line search."""
+
+    def step(theta: jax.Array) -> jax.Array:
+        jacobian, residuals = equation.jacobian(theta), equation.residuals(theta)
+        direction = jnp.linalg.lstsq(jacobian, residuals, rcond=1e-7)[0]
+        return _search(equation, theta, direction)
+
+    return ravel_pytree(equation.params)[0], step
+
+
+def _levenberg_marquardt(equation: Equation) -> tuple[PyTree, Step]:
+    """(JᵀJ + λI) d = Jᵀr; λ/3 after good steps, 2λ after poor, 4λ refused."""
+
+    def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        theta, damping = state
+        jacobian, residuals = equation.jacobian(theta), equation.residuals(theta)
+        gradient = jacobian.T @ residuals
+        matrix = jacobian.T @ jacobian + damping * jnp.eye(theta.size)
+        direction = jax.scipy.linalg.cho_solve(
+            jax.scipy.linalg.cho_factor(matrix), gradient
+        )
+        loss, moved = residuals @ residuals, theta - direction
+        actual = loss - equation.loss(moved)
+        foretold = direction @ (gradient + damping * direction)
+        factor = jnp.where(
+            actual > 0.75 * foretold, 1 / 3, jnp.where(actual < 0.25 * foretold, 2, 1)
+        )
+        # NaN is refused, a failed factorisation too.
+        is_taken = actual > 0
+        factor = jnp.where(is_taken, factor, 4.0)
+        return jnp.where(is_taken, moved, theta), damping * factor
+
+    return (ravel_pytree(equation.params)[0], jnp.asarray(1.0)), step
+
+
+def _optax(
+    tx: optax.GradientTransformationExtraArgs, equation: Equation, **extra_args: Any
+) -> tuple[PyTree, Step]:
+    """Any transformation of Optax, on ½ |r|², with the arguments it asks for."""
+    problem, points = equation.problem, equation.points
+
+    def loss_fn(params: PyTree, *_: Any) -> jax.Array:
+        return problem.loss(problem.residuals(params, points), points)
+
+    def step(state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        params, opt_state = state
+        value, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=loss_fn,
+            **extra_args,
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    return (equation.params, tx.init(equation.params)), step
+
+
+def _ours(equation: Equation) -> tuple[PyTree, Step]:
+    problem = equation.problem
+    tx = ngd.natural_gradient(
+        1.0,
+        problem.residuals,
+        problem.likelihood,
+        damping=0.0,
+        solver=contrib.DampingSearch(),
+        loss_fn=problem.loss,
+    )
+    return _optax(tx, equation, batch=equation.points)
+
+
+def _adam(rate: float, equation: Equation) -> tuple[PyTree, Step]:
+    schedule = optax.exponential_decay(rate, 2000, 0.7, end_value=1e-5)
+    return _optax(optax.with_extra_args_support(optax.adam(schedule)), equation)
+
+
+def _lbfgs(equation: Equation) -> tuple[PyTree, Step]:
+    return _optax(optax.lbfgs(memory_size=50), equation)
+
+
+PEERS: dict[str, Callable[[Equation], tuple[PyTree, Step]] | None] = {
+    OURS: _ours,
+    "energy natural gradient, published": _published,
+    "SVD least squares, line search": _least_squares,
+    "Levenberg-Marquardt": _levenberg_marquardt,
+    "BFGS, dense (SciPy)": None,
+    "L-BFGS (Optax)": _lbfgs,
+    "Adam (Optax), 1e-3": functools.partial(_adam, 1e-3),
+    "Adam (Optax), 3e-3": functools.partial(_adam, 3e-3),
+    "Adam (Optax), 1e-2": functools.partial(_adam, 1e-2),
+}
+
+
+def iterate(name: str, chunk: int) -> Callable[[Equation], Iterator[PyTree]]:
+    """Parameters after every `chunk` steps of the peer of that name.
+
+    The result is called for one problem at several initial parameters, and compiles
+    once; the first element of its iterators is the initial parameters themselves.
+    """
+    make = PEERS[name]
+    if make is None:
+        return functools.partial(_iterate_scipy, chunk)
+    compiled: dict[str, Any] = {}
+
+    def run(equation: Equation) -> Iterator[PyTree]:
+        state, step = make(equation)
+        if not compiled:
+
+            def advance(state: PyTree) -> PyTree:
+                return jax.lax.fori_loop(0, chunk, lambda _, s: step(s), state)
+
+            state = jax.tree.map(jnp.asarray, state)
+            compiled["advance"] = jax.jit(advance).lower(state).compile()
+        while True:
+            theta = state[0] if isinstance(state, tuple) else state
+            yield equation.unravel(theta) if isinstance(theta, jax.Array) else theta
+            state = jax.block_until_ready(compiled["advance"](state))
+
+    return run
+
+
+def _iterate_scipy(chunk: int, equation: Equation) -> Iterator[PyTree]:
+    """SciPy's BFGS with compiled gradients, `chunk` iterations at a time.
+
+    SciPy calls back, and cannot be asked for the next step: so each turn goes on from
+    the last one's inverse Hessian.
+    """
+    import scipy.optimize
+
+    value_and_grad = jax.jit(jax.value_and_grad(equation.loss))
+    theta = np.asarray(ravel_pytree(equation.params)[0])
+    options: dict[str, Any] = {"maxiter": chunk, "gtol": 0.0}
+    value_and_grad(jnp.asarray(theta))
+    while True:
+        yield equation.unravel(jnp.asarray(theta))
+
+        def fun(theta: np.ndarray) -> tuple[float, np.ndarray]:
+            value, grad = value_and_grad(jnp.asarray(theta))
+            return float(value), np.asarray(grad)
+
+        result = scipy.optimize.minimize(
+            fun, theta, jac=True, method="BFGS", options=options
+        )
+        theta = result.x
+        inverse = (result.hess_inv + result.hess_inv.T) / 2
+        if np.all(np.isfinite(inverse)) and np.linalg.eigvalsh(inverse)[0] > 0:
+            options["hess_inv0"] = inverse
+        else:
+            options.pop("hess_inv0", None)

@@ -1,0 +1,121 @@
+"""Pictures of a solution: what came out, how far off it is, and what is left over."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments.running.plots import DARK, Records, draw_kl, save_figure, series
+from experiments.tasks.equations.derivatives import network
+from experiments.tasks.equations.problems import Problem
+
+__all__ = ["draw_curves", "draw_solution"]
+
+PyTree = Any
+
+_SIDE = 121
+# From the largest value down, so many decades are told apart.
+_DECADES = 2.0
+
+
+def draw_curves(records: Records, path: Path, title: str) -> None:
+    """Draws loss, L2 error, KL, damping, length of steps and solver steps of a run."""
+    figure = Figure(figsize=(15.0, 7.5), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
+    figure.suptitle(title)
+    panels = {
+        "loss": (axes[0, 0], "Loss", "half the weighted mean squared residuals"),
+        "test_l2_error": (axes[0, 1], "Error", "absolute L2 error"),
+        "damping": (axes[0, 2], "Damping", "λ, in units of F"),
+        "step_scale": (axes[1, 1], "Length", "step in natural gradients"),
+    }
+    for name, (axis, heading, label) in panels.items():
+        axis.set(title=heading, ylabel=label)
+        steps, values = series(records, name)
+        is_positive = values > 0
+        if is_positive.any():
+            axis.semilogy(steps[is_positive], values[is_positive], ".-", color=DARK)
+    draw_kl(axes[1, 0], records)
+    axes[1, 2].set(title="Solver", ylabel="steps, or rounds of the search")
+    steps, values = series(records, "solver_steps")
+    axes[1, 2].plot(steps, values, ".-", color=DARK)
+    axes[1, 2].yaxis.set_major_locator(MaxNLocator(integer=True))
+    save_figure(figure, axes, path)
+
+
+def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> None:
+    """Draws u_θ, u_θ - u and the residual, on a grid, into `path`.
+
+    In more than two dimensions, on the plane through the middle of the box that the
+    first two inputs span.
+    """
+    axes = [
+        np.linspace(lo, hi, _SIDE)
+        for lo, hi in zip(problem.low[:2], problem.high[:2], strict=True)
+    ]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+    middle = (np.asarray(problem.low) + np.asarray(problem.high)) / 2
+    points = np.tile(middle, (len(grid), 1))
+    points[:, :2] = grid
+    values, exact, residual = jax.jit(functools.partial(_fields, problem))(
+        params, jnp.asarray(points)
+    )
+
+    figure = Figure(figsize=(13.0, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    plane = ", through the middle" if problem.dimension > 2 else ""
+    figure.suptitle(f"{title}{plane}")
+    _draw(panels[0], axes, values, "solution", is_signed_log=False)
+    _draw(panels[1], axes, values - exact, "error", is_signed_log=True)
+    _draw(panels[2], axes, residual, "residual", is_signed_log=True)
+    is_in_time = problem.operator[1] == 0
+    for panel in panels:
+        panel.set_xlabel("x" if is_in_time else "x₁")
+        panel.set_ylabel("t" if is_in_time else "x₂")
+    # Written aside and renamed: a kill must not leave half a picture.
+    draft = path.with_name(f".{path.name}")
+    figure.savefig(draft, dpi=120, format="png")
+    draft.replace(path)
+
+
+def _fields(
+    problem: Problem, params: PyTree, points: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    values = jax.vmap(functools.partial(network, params))(points)
+    exact = problem.solution(points)
+    batch = {
+        "interior": points,
+        "boundary": points[:1],
+        "boundary_values": exact[:1],
+    }
+    return values, exact, problem.residuals(params, batch)["interior"]
+
+
+def _draw(
+    panel: Axes, axes: list[np.ndarray], field: Any, name: str, *, is_signed_log: bool
+) -> None:
+    field = np.asarray(field, float).reshape(len(axes[0]), len(axes[1])).T
+    largest = np.nanmax(np.abs(field), initial=np.finfo(float).tiny)
+    norm = None
+    if is_signed_log:
+        norm = SymLogNorm(largest / 10**_DECADES, vmin=-largest, vmax=largest)
+    root_mean_square = np.sqrt(np.mean(field**2))
+    image = panel.pcolormesh(
+        *axes, field, cmap="RdBu_r" if is_signed_log else "viridis", norm=norm
+    )
+    panel.set_title(
+        f"{name}: root mean square {root_mean_square:.1e}" if is_signed_log else name
+    )
+    assert panel.figure is not None
+    ticks = [-largest, -largest / 10, 0, largest / 10, largest]
+    bar = panel.figure.colorbar(image, ax=panel, ticks=ticks if is_signed_log else None)
+    if is_signed_log:
+        bar.ax.set_yticklabels([f"{tick:.0e}" if tick else "0" for tick in ticks])
+        bar.ax.minorticks_off()

@@ -1,0 +1,42 @@
+"""The settings of the task `pinn`.
+
+`configs/task/pinn.yaml` and `configs/problem/` have the numbers.
+"""
+
+import dataclasses
+from typing import Annotated
+
+from experiments.running.settings import AT_LEAST_ONE, POSITIVE, one_of
+from experiments.tasks.equations.problems import LAYOUTS, PROBLEMS
+
+__all__ = ["PhysicsConfig"]
+
+
+@dataclasses.dataclass
+class PhysicsConfig:
+    """Settings of the task `pinn`.
+
+    Attributes:
+      name: "pinn".
+      problem: the equation; `problem=...` chooses one with its numbers.
+      precision: "float64" or "float32".
+      hidden_sizes: widths of the tanh network.
+      initial_scale: standard deviation of weights and biases; null for weights of
+        1/√inputs and biases of 1.
+      interior: points inside of the domain.
+      boundary: points on its boundary, the start of time included.
+      layout: "grid", in two dimensions; "halton", evenly scattered; or "random".
+      fresh_points: points drawn anew in every step.
+      test_points: points of an evaluation, on a grid in two dimensions.
+    """
+
+    name: str
+    problem: Annotated[str, one_of(*PROBLEMS)]
+    precision: Annotated[str, one_of("float64", "float32")]
+    hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
+    initial_scale: Annotated[float | None, POSITIVE]
+    interior: Annotated[int, AT_LEAST_ONE]
+    boundary: Annotated[int, AT_LEAST_ONE]
+    layout: Annotated[str, one_of(*LAYOUTS)]
+    fresh_points: bool
+    test_points: Annotated[int, AT_LEAST_ONE]

@@ -1,0 +1,256 @@
+"""Errors on one clock: `python -m experiments.tasks.equations.table [problem=...]`.
+
+Every peer starts from the same parameters on the same points, in one process, one after
+the other for each seed, and gets as many CPU seconds. Prints a table, draws the paths,
+and writes both into `output`. The numbers are in `configs/physics_table.yaml`.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.benchmarks.clocks import use_one_thread
+
+use_one_thread()  # before JAX starts its threads
+
+import jax  # noqa: E402
+import threadpoolctl  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
+from experiments.running.settings import AT_LEAST_ONE, POSITIVE, ConfigError  # noqa: E402
+from experiments.tasks.equations.derivatives import init_network  # noqa: E402
+from experiments.tasks.equations.learner import POINTS_STREAM, l2_error  # noqa: E402
+from experiments.tasks.equations.peers import PEERS, Equation, iterate  # noqa: E402
+from experiments.tasks.equations.problems import Sizes, make_problem  # noqa: E402
+from experiments.tasks.equations.settings import PhysicsConfig  # noqa: E402
+
+__all__ = ["Course", "TableConfig", "measure", "render"]
+
+
+@dataclasses.dataclass
+class TableConfig:
+    """Settings of the table.
+
+    Attributes:
+      task: the equation; as in `experiments.train task=pinn`.
+      seeds: 0, 1, ..., of the initial parameters and the points.
+      seconds: CPU seconds after which the errors are told; a run has the most of them.
+      target: L2 error whose time is told.
+      iterations: after which the errors are told.
+      peers: those to run; null for all.
+      output: folder of the table, the paths and the picture.
+    """
+
+    task: PhysicsConfig
+    seeds: Annotated[int, AT_LEAST_ONE]
+    seconds: Annotated[list[float], POSITIVE]
+    target: Annotated[float, POSITIVE]
+    iterations: Annotated[list[int], AT_LEAST_ONE]
+    peers: list[str] | None
+    output: str
+
+
+class Course(NamedTuple):
+    """What a run went through, at all of its evaluations.
+
+    Attributes:
+      iterations: steps so far.
+      seconds: CPU seconds so far, evaluations left out.
+      errors: absolute L2 error.
+    """
+
+    iterations: list[int]
+    seconds: list[float]
+    errors: list[float]
+
+
+# Steps between evaluations: those of first-order methods cost little.
+_CHUNKS = {
+    "L-BFGS (Optax)": 50,
+    "BFGS, dense (SciPy)": 50,
+    **{name: 200 for name in PEERS if name.startswith("Adam")},
+}
+_CHUNK = 5
+
+
+def measure(config: TableConfig, say: Any = print) -> dict[str, list[Course]]:
+    """Runs every peer from every seed."""
+    task = config.task
+    problem = make_problem(task.problem)
+    names = list(PEERS) if config.peers is None else config.peers
+    for name in names:
+        if name not in PEERS:
+            raise ConfigError(
+                f"`peers` must be some of {', '.join(PEERS)}, got {name!r}."
+            )
+    test_points = problem.test_points(task.test_points)
+    error_of = jax.jit(lambda params: l2_error(problem, test_points, params)[0])
+    widths = (problem.dimension, *task.hidden_sizes, 1)
+    sizes = Sizes(task.interior, task.boundary, task.layout)
+    paths: dict[str, list[Course]] = {name: [] for name in names}
+    runs = {name: iterate(name, _CHUNKS.get(name, _CHUNK)) for name in names}
+    points = problem.draw_points(
+        jax.random.fold_in(jax.random.key(0), POINTS_STREAM), sizes
+    )
+    for seed in range(config.seeds):
+        params = init_network(jax.random.key(seed), widths, task.initial_scale)
+        equation = Equation(problem, points, params)
+        for name in names:
+            path = _follow(
+                runs[name](equation),
+                error_of,
+                _CHUNKS.get(name, _CHUNK),
+                max(config.seconds),
+            )
+            paths[name].append(path)
+            say(
+                f"{name}, seed {seed}: {path.errors[-1]:.1e} after "
+                f"{path.iterations[-1]} steps, lowest {min(path.errors):.1e}"
+            )
+    return paths
+
+
+def _follow(run: Any, error_of: Any, chunk: int, budget: float) -> Course:
+    path = Course([], [], [])
+    params, seconds = next(run), 0.0
+    while True:
+        path.iterations.append(chunk * len(path.iterations))
+        path.seconds.append(seconds)
+        path.errors.append(float(error_of(params)))
+        if seconds >= budget:
+            return path
+        # Nothing is compiled here: iterators do so before their first element.
+        start = time.process_time()
+        params = jax.block_until_ready(next(run))
+        seconds += time.process_time() - start
+
+
+def render(config: TableConfig, paths: dict[str, list[Course]]) -> str:
+    """The table as Markdown: median [lowest..highest] over the seeds."""
+    what = f"{config.task.problem}, {config.task.precision}, {config.seeds} seeds"
+    head = [f"{what}, absolute L2 error, median [lowest..highest]", ""]
+    titles = [f"{n} steps" for n in config.iterations]
+    titles += [f"{seconds:g} CPU s" for seconds in config.seconds]
+    titles += ["CPU ms a step"]
+    titles += [f"CPU s to {config.target:g}"]
+    rows = [["", *titles], ["---"] * (len(titles) + 1)]
+    for name, runs in paths.items():
+        cells = [
+            _spread([_error_at(run, n) for run in runs]) for n in config.iterations
+        ]
+        cells += [
+            _spread([_error_after(run, seconds) for run in runs])
+            for seconds in config.seconds
+        ]
+        pace = [1e3 * run.seconds[-1] / run.iterations[-1] for run in runs]
+        cells.append(f"{statistics.median(pace):.3g}")
+        times = [_time_to(run, config.target) for run in runs]
+        found = [t for t in times if t is not None]
+        cells.append(
+            f"{statistics.median(found):.2g} [{min(found):.2g}..{max(found):.2g}], "
+            f"{len(found)} of {len(times)}"
+            if found
+            else f"0 of {len(times)}"
+        )
+        rows.append([name, *cells])
+    return "\n".join(head + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _error_at(path: Course, iteration: int) -> float | None:
+    later = [
+        e for i, e in zip(path.iterations, path.errors, strict=True) if i >= iteration
+    ]
+    return later[0] if later else None
+
+
+def _error_after(path: Course, seconds: float) -> float:
+    """The error at the last evaluation within those seconds."""
+    within = [s <= seconds for s in path.seconds]
+    return path.errors[sum(within) - 1]
+
+
+def _time_to(path: Course, target: float) -> float | None:
+    reached = [s for s, e in zip(path.seconds, path.errors, strict=True) if e <= target]
+    return reached[0] if reached else None
+
+
+def _spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return ""
+    return f"{statistics.median(known):.1e} [{min(known):.0e}..{max(known):.0e}]"
+
+
+def draw(config: TableConfig, paths: dict[str, list[Course]], file: Path) -> None:
+    """Draws errors over steps and over seconds."""
+    figure = Figure(figsize=(12.0, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for index, (name, runs) in enumerate(paths.items()):
+        for number, run in enumerate(runs):
+            for panel, across in zip(
+                panels, (run.iterations, run.seconds), strict=True
+            ):
+                panel.plot(
+                    across[1:],
+                    run.errors[1:],
+                    color=f"C{index}",
+                    lw=2.0 if index == 0 else 1.0,
+                    zorder=3 if index == 0 else 2,
+                    label=name if number == 0 else None,
+                )
+    panels[0].set(
+        xlabel="steps", ylabel="absolute L2 error", xscale="log", yscale="log"
+    )
+    panels[1].set(xlabel="CPU seconds", xscale="log")
+    for panel in panels:
+        panel.axhline(config.target, color="gray", ls="--", lw=1)
+        panel.grid(visible=True, alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{config.task.problem}, {config.task.precision}")
+    figure.savefig(file, dpi=120)
+
+
+@hydra.main(
+    version_base="1.3", config_path=str(CONFIG_DIR), config_name="physics_table"
+)
+def table(tree: DictConfig) -> None:
+    """Measures, prints and writes the table that `tree` describes."""
+    try:
+        # Of the problem's file, all but the steps of a run.
+        own = [field.name for field in dataclasses.fields(TableConfig)]
+        tree = OmegaConf.masked_copy(tree, own)
+        config = read_as(OmegaConf.structured(TableConfig), tree)
+        with (
+            jax.enable_x64(config.task.precision == "float64"),
+            threadpoolctl.threadpool_limits(1, user_api="blas"),
+        ):
+            paths = measure(config, functools.partial(print, flush=True))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = render(config, paths)
+    print(text)
+    (folder / "table.md").write_text(text + "\n")
+    raw = {name: [run._asdict() for run in runs] for name, runs in paths.items()}
+    (folder / "paths.json").write_text(json.dumps(raw))
+    draw(config, paths, folder / "paths.png")
+
+
+def main() -> None:
+    """Runs the command line."""
+    run_program(table)
+
+
+if __name__ == "__main__":
+    main()

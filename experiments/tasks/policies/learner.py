@@ -1,0 +1,205 @@
+"""The learner of the task `trpo`: steps are updates of policies on their rollouts."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from experiments.running.config import TrainConfig, check_without_data
+from experiments.running.learner import Advance, Records, Rows
+from experiments.running.optimizers import (
+    NaturalGradientConfig,
+    PPOConfig,
+    make_optimizer,
+)
+from experiments.running.screen import Column
+from experiments.running.settings import ConfigError
+from experiments.tasks.policies.environments import make_environment
+from experiments.tasks.policies.evaluation import make_evaluate_fn, run_episode
+from experiments.tasks.policies.networks import make_policy_fn, make_value_fn
+from experiments.tasks.policies.pictures import can_draw, draw_curves, draw_frames
+from experiments.tasks.policies.settings import PolicyConfig
+from experiments.tasks.policies.training import (
+    Parts,
+    PolicyState,
+    init_state,
+    make_train_chunk,
+)
+from experiments.tasks.policies.updates import (
+    PolicyUpdate,
+    make_clipped_update,
+    make_whole_update,
+    policy_task,
+)
+from experiments.tasks.policies.values import make_value_fit
+
+__all__ = ["PolicyLearner", "make_parts"]
+
+PyTree = Any
+
+# Folded into the key of a run for its evaluations; steps do not get that far.
+EVALUATION_STREAM = 2**31 - 1
+
+
+class PolicyLearner:
+    """Trains one or many agents as `config` says; see `Learner`.
+
+    Raises:
+      ConfigError: settings that do not fit each other, or gymnax is not there.
+    """
+
+    def __init__(self, config: TrainConfig):
+        task: PolicyConfig = config.task
+        self._config = config
+        self._num_agents = task.num_agents
+        self._parts = make_parts(config)
+        self._train_chunk = make_train_chunk(
+            self._parts, task.num_agents, config.steps_per_dispatch
+        )
+        self._returns = make_evaluate_fn(
+            self._parts.environment,
+            self._parts.policy_fn,
+            num_agents=task.num_agents,
+            num_episodes=task.eval_episodes,
+            batch_size=config.eval_batch_size,
+        )
+        key = jax.random.key(config.seed)
+        self._evaluation_key = jax.random.fold_in(key, EVALUATION_STREAM)
+        self.first_state = init_state(self._parts, config.seed, task.num_agents)
+        solves = (
+            Column("residual", "solver_residual", ".1e"),
+            Column("accepted", "accepted", ".0%"),
+        )
+        is_solved = isinstance(config.optimizer, NaturalGradientConfig)
+        self.columns = (
+            Column("return", "return", ".1f"),
+            *(solves if is_solved else ()),
+            Column("entropy", "entropy", ".2f"),
+            Column("value R²", "explained_variance", ".2f"),
+            Column("test return", "test_return", ".1f"),
+        )
+
+    @contextlib.contextmanager
+    def start(self, state: PolicyState) -> Iterator[Advance]:
+        """Gives `advance(state, num_steps)`, compiled."""
+        train_chunk = self._train_chunk.lower(state, np.int32(0)).compile()
+
+        def advance(state: PolicyState, num_steps: int) -> tuple[PolicyState, Records]:
+            return train_chunk(state, np.int32(num_steps))
+
+        yield advance
+
+    def evaluate(self, state: PolicyState) -> dict[str, Any]:
+        """Returns of greedy episodes: their mean, and the lowest one.
+
+        With several agents also the median and the lowest of the agents' means.
+        """
+        returns = np.asarray(self._returns(state.agents.params, self._evaluation_key))
+        values = {"test_return": returns.mean(), "test_return_lowest": returns.min()}
+        if self._num_agents > 1:
+            means = returns.mean(axis=1)
+            values["test_return_median_agent"] = np.median(means)
+            values["test_return_lowest_agent"] = means.min()
+        return values
+
+    def draw(self, state: PolicyState, records: Rows, folder: Path, title: str) -> None:
+        """Draws the curves, and frames of an episode where they can be drawn."""
+        environment = self._parts.environment
+        title = f"{environment.name}, {title}"
+        draw_curves(
+            records,
+            folder / "curves.png",
+            title,
+            steps_per_update=self._parts.num_envs * self._parts.num_steps,
+        )
+        if not can_draw(environment.name):
+            return
+        params = state.agents.params
+        if self._num_agents > 1:
+            params = jax.tree.map(lambda leaf: leaf[0], params)
+        observations, running, total = jax.jit(run_episode, static_argnums=(0, 1))(
+            environment, self._parts.policy_fn, params, self._evaluation_key
+        )
+        observations = np.asarray(observations)[np.asarray(running)]
+        draw_frames(
+            environment.name,
+            observations * np.asarray(environment.observation_scale),
+            folder / "episode.png",
+            f"{title}: one greedy episode, return {float(total):.0f}",
+        )
+
+
+def make_parts(config: TrainConfig) -> Parts:
+    """Puts together what an agent is made of.
+
+    Raises:
+      ConfigError: settings that do not fit each other, or gymnax is not there.
+    """
+    _check(config)
+    task: PolicyConfig = config.task
+    assert config.batch_size is not None
+    environment = make_environment(task.env, task.observation_scale)
+    init_policy, policy_fn = make_policy_fn(
+        environment, task.hidden_sizes, task.initial_scale
+    )
+    init_value, value_fn = make_value_fn(environment, task.value.hidden_sizes)
+    model = policy_task(policy_fn, init_policy, environment.likelihood)
+    init_optimizer, update = _make_update(config, model)
+    init_value_optimizer, fit = make_value_fit(task.value, value_fn)
+    return Parts(
+        environment=environment,
+        num_envs=task.num_envs,
+        num_steps=config.batch_size // task.num_envs,
+        discount=task.discount,
+        trace_decay=task.trace_decay,
+        reward_scale=task.reward_scale,
+        init_policy=init_policy,
+        policy_fn=policy_fn,
+        init_optimizer=init_optimizer,
+        update=update,
+        init_value=init_value,
+        value_fn=value_fn,
+        init_value_optimizer=init_value_optimizer,
+        fit=fit,
+    )
+
+
+def _make_update(config: TrainConfig, model: Any) -> tuple[Any, PolicyUpdate]:
+    optimizer = config.optimizer
+    if isinstance(optimizer, PPOConfig):
+        adam = optax.adam(optimizer.learning_rate)
+        return adam.init, make_clipped_update(
+            adam,
+            model,
+            clip=optimizer.clip,
+            epochs=optimizer.epochs,
+            minibatch_size=optimizer.minibatch_size,
+            measure_kl=config.measure_kl,
+        )
+    tx = make_optimizer(optimizer, model)
+    return tx.init, make_whole_update(tx, model, measure_kl=config.measure_kl)
+
+
+def _check(config: TrainConfig) -> None:
+    check_without_data(config)
+    task: PolicyConfig = config.task
+    size = config.batch_size
+    if size is None or size % task.num_envs:
+        raise ConfigError(
+            f"`batch_size` must be a multiple of task.num_envs={task.num_envs}: the "
+            f"environment steps between two updates of the policy; got {size}."
+        )
+    minibatches = {}
+    if task.value.method == "adam":
+        minibatches["task.value.minibatch_size"] = task.value.minibatch_size
+    if isinstance(config.optimizer, PPOConfig):
+        minibatches["optimizer.minibatch_size"] = config.optimizer.minibatch_size
+    for name, minibatch_size in minibatches.items():
+        if size % minibatch_size:
+            raise ConfigError(
+                f"`{name}` must divide batch_size={size}, got {minibatch_size}."
+            )

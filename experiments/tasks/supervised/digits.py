@@ -1,0 +1,55 @@
+"""Handwritten digits: scikit-learn's 8 x 8 images, ten classes, a Flax MLP.
+
+The split (1437 to train on, 360 to test on, the classes in equal proportions) is part
+of the task and does not depend on the seed of a run.
+"""
+
+import dataclasses
+from typing import Annotated
+
+import numpy as np
+from sklearn.datasets import load_digits as load_sklearn_digits
+from sklearn.model_selection import train_test_split
+
+from experiments.running.settings import AT_LEAST_ONE
+from experiments.tasks.supervised.classification import make_mlp_classifier
+from experiments.tasks.supervised.task import PyTree, Task
+
+__all__ = ["DigitsConfig", "load_digits", "make_digits"]
+
+NUM_CLASSES = 10
+NUM_TEST = 360
+MAX_PIXEL = 16.0
+
+
+@dataclasses.dataclass
+class DigitsConfig:
+    """Settings of the task `digits`.
+
+    Attributes:
+      name: "digits".
+      hidden_sizes: widths of the hidden layers.
+    """
+
+    name: str
+    hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
+
+
+def load_digits() -> tuple[PyTree, PyTree]:
+    """Returns the training and the test set: pixels `x` in [0, 1], labels `y`."""
+    images, labels = load_sklearn_digits(return_X_y=True)
+    x_train, x_test, y_train, y_test = train_test_split(
+        (images / MAX_PIXEL).astype(np.float32),
+        labels.astype(np.int32),
+        test_size=NUM_TEST,
+        stratify=labels,
+        random_state=0,
+    )
+    return {"x": x_train, "y": y_train}, {"x": x_test, "y": y_test}
+
+
+def make_digits(config: DigitsConfig) -> Task:
+    """Builds the task from its settings."""
+    train, test = load_digits()
+    sizes = (*config.hidden_sizes, NUM_CLASSES)
+    return make_mlp_classifier(config.name, train, test, sizes=sizes)

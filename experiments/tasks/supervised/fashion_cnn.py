@@ -1,0 +1,127 @@
+"""Fashion-MNIST with a convolutional network and batch normalisation.
+
+In training, the activations are normalised by the batch that they are of, so that the
+examples of a batch depend on each other. Solvers that need products alone, such as CG,
+take that as it is; those on rows of the Jacobian need independent examples.
+
+The running statistics, for evaluation, are the model state. The outputs in training
+mode do not depend on them, so `model_fn` reads the initial ones, whatever the step.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.running.settings import AT_LEAST_ONE, FRACTION
+from experiments.tasks.supervised.classification import make_classifier
+from experiments.tasks.supervised.convolution import Conv
+from experiments.tasks.supervised.images import load_images, to_unit_interval
+from experiments.tasks.supervised.task import PyTree, Task
+from ngd_jax.flax import linen_model_fn
+
+__all__ = ["CNN", "FashionCNNConfig", "make_fashion_cnn"]
+
+NUM_CLASSES = 10
+SIDE = 28
+
+
+@dataclasses.dataclass
+class FashionCNNConfig:
+    """Settings of the task `fashion_cnn`.
+
+    Attributes:
+      name: "fashion_cnn".
+      channels: of the convolutional layers, each of which halves the sides.
+      hidden_size: width of the layer between the last of them and the classes.
+      statistics_decay: of the running statistics of the batches.
+      data_dir: a folder where the data is looked for first; null for none.
+      cache_dir: a folder for a memory-mapped copy of the pixels; null keeps them in
+        memory.
+    """
+
+    name: str
+    channels: Annotated[list[int], AT_LEAST_ONE]
+    hidden_size: Annotated[int, AT_LEAST_ONE]
+    statistics_decay: Annotated[float, FRACTION]
+    data_dir: str | None
+    cache_dir: str | None
+
+
+class CNN(nn.Module):
+    """Convolutions of stride 2, each with batch normalisation, and two dense layers.
+
+    Attributes:
+      channels: of the convolutions.
+      hidden_size: of the first dense layer.
+      num_classes: of the second one.
+      statistics_decay: of the running statistics.
+    """
+
+    channels: Sequence[int]
+    hidden_size: int
+    num_classes: int
+    statistics_decay: float
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array, train: bool) -> jax.Array:
+        """Returns the logits `[B, num_classes]` of images `[B, 784]`, as bytes."""
+        x = to_unit_interval(pixels).reshape(-1, SIDE, SIDE, 1)
+        for size in self.channels:
+            # No bias: the normalisation would take it away.
+            x = Conv(size, (3, 3), strides=2)(x)
+            x = nn.BatchNorm(not train, momentum=self.statistics_decay)(x)
+            x = nn.relu(x)
+        x = nn.relu(nn.Dense(self.hidden_size)(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+def make_fashion_cnn(config: FashionCNNConfig) -> Task:
+    """Builds the task from its settings."""
+    train, test = load_images("fashion_mnist", config.data_dir, config.cache_dir)
+    network = CNN(
+        tuple(config.channels),
+        config.hidden_size,
+        NUM_CLASSES,
+        config.statistics_decay,
+    )
+    images = jnp.zeros((1, SIDE * SIDE), jnp.uint8)
+    shapes = jax.eval_shape(
+        lambda: network.init(jax.random.key(0), images, train=False)["batch_stats"]
+    )
+    # All that training mode does with them is to write new ones.
+    unused = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    in_training = linen_model_fn(network, collections=("batch_stats",), train=True)
+
+    def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
+        variables = network.init(key, images, train=False)
+        return variables["params"], variables["batch_stats"]
+
+    def model_fn(params: PyTree, batch: PyTree) -> Any:
+        return in_training(params, {"x": batch["x"], "batch_stats": unused})
+
+    def predict_fn(params: PyTree, model_state: PyTree, batch: PyTree) -> Any:
+        variables = {"params": params, "batch_stats": model_state}
+        return network.apply(variables, batch["x"], train=False)
+
+    def update_model_state(
+        params: PyTree, model_state: PyTree, batch: PyTree
+    ) -> PyTree:
+        variables = {"params": params, "batch_stats": model_state}
+        _, updated = network.apply(
+            variables, batch["x"], train=True, mutable=["batch_stats"]
+        )
+        return updated["batch_stats"]
+
+    return make_classifier(
+        config.name,
+        train,
+        test,
+        init_fn=init_fn,
+        model_fn=model_fn,
+        predict_fn=predict_fn,
+        update_model_state=update_model_state,
+    )

@@ -1,0 +1,115 @@
+"""The strength of concrete from its ingredients, with an error bar for each sample.
+
+    y ~ N(μ(x), σ(x)²)        the network gives μ and log σ
+
+Inputs and strengths are standardized by the training set, so that the loss is in nats
+per sample of standardized strength; the metric is in MPa. On demand a part of the
+training set gets wrong labels, which the test set never has.
+"""
+
+import dataclasses
+import math
+from typing import Annotated
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+import ngd_jax as ngd
+from experiments.running.settings import AT_LEAST_ONE, FRACTION, NON_NEGATIVE, POSITIVE
+from experiments.tasks.data.concrete import load_concrete
+from experiments.tasks.supervised.classification import MLP
+from experiments.tasks.supervised.task import PyTree, Task
+
+__all__ = ["RegressionConfig", "add_outliers", "make_regression"]
+
+TEST_SHARE = 0.2
+
+
+@dataclasses.dataclass
+class RegressionConfig:
+    """Settings of the task `regression`.
+
+    Attributes:
+      name: "regression".
+      hidden_sizes: widths of the hidden layers.
+      min_scale: no σ is smaller, in standard deviations of the labels. Without such a
+        floor the likelihood has no maximum, and the error bars of samples known by
+        heart close in on nothing.
+      outliers: whether a part of the training labels is wrong.
+      outlier_share: how many of them, as a share.
+      outlier_size: by how much, up or down, in standard deviations of the labels.
+      data_dir: a folder where the data is looked for first; null for none.
+    """
+
+    name: str
+    hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
+    min_scale: Annotated[float, POSITIVE]
+    outliers: bool
+    outlier_share: Annotated[float, FRACTION]
+    outlier_size: Annotated[float, NON_NEGATIVE]
+    data_dir: str | None
+
+
+def add_outliers(labels: np.ndarray, share: float, size: float) -> np.ndarray:
+    """Returns `labels` of which a share is moved up or down by `size` deviations.
+
+    Which ones is part of the task and does not depend on the seed of a run.
+    """
+    random = np.random.default_rng(0)
+    chosen = random.permutation(len(labels))[: round(share * len(labels))]
+    moved = labels.copy()
+    moved[chosen] += size * labels.std() * random.choice([-1.0, 1.0], len(chosen))
+    return moved
+
+
+def make_regression(config: RegressionConfig) -> Task:
+    """Builds the task from its settings."""
+    x, y = load_concrete(config.data_dir)
+    split = train_test_split(x, y, test_size=TEST_SHARE, random_state=0)
+    x_train, x_test, y_train, y_test = (np.asarray(part) for part in split)
+    # By the clean labels, so that the losses with and without outliers compare.
+    scale = float(y_train.std())
+
+    def prepare(x: np.ndarray, y: np.ndarray) -> PyTree:
+        x = (x - x_train.mean(0)) / x_train.std(0)
+        y = (y - y_train.mean()) / scale
+        return {"x": x.astype(np.float32), "y": y.astype(np.float32)}
+
+    labels = y_train
+    if config.outliers:
+        labels = add_outliers(y_train, config.outlier_share, config.outlier_size)
+    train, test = prepare(x_train, labels), prepare(x_test, y_test)
+    mlp: nn.Module = MLP((*config.hidden_sizes, 2))
+    likelihood = ngd.DiagonalGaussian(event_ndims=0)
+    floor = math.log(config.min_scale)
+
+    def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
+        return mlp.init(key, jnp.zeros((1, train["x"].shape[1])))["params"], {}
+
+    def model_fn(params: PyTree, batch: PyTree) -> PyTree:
+        outputs: jax.Array = mlp.apply({"params": params}, batch["x"])  # pyright: ignore[reportAssignmentType]
+        mean, excess = outputs[..., 0], outputs[..., 1]
+        # Smooth, close to the identity for σ well above the floor.
+        log_scale = floor + jax.nn.softplus(excess - floor)
+        return {"mean": mean, "log_scale": log_scale}
+
+    def output_loss_fn(outputs: PyTree, batch: PyTree) -> jax.Array:
+        return -jnp.mean(likelihood.log_prob(outputs, batch["y"]))
+
+    def metrics_fn(outputs: PyTree, batch: PyTree) -> dict[str, jax.Array]:
+        error = jnp.mean(jnp.abs(outputs["mean"] - batch["y"]))
+        return {"absolute_error_mpa": scale * error}
+
+    return Task(
+        name=config.name,
+        train=train,
+        test=test,
+        init_fn=init_fn,
+        model_fn=model_fn,
+        likelihood=likelihood,
+        output_loss_fn=output_loss_fn,
+        metrics_fn=metrics_fn,
+    )

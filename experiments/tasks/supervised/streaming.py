@@ -1,0 +1,136 @@
+"""Batches of a training set that stays on the host, brought to the devices in advance.
+
+    batch(step) = data[permutation(key, epoch)[position]]    as on the device, exactly
+
+A thread of its own gathers the batches of the next dispatches, from memory or from a
+memory-mapped file, while the devices compute. Since a batch depends on the key and the
+step alone, how far it is ahead leaves no trace in the results.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.running.distributed import replicate
+from experiments.tasks import num_examples
+from experiments.tasks.supervised.batches import epoch_permutation
+
+__all__ = ["HostBatches", "size_in_mib", "stream"]
+
+PyTree = Any
+
+# Seconds after which a thread that waits looks whether it is still wanted.
+_PATIENCE = 0.1
+
+
+def size_in_mib(data: PyTree) -> float:
+    """Returns the size of all arrays in `data`, in MiB."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(data)) / 2**20
+
+
+class HostBatches:
+    """The batches of consecutive steps, gathered on the host.
+
+    Args:
+      data: arrays with the examples along the leading axis.
+      key: of the order of the batches, as `TrainState` has it.
+      batch_size: examples in a batch.
+      capacity: batches that are stacked, the same for every call.
+    """
+
+    def __init__(self, data: PyTree, key: jax.Array, *, batch_size: int, capacity: int):
+        self._data, self._size = data, num_examples(data)
+        self._key_data = np.asarray(jax.random.key_data(key))
+        self._batch_size, self._capacity = batch_size, capacity
+        self._epoch, self._order = -1, np.zeros(0, np.int32)
+
+    def take(self, step: int, num_steps: int) -> PyTree:
+        """Returns the batches from `step` on, `[capacity, batch_size, ...]`.
+
+        The first `num_steps` are those of the steps, the others are zero.
+        """
+        chosen = [self._indices(step + index) for index in range(num_steps)]
+
+        def gather(leaf: np.ndarray) -> np.ndarray:
+            shape = (self._capacity, self._batch_size, *leaf.shape[1:])
+            batches = np.zeros(shape, leaf.dtype)
+            for batch, indices in zip(batches, chosen, strict=False):
+                batch[...] = leaf[indices]
+            return batches
+
+        return jax.tree.map(gather, self._data)
+
+    def _indices(self, step: int) -> np.ndarray:
+        epoch, position = divmod(step, self._size // self._batch_size)
+        if epoch != self._epoch:
+            # Not on an accelerator, where it would wait for the steps to end.
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                key = jax.random.wrap_key_data(jnp.asarray(self._key_data))
+                order = epoch_permutation(key, jnp.int32(epoch), self._size)
+                self._epoch, self._order = epoch, np.asarray(order)
+        start = position * self._batch_size
+        return self._order[start : start + self._batch_size]
+
+
+@contextlib.contextmanager
+def stream(
+    batches: HostBatches,
+    plan: Iterable[tuple[int, int]],
+    *,
+    prefetch: int,
+    mesh: Mesh | None = None,
+) -> Iterator[Iterator[PyTree]]:
+    """Brings the batches of the dispatches in `plan` to the devices, in advance.
+
+    Args:
+      batches: where they come from.
+      plan: the first step of each dispatch and the number of its steps.
+      prefetch: dispatches at most that wait on the devices.
+      mesh: the devices, each of which gets all; None for the default one.
+
+    Yields:
+      An iterator over what `batches.take` returns for each dispatch. An error in the
+      thread is raised there.
+    """
+    ready: queue.Queue[tuple[PyTree, BaseException | None]] = queue.Queue(prefetch)
+    is_over = threading.Event()
+
+    def hand_over(item: tuple[PyTree, BaseException | None]) -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=_PATIENCE)
+                return
+
+    def work() -> None:
+        try:
+            for step, num_steps in plan:
+                if is_over.is_set():
+                    return
+                hand_over((replicate(batches.take(step, num_steps), mesh), None))
+            hand_over((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001
+            hand_over((None, error))
+
+    def receive() -> Iterator[PyTree]:
+        while True:
+            data, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield data
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        yield receive()
+    finally:
+        is_over.set()
+        thread.join()

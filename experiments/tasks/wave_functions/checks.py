@@ -1,0 +1,122 @@
+"""Which settings of the task `vmc` fit each other."""
+
+from typing import Any
+
+from experiments.running.config import TrainConfig, check_without_data
+from experiments.running.settings import ConfigError
+from experiments.tasks.wave_functions.exact import MAX_SPINS
+from experiments.tasks.wave_functions.settings import (
+    ModelConfig,
+    SamplerConfig,
+    WaveFunctionConfig,
+)
+
+__all__ = ["check"]
+
+
+def check(config: TrainConfig) -> None:
+    """Holds the settings to each other.
+
+    Raises:
+      ConfigError: names the one that does not fit.
+    """
+    check_without_data(config)
+    task: WaveFunctionConfig = config.task
+    if task.hamiltonian == "heisenberg" and (task.num_spins % 2 or task.field):
+        raise ConfigError(
+            f"`task.num_spins` must be even and `task.field` 0 with "
+            f"hamiltonian=heisenberg, got {task.num_spins} and {task.field}."
+        )
+    if config.batch_size is None:
+        raise ConfigError(
+            "`batch_size` must be the number of samples of a step, got null."
+        )
+    _check_optimizer(config.optimizer)
+    _check_annealing(config.optimizer, task)
+    _check_model(task.model)
+    if task.sampler.name == "exact":
+        _check_exact(task)
+    else:
+        _check_metropolis(task.sampler, config.batch_size)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    # The outputs that it looks at make the energy's gradient at fixed local energies,
+    # not its value.
+    slack = getattr(optimizer, "slack", None)
+    if slack is not None:
+        raise ConfigError(
+            f"`optimizer.slack` must not weigh the loss of outputs with task=vmc, "
+            f"whose energy is known by samples only, got {slack}."
+        )
+
+
+def _check_annealing(optimizer: Any, task: WaveFunctionConfig) -> None:
+    for name in ("max_kl", "damping"):
+        last, first = getattr(task, f"last_{name}"), getattr(optimizer, name, None)
+        if last is not None and not first:
+            raise ConfigError(
+                f"`task.last_{name}` needs an optimizer.{name} to start from, got "
+                f"{first} with optimizer={optimizer.name}."
+            )
+    rule = getattr(optimizer, "damping_rule", "constant")
+    if task.last_damping is not None and rule != "constant":
+        raise ConfigError(
+            f"`task.last_damping` is for optimizer.damping_rule=constant, got {rule}."
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    if (model.kernel_size is None) == (model.name == "cnn"):
+        raise ConfigError(
+            f"`task.model.kernel_size` is for model=cnn, and null for the others, got "
+            f"{model.kernel_size} with model={model.name}."
+        )
+    if model.name == "rbm" and len(model.features) != 1:
+        raise ConfigError(
+            f"`task.model.features` must be one number of hidden units with model=rbm, "
+            f"got {model.features}."
+        )
+    widths = model.features
+    if model.name == "transformer" and (len(set(widths)) > 1 or widths[0] % 4):
+        raise ConfigError(
+            f"`task.model.features` must repeat one width, a multiple of 4, with "
+            f"model=transformer, got {widths}."
+        )
+    if model.name != "rbm" and model.complex_parameters:
+        raise ConfigError(
+            f"`task.model.complex_parameters` is for model=rbm, got model={model.name}."
+        )
+
+
+def _check_exact(task: WaveFunctionConfig) -> None:
+    if task.num_spins > MAX_SPINS:
+        raise ConfigError(
+            f"`task.num_spins` must be at most {MAX_SPINS} with sampler=exact, got "
+            f"{task.num_spins}; sampler=metropolis takes more."
+        )
+    for name in ("num_chains", "sweeps", "burn_in", "eval_samples"):
+        if (value := getattr(task.sampler, name)) is not None:
+            raise ConfigError(
+                f"`task.sampler.{name}` is for sampler=metropolis: it must be null "
+                f"with sampler=exact, got {value}."
+            )
+
+
+def _check_metropolis(sampler: SamplerConfig, batch_size: int) -> None:
+    for name in ("num_chains", "sweeps", "burn_in", "eval_samples"):
+        if getattr(sampler, name) is None:
+            raise ConfigError(
+                f"`task.sampler.{name}` must be a number with sampler=metropolis, got "
+                f"null."
+            )
+    sizes = {
+        "batch_size": batch_size,
+        "task.sampler.eval_samples": sampler.eval_samples,
+    }
+    for name, size in sizes.items():
+        if size % sampler.num_chains:
+            raise ConfigError(
+                f"`{name}` must be a multiple of the task.sampler.num_chains="
+                f"{sampler.num_chains} Markov chains, got {size}."
+            )

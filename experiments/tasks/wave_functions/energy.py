@@ -1,0 +1,67 @@
+"""The energy of a wave function on samples of |ψ|²: its gradient, and its value nearby.
+
+    E = mean(e),   ∂E/∂θ = 2 Re mean(conj(e - E) ∂ log ψ/∂θ)
+
+with the local energies e. The second line is the gradient of a function of the outputs,
+log ψ, at fixed e, which is how an optimizer in output space gets to know it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.tasks.wave_functions.chains import SpinChain, local_energies
+
+__all__ = ["energy_batch", "energy_gradient", "output_loss", "reweighted_energy"]
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+ModelFn = Callable[[PyTree, Batch], jax.Array]
+
+
+def energy_batch(
+    chain: SpinChain, model_fn: ModelFn, params: PyTree, spins: jax.Array
+) -> Batch:
+    """Samples, log ψ there, and local energies: `spins`, `log_psi`, `energies`.
+
+    Args:
+      chain: H.
+      model_fn: (params, {"spins": `[N, L]`}) -> log ψ `[N]`.
+      params: of the model from which the samples are.
+      spins: the samples, `[N, L]`.
+    """
+    log_psi = model_fn(params, {"spins": spins})
+    energies = local_energies(
+        chain, lambda spins: model_fn(params, {"spins": spins}), spins, log_psi
+    )
+    return {"spins": spins, "log_psi": log_psi, "energies": energies}
+
+
+def output_loss(log_psi: jax.Array, batch: Batch) -> jax.Array:
+    """2 Re mean(conj(e - E) log ψ), whose gradient is that of the energy."""
+    deviations = batch["energies"] - jnp.mean(batch["energies"])
+    return 2 * jnp.mean(jnp.real(jnp.conj(deviations) * log_psi))
+
+
+def energy_gradient(model_fn: ModelFn, params: PyTree, batch: Batch) -> PyTree:
+    """∂E/∂θ on the samples; for complex θ = x + iy, ∂E/∂x + i ∂E/∂y."""
+    grads = jax.grad(lambda p: output_loss(model_fn(p, batch), batch))(params)
+    # JAX has the opposite sign of i.
+    return jax.tree.map(jnp.conj, grads)
+
+
+def reweighted_energy(
+    chain: SpinChain, model_fn: ModelFn, params: PyTree, batch: Batch
+) -> jax.Array:
+    """The energy of other parameters on the same samples, by their weights.
+
+        E(θ') = Σ w e(θ') / Σ w,   w = |ψ'(s)/ψ(s)|²
+
+    The loss that a line search or an adaptive damping looks at. Good near θ only.
+    """
+    moved = energy_batch(chain, model_fn, params, batch["spins"])
+    log_weights = 2 * jnp.real(moved["log_psi"] - batch["log_psi"])
+    weights = jax.nn.softmax(log_weights)
+    return jnp.sum(weights * jnp.real(moved["energies"]))

@@ -1,0 +1,112 @@
+"""What is known exactly of a spin chain: energies of ground states, and of any ψ.
+
+Up to 16 spins or so all configurations fit into memory.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+
+from experiments.tasks.wave_functions.chains import SpinChain
+
+__all__ = [
+    "MAX_SPINS",
+    "Configurations",
+    "enumerate_configurations",
+    "exact_energy",
+    "ground_energy",
+    "ising_energy",
+]
+
+MAX_SPINS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Configurations:
+    """All configurations of a chain, and H among them.
+
+    Attributes:
+      spins: ±1, `[D, L]`.
+      diagonal: `[D]`.
+      neighbours: indices of the connected configurations, int32, `[D, M]`.
+      elements: of H, `[D, M]`.
+    """
+
+    spins: np.ndarray
+    diagonal: np.ndarray
+    neighbours: np.ndarray
+    elements: np.ndarray
+
+
+def enumerate_configurations(chain: SpinChain) -> Configurations:
+    """All 2ᴸ configurations, or those with Σs = 0 where H keeps to them.
+
+    Raises:
+      ValueError: there are too many.
+    """
+    if chain.num_spins > MAX_SPINS:
+        raise ValueError(
+            f"All configurations are listed for at most {MAX_SPINS} spins, got "
+            f"{chain.num_spins}."
+        )
+    both = itertools.product((1.0, -1.0), repeat=chain.num_spins)
+    spins = np.array(list(both))
+    if chain.conserves_magnetisation:
+        spins = spins[spins.sum(axis=1) == 0]
+    place = np.full(2**chain.num_spins, -1, np.int32)
+    place[_code(spins)] = np.arange(len(spins), dtype=np.int32)
+    others, elements = (np.asarray(leaf) for leaf in chain.connected(jnp.array(spins)))
+    return Configurations(
+        spins=spins,
+        diagonal=np.asarray(chain.diagonal(jnp.asarray(spins))),
+        neighbours=place[_code(others)],
+        elements=elements,
+    )
+
+
+def exact_energy(all_of_them: Configurations, log_psi: jax.Array) -> jax.Array:
+    """⟨ψ|H|ψ⟩ / ⟨ψ|ψ⟩ with nothing sampled, from log ψ of all configurations."""
+    psi = jnp.exp(log_psi - jnp.max(jnp.real(log_psi)))
+    applied = all_of_them.diagonal * psi
+    applied += jnp.sum(all_of_them.elements * psi[all_of_them.neighbours], axis=1)
+    return jnp.real(jnp.vdot(psi, applied) / jnp.vdot(psi, psi))
+
+
+def ground_energy(all_of_them: Configurations) -> float:
+    """The lowest eigenvalue of H, by Lanczos on the sparse matrix."""
+    size, per_row = all_of_them.neighbours.shape
+    rows = np.repeat(np.arange(size), per_row)
+    columns = all_of_them.neighbours.ravel()
+    matrix = scipy.sparse.coo_array(
+        (all_of_them.elements.ravel(), (rows, columns)), shape=(size, size)
+    ).tocsr()
+    matrix += scipy.sparse.diags_array(all_of_them.diagonal)
+    start = np.random.default_rng(0).uniform(size=size)  # else it is drawn at random
+    values = scipy.sparse.linalg.eigsh(matrix, k=1, which="SA", v0=start)[0]
+    return float(values[0])
+
+
+def ising_energy(num_spins: int, field: float) -> float:
+    """The ground state energy of the Ising ring, for an even number of spins.
+
+    E₀ = -Σ_k √(1 + h² - 2h cos k) over k = (2n + 1)π/L, since the ring is a system of
+    free fermions, whose lowest state has an even number of them.
+
+    References:
+      Pfeuty, The one-dimensional Ising model with a transverse field, 1970.
+    """
+    if num_spins % 2:
+        raise ValueError(f"`num_spins` must be even, got {num_spins}.")
+    k = (2 * np.arange(num_spins) + 1) * math.pi / num_spins
+    return -float(np.sum(np.sqrt(1 + field**2 - 2 * field * np.cos(k))))
+
+
+def _code(spins: np.ndarray) -> np.ndarray:
+    """A number for each configuration, int64 `[...]`."""
+    return (spins < 0).astype(np.int64) @ (1 << np.arange(spins.shape[-1]))

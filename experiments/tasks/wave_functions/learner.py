@@ -1,0 +1,286 @@
+"""The learner of the task `vmc`: the ground state of a ring of spins."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.running.config import TrainConfig
+from experiments.running.learner import Advance, Records, Rows
+from experiments.running.optimizers import make_optimizer
+from experiments.running.screen import Column
+from experiments.tasks.wave_functions.ansatz import (
+    Convolutional,
+    Perceptron,
+    RestrictedBoltzmann,
+    Transformer,
+)
+from experiments.tasks.wave_functions.chains import CHAINS, SpinChain
+from experiments.tasks.wave_functions.checks import check
+from experiments.tasks.wave_functions.energy import energy_batch
+from experiments.tasks.wave_functions.exact import (
+    MAX_SPINS,
+    Configurations,
+    enumerate_configurations,
+    exact_energy,
+    ground_energy,
+    ising_energy,
+)
+from experiments.tasks.wave_functions.pictures import draw_curves
+from experiments.tasks.wave_functions.sampling import (
+    move_chains,
+    sample_exactly,
+    start_chains,
+)
+from experiments.tasks.wave_functions.settings import (
+    ModelConfig,
+    SamplerConfig,
+    WaveFunctionConfig,
+)
+from experiments.tasks.wave_functions.training import (
+    Parts,
+    WaveFunctionState,
+    init_state,
+    make_train_chunk,
+    model_task,
+)
+
+__all__ = ["WaveFunctionLearner", "annealed", "make_parts"]
+
+# Folded into the key of a run for its evaluations; steps do not get that far.
+EVALUATION_STREAM = 2**31 - 1
+
+PyTree = Any
+
+
+class WaveFunctionLearner:
+    """Finds a ground state as `config` says; see `Learner`.
+
+    Raises:
+      ConfigError: settings that do not fit each other.
+    """
+
+    def __init__(self, config: TrainConfig):
+        check(config)
+        task: WaveFunctionConfig = config.task
+        self._config = config
+        chain = CHAINS[task.hamiltonian](task.num_spins, task.field)
+        can_list = task.num_spins <= MAX_SPINS
+        self._all = enumerate_configurations(chain) if can_list else None
+        self._ground = _ground_energy(task, self._all)
+        self._parts = make_parts(config, chain, self._all)
+        self._train_chunk = make_train_chunk(self._parts, config.steps_per_dispatch)
+        self._energy = self._make_energy_fn()
+        self.first_state = init_state(self._parts, config.seed)
+        last = "test_energy" if self._ground is None else "test_energy_error"
+        self.columns = (
+            Column("variance", "energy_variance", ".2e"),
+            Column("residual", "solver_residual", ".1e"),
+            Column(last.replace("_", " "), last, ".2e"),
+        )
+
+    @contextlib.contextmanager
+    def start(self, state: WaveFunctionState) -> Iterator[Advance]:
+        """Gives `advance(state, num_steps)`, compiled."""
+        train_chunk = self._train_chunk.lower(state, np.int32(0)).compile()
+
+        def advance(
+            state: WaveFunctionState, num_steps: int
+        ) -> tuple[WaveFunctionState, Records]:
+            return train_chunk(state, np.int32(num_steps))
+
+        yield advance
+
+    def evaluate(self, state: WaveFunctionState) -> dict[str, Any]:
+        """The energy, and where the ground state's is known its relative error.
+
+        Over all configurations where they can be listed; else on samples of its own.
+        """
+        energy = float(self._energy(state))
+        values = {"test_energy": energy}
+        if self._ground is not None:
+            values["test_energy_error"] = (energy - self._ground) / abs(self._ground)
+        return values
+
+    def draw(
+        self, state: WaveFunctionState, records: Rows, folder: Path, title: str
+    ) -> None:
+        """Draws the curves of the run."""
+        del state
+        task: WaveFunctionConfig = self._config.task
+        ground = None if self._ground is None else self._ground / task.num_spins
+        name = f"{task.hamiltonian} ring of {task.num_spins} spins, {task.model.name}"
+        draw_curves(records, folder / "curves.png", f"{name}; {title}", ground)
+
+    def _make_energy_fn(self) -> Any:
+        parts, task = self._parts, self._config.task
+        model_fn, batch_size = parts.model.model_fn, self._config.eval_batch_size
+        if self._all is not None:
+            all_of_them = self._all
+
+            @jax.jit
+            def energy_of_all(state: WaveFunctionState) -> jax.Array:
+                log_psi = _log_psi_of(
+                    model_fn, state.params, all_of_them.spins, batch_size
+                )
+                return exact_energy(all_of_them, log_psi)
+
+            return energy_of_all
+        sampler: SamplerConfig = task.sampler
+        assert sampler.eval_samples is not None
+        samples = _metropolis(parts.chain, model_fn, sampler, sampler.eval_samples)
+
+        @jax.jit
+        def energy_of_samples(state: WaveFunctionState) -> jax.Array:
+            key = jax.random.fold_in(state.key, EVALUATION_STREAM)
+            key = jax.random.fold_in(key, state.step)
+            spins, _, _ = samples(key, state.params, state.chains)
+
+            def energy(spins: jax.Array) -> jax.Array:
+                batch = energy_batch(parts.chain, model_fn, state.params, spins[None])
+                return jnp.real(batch["energies"][0])
+
+            return jnp.mean(jax.lax.map(energy, spins, batch_size=batch_size))
+
+        return energy_of_samples
+
+
+def make_parts(
+    config: TrainConfig, chain: SpinChain, all_of_them: Configurations | None
+) -> Parts:
+    """Puts together what a run is made of."""
+    task: WaveFunctionConfig = config.task
+    assert config.batch_size is not None
+    init_fn, model_fn = _make_model(task.model, task.num_spins)
+    model = model_task(init_fn, model_fn)
+    sampler = task.sampler
+    if sampler.name == "exact":
+        assert all_of_them is not None
+        spins, num_samples = all_of_them.spins, config.batch_size
+        start = _no_chains
+
+        def sample(key: jax.Array, params: PyTree, chains: tuple[()]) -> Any:
+            log_psi = _log_psi_of(model_fn, params, spins, config.eval_batch_size)
+            drawn = sample_exactly(key, jnp.asarray(spins), log_psi, num_samples)
+            return drawn, chains, jnp.ones(())
+    else:
+        start = functools.partial(_burn_in, chain, model_fn, sampler)
+        sample = _metropolis(chain, model_fn, sampler, config.batch_size)
+    return Parts(
+        chain=chain,
+        model=model,
+        tx=make_optimizer(annealed(config.optimizer, task, config.steps), model),
+        start=start,
+        sample=sample,
+        measure_kl=config.measure_kl,
+    )
+
+
+def annealed(optimizer: Any, task: WaveFunctionConfig, num_steps: int) -> Any:
+    """The settings of the optimizer, with schedules where the task asks for them."""
+    schedules = {}
+    for name in ("max_kl", "damping"):
+        last = getattr(task, f"last_{name}")
+        if last is not None:
+            first = getattr(optimizer, name)
+            schedules[name] = optax.exponential_decay(first, num_steps, last / first)
+    return dataclasses.replace(optimizer, **schedules) if schedules else optimizer
+
+
+def _make_model(config: ModelConfig, num_spins: int) -> tuple[Any, Any]:
+    dtype = jnp.result_type(complex if config.complex_parameters else float)
+    match config.name:
+        case "rbm":
+            (num_hidden,) = config.features
+            module = RestrictedBoltzmann(num_hidden, dtype)
+        case "mlp":
+            module = Perceptron(tuple(config.features), dtype)
+        case "transformer":
+            module = Transformer(len(config.features), config.features[0], dtype)
+        case _:
+            assert config.kernel_size is not None
+            module = Convolutional(tuple(config.features), config.kernel_size, dtype)
+
+    def init_fn(key: jax.Array) -> PyTree:
+        return module.init(key, jnp.ones((1, num_spins)))["params"]
+
+    def model_fn(params: PyTree, batch: PyTree) -> Any:
+        return module.apply({"params": params}, batch["spins"])
+
+    return init_fn, model_fn
+
+
+def _log_psi_of(
+    model_fn: Any, params: PyTree, spins: np.ndarray, batch_size: int
+) -> jax.Array:
+    """Log ψ of many configurations, at most `batch_size` at once."""
+    return jax.lax.map(
+        lambda spin: model_fn(params, {"spins": spin[None]})[0],
+        jnp.asarray(spins),
+        batch_size=batch_size,
+    )
+
+
+def _no_chains(key: jax.Array, params: PyTree) -> PyTree:
+    del key, params
+    return ()
+
+
+def _burn_in(
+    chain: SpinChain,
+    model_fn: Any,
+    sampler: SamplerConfig,
+    key: jax.Array,
+    params: PyTree,
+) -> PyTree:
+    assert sampler.num_chains is not None
+    assert sampler.burn_in is not None
+    start_key, move_key = jax.random.split(key)
+    spins = start_chains(chain, start_key, sampler.num_chains)
+    num_moves = sampler.burn_in * chain.num_spins
+    spins, _ = move_chains(
+        chain, lambda s: model_fn(params, {"spins": s}), move_key, spins, num_moves
+    )
+    return spins
+
+
+def _metropolis(
+    chain: SpinChain, model_fn: Any, sampler: SamplerConfig, num_samples: int
+) -> Any:
+    """`num_samples` of Markov chains that go on from where they are."""
+    assert sampler.num_chains is not None
+    assert sampler.sweeps is not None
+    draws, num_moves = (
+        num_samples // sampler.num_chains,
+        sampler.sweeps * chain.num_spins,
+    )
+
+    def sample(key: jax.Array, params: PyTree, chains: jax.Array) -> Any:
+        def draw(chains: jax.Array, key: jax.Array) -> Any:
+            chains, moved = move_chains(
+                chain, lambda s: model_fn(params, {"spins": s}), key, chains, num_moves
+            )
+            return chains, (chains, moved)
+
+        keys = jax.random.split(key, draws)
+        chains, (drawn, moved) = jax.lax.scan(draw, chains, keys)
+        return drawn.reshape(num_samples, chain.num_spins), chains, jnp.mean(moved)
+
+    return sample
+
+
+def _ground_energy(
+    task: WaveFunctionConfig, all_of_them: Configurations | None
+) -> float | None:
+    if all_of_them is not None:
+        return ground_energy(all_of_them)
+    if task.hamiltonian == "ising" and task.num_spins % 2 == 0:
+        return ising_energy(task.num_spins, task.field)
+    return None

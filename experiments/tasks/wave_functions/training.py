@@ -1,0 +1,162 @@
+"""A step towards the ground state: samples, local energies, gradient, update.
+
+Stochastic reconfiguration is `natural_gradient` with the likelihood `LogAmplitude`; any
+other optimizer of the programs takes the same steps.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import ngd_jax as ngd
+from experiments.running.dispatch import fix_types, match_types, take_steps
+from experiments.running.optimizers import read_step_info
+from experiments.tasks import Task
+from experiments.tasks.wave_functions.chains import SpinChain
+from experiments.tasks.wave_functions.energy import (
+    energy_batch,
+    energy_gradient,
+    output_loss,
+    reweighted_energy,
+)
+
+__all__ = ["Parts", "WaveFunctionState", "init_state", "make_train_chunk", "model_task"]
+
+PyTree = Any
+Records = dict[str, jax.Array]
+
+
+class WaveFunctionState(NamedTuple):
+    """Everything that the next step needs.
+
+    Attributes:
+      step: int32, steps taken.
+      key: typed PRNG key of all samples.
+      params: of log ψ.
+      chains: where the Markov chains are, `[C, L]`; an empty tuple for exact samples.
+      opt_state: state of the optimizer.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: PyTree
+    chains: PyTree
+    opt_state: PyTree
+
+
+# (key, params, chains) -> samples [N, L], chains, part of the moves that was taken.
+Sampler = Callable[[jax.Array, PyTree, PyTree], tuple[jax.Array, PyTree, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+      chain: the Hamiltonian.
+      model: log ψ as the optimizers know a model.
+      tx: the optimizer.
+      start: (key, params) -> chains before the first step.
+      sample: draws the configurations of a step.
+      measure_kl: whether to measure the KL of a step where `tx` does not.
+    """
+
+    chain: SpinChain
+    model: Task
+    tx: optax.GradientTransformationExtraArgs
+    start: Callable[[jax.Array, PyTree], PyTree]
+    sample: Sampler
+    measure_kl: bool
+
+
+def model_task(
+    init_fn: Callable[[jax.Array], PyTree],
+    model_fn: Callable[[PyTree, PyTree], jax.Array],
+) -> Task:
+    """Log ψ as the optimizers know a model: a task whose data are its samples."""
+    return Task(
+        name="wave function",
+        train={},
+        test={},
+        init_fn=lambda key: (init_fn(key), {}),
+        model_fn=model_fn,
+        likelihood=ngd.LogAmplitude(),
+        output_loss_fn=output_loss,
+    )
+
+
+def take_step(
+    parts: Parts, state: WaveFunctionState
+) -> tuple[WaveFunctionState, Records]:
+    """One step, on samples of the model as it is."""
+    model_fn, params = parts.model.model_fn, state.params
+    key = jax.random.fold_in(state.key, state.step)
+    spins, chains, moved = parts.sample(key, params, state.chains)
+    batch = energy_batch(parts.chain, model_fn, params, spins)
+    energies = jnp.real(batch["energies"])
+    energy = jnp.mean(energies)
+    grads = energy_gradient(model_fn, params, batch)
+    updates, opt_state = parts.tx.update(
+        grads,
+        state.opt_state,
+        params,
+        batch=batch,
+        value=energy,
+        grad=grads,
+        value_fn=functools.partial(reweighted_energy, parts.chain, model_fn),
+    )
+    new_params = optax.apply_updates(params, updates)
+    record = {
+        "loss": energy / parts.chain.num_spins,
+        "energy_variance": jnp.var(energies),
+        "moves_taken": moved,
+        **read_step_info(opt_state),
+    }
+    if parts.measure_kl and "measured_kl" not in record:
+        record["measured_kl"] = ngd.mean_kl(
+            model_fn, params, new_params, batch, parts.model.likelihood
+        )
+    new = WaveFunctionState(state.step + 1, state.key, new_params, chains, opt_state)
+    # The loop over steps needs types that do not change.
+    return match_types(new, state), record
+
+
+def init_state(parts: Parts, seed: int) -> WaveFunctionState:
+    """The state before the first step; all randomness comes from `seed`."""
+
+    @jax.jit  # so that every leaf gets a buffer of its own, as donation demands
+    def init(key: jax.Array) -> WaveFunctionState:
+        init_key, chain_key, sample_key = jax.random.split(key, 3)
+        params, _ = parts.model.init_fn(init_key)
+        return WaveFunctionState(
+            step=jnp.zeros((), jnp.int32),
+            key=sample_key,
+            params=params,
+            chains=parts.start(chain_key, params),
+            opt_state=parts.tx.init(params),
+        )
+
+    return fix_types(init(jax.random.key(seed)))
+
+
+def make_train_chunk(parts: Parts, capacity: int) -> jax.stages.Wrapped:
+    """Builds `train_chunk(state, num_steps) -> (state, records)`, jitted.
+
+    It donates `state`, takes `num_steps <= capacity` steps, and returns records with a
+    leading axis of length `capacity`, of which the first `num_steps` count.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_chunk(
+        state: WaveFunctionState, num_steps: jax.Array
+    ) -> tuple[WaveFunctionState, Records]:
+        return take_steps(
+            lambda state, _: take_step(parts, state), state, num_steps, capacity
+        )
+
+    return train_chunk

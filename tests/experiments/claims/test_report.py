@@ -1,0 +1,203 @@
+"""The report on claims: what it says, and that a figure out of its range shows."""
+
+import json
+import math
+import re
+import sys
+import threading
+
+import pytest
+from matplotlib.figure import Figure
+
+from experiments.benchmarks.markdown import Table
+from experiments.claims.__main__ import main
+from experiments.claims.catalog import CLAIMS
+from experiments.claims.claim import (
+    Claim,
+    Evidence,
+    Plot,
+    at_most,
+    between,
+    exactly,
+)
+from experiments.claims.demonstrations import demonstrate_all
+from experiments.claims.report import Outcome, save_plots, write_report
+from tests.experiments.helpers import run_program
+
+GOOD = at_most("an error", 1e-16, 1e-15, "round-off")
+BAD = between("a ratio | of two", 3.0, 1.0, 2.0, "a theorem")
+
+
+def outcome(*checks):
+    figure = Figure(figsize=(1, 1))
+    figure.subplots().plot([0, 1])
+    evidence = Evidence(
+        headline="the figures that tell",
+        setup="A network.",
+        checks=checks,
+        tables=[Table("More", ["a"], [["1"]])],
+        plots=[Plot("drawn", "What is to be seen.", figure)],
+        notes=["The honest side."],
+    )
+    claim = Claim(
+        name="some",
+        title="Something is so",
+        statement="It is so.",
+        truth="It is, mostly.",
+        source="Somebody 1998",
+        demonstrate=lambda _quick: evidence,
+    )
+    return Outcome(claim, evidence, 1.4)
+
+
+def test_ranges_are_inclusive_and_hold_no_nan():
+    assert exactly("a", 0.0, 0.0, "").holds
+    assert not exactly("a", 5e-324, 0.0, "").holds
+    assert between("a", 1.0, 1.0, math.inf, "").holds
+    assert at_most("a", 1.0, 1.0, "").holds
+    assert not at_most("a", 1.0 + 1e-15, 1.0, "").holds
+    assert not between("a", math.nan, -math.inf, math.inf, "").holds
+
+
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        (exactly("a", 1.0, 0.0, ""), "0"),
+        (at_most("a", 1.0, 1e-15, ""), "≤ 1e-15"),
+        (between("a", 1.0, 0.1, math.inf, ""), "≥ 0.1"),
+        (between("a", 1.0, 0.1, 2.0, ""), "0.1 to 2"),
+    ],
+)
+def test_ranges_read_as_they_are_meant(check, text):
+    assert check.expected == text
+
+
+def report(outcomes, folder, *, quick):
+    for each in outcomes:
+        save_plots(each, folder)
+    write_report(outcomes, folder, quick=quick)
+
+
+def test_report_tells_all_of_a_claim(tmp_path):
+    report([outcome(GOOD)], tmp_path, quick=False)
+    markdown = (tmp_path / "report.md").read_text()
+    for text in (
+        "1 of 1 figures are in the range",
+        "[Something is so](#some)",
+        "the figures that tell",
+        "**Claimed.** It is so. (Somebody 1998)",
+        "**Whether it holds.** It is, mostly.",
+        "**Set-up.** A network.",
+        "| an error | 1e-16 | ≤ 1e-15 | round-off | as expected |",
+        "**More**",
+        "The honest side.",
+        "python -m experiments.claims claim=some",
+    ):
+        assert text in markdown
+    assert "Quick" not in markdown
+    picture = re.search(r"\]\((plots/[^)]*)\)", markdown)[1]
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_shows_a_figure_out_of_its_range(tmp_path):
+    report([outcome(GOOD, BAD)], tmp_path, quick=True)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "1 of 2 figures are in the range" in markdown
+    assert "**1 of 2**" in markdown
+    assert "| 1 to 2 | a theorem | **NOT as expected** |" in markdown
+    assert "Quick runs" in markdown
+    figures = json.loads((tmp_path / "figures.json").read_text())["some"]
+    assert figures["holds"] is False
+    assert [check["holds"] for check in figures["checks"]] == [True, False]
+
+
+def test_page_needs_nothing_but_itself(tmp_path):
+    report([outcome(GOOD, BAD)], tmp_path, quick=False)
+    page = (tmp_path / "report.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 1
+    assert sources[0].startswith("data:image/png;base64,")
+    assert "http" not in page
+    assert '<a id="some"></a>' in page
+    assert page.count("<table>") == 3
+    assert "a ratio | of two" in page
+
+
+def test_claims_have_names_of_their_own():
+    assert all(name == claim.name for name, claim in CLAIMS.items())
+    assert len({claim.title for claim in CLAIMS.values()}) == len(CLAIMS)
+
+
+def test_claims_that_tell_times_run_alone_and_the_others_two_by_two():
+    evidence = outcome(GOOD).evidence
+    running: set[str] = set()
+    alone: dict[str, set[str]] = {}
+    # Each of the others waits for one beside it: it would end in an error without.
+    pair = threading.Barrier(2, timeout=60)
+
+    def claim(name, *, is_timed):
+        def demonstrate(_quick):
+            running.add(name)
+            if is_timed:
+                alone[name] = set(running)
+            else:
+                pair.wait()
+                assert len(running) <= 2
+                pair.wait()
+            running.remove(name)
+            return evidence
+
+        return outcome(GOOD).claim._replace(
+            name=name, demonstrate=demonstrate, is_timed=is_timed
+        )
+
+    claims = [claim(name, is_timed=name in "bd") for name in "abcdef"]
+    done = [each.claim.name for each in demonstrate_all(claims, quick=True)]
+    assert sorted(done) == list("abcdef")
+    assert alone == {"b": {"b"}, "d": {"d"}}
+
+
+def test_an_error_in_one_claim_ends_the_run():
+    def broken(_quick):
+        raise ZeroDivisionError("in an experiment")
+
+    claim = outcome(GOOD).claim
+    with pytest.raises(ZeroDivisionError, match="in an experiment"):
+        list(demonstrate_all([claim, claim._replace(demonstrate=broken)], quick=True))
+
+
+def test_program_refuses_a_claim_that_there_is_not():
+    status, output = run_program("claim=free_lunch", module="experiments.claims")
+    assert status == 1
+    assert "`claim` must be one of all, divergence" in output
+    assert "free_lunch" in output
+
+
+def test_program_writes_the_report_and_says_where(tmp_path):
+    folder = tmp_path / "report"
+    status, output = run_program(
+        "claim=divergence",
+        "quick=true",
+        f"output={folder}",
+        module="experiments.claims",
+    )
+    assert status == 0, output
+    assert "divergence" in output
+    assert "as expected" in output
+    assert str(folder / "report.html") in output.replace("\n", "")
+    assert (folder / "report.md").exists()
+    assert json.loads((folder / "figures.json").read_text())["divergence"]["holds"]
+
+
+def test_program_fails_where_a_figure_is_not_as_expected(tmp_path, monkeypatch):
+    failing = outcome(GOOD, BAD).claim._replace(
+        name="divergence", demonstrate=lambda _quick: outcome(GOOD, BAD).evidence
+    )
+    monkeypatch.setitem(CLAIMS, "divergence", failing)
+    folder = tmp_path / "report"
+    arguments = ["claims", "claim=divergence", f"output={folder}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert "NOT as expected" in (folder / "report.md").read_text()

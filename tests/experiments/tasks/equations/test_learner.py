@@ -1,0 +1,120 @@
+"""The task `pinn` as the program runs it: solved, resumed, drawn, and refused."""
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.running.config import compose_config, read_config
+from experiments.running.loop import run_training
+from experiments.running.run_folder import read_json_lines
+from experiments.running.settings import ConfigError
+from experiments.tasks.equations.learner import PhysicsLearner
+
+SMALL = (
+    "task=pinn",
+    "task.hidden_sizes=[8]",
+    "task.initial_scale=1.0",
+    "task.interior=49",
+    "task.boundary=24",
+    "task.test_points=100",
+    "steps=20",
+    "eval_every=20",
+)
+
+
+def read(*overrides):
+    return read_config(compose_config([*SMALL, *overrides]))
+
+
+def error_of(result):
+    error = result.metrics["test_l2_error"]
+    assert error is not None  # as numbers that are not finite are
+    return error
+
+
+def run(folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    return run_training(read(*overrides), folder, Console(quiet=True))
+
+
+@pytest.mark.slow
+def test_a_run_lowers_the_loss_and_is_drawn(tmp_path):
+    """On so few points that eight units fit them without solving the equation."""
+    run(tmp_path / "run", "steps=100")
+    records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert records[-1]["loss"] < 1e-2 * records[0]["loss"]
+    for name in ("curves.png", "solution.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_run_in_two_parts_comes_to_the_same_bits(tmp_path):
+    whole = run(tmp_path / "whole", "steps=16")
+    run(tmp_path / "parts", "steps=7")
+    parts = run(tmp_path / "parts", "steps=16")
+    for a, b in zip(
+        jax.tree.leaves(whole.state.params),
+        jax.tree.leaves(parts.state.params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4])
+def test_the_reference_problem_is_solved_from_every_seed(seed, tmp_path):
+    tree = compose_config(["task=pinn", f"seed={seed}", "eval_every=300", "steps=300"])
+    result = run_training(read_config(tree), tmp_path, Console(quiet=True))
+    assert error_of(result) <= 1e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("problem", "steps", "error"),
+    [
+        ("heat1d", 150, 1e-6),
+        ("helmholtz2d", 200, 1e-5),
+        ("poisson5d", 150, 1e-5),
+        ("burgers1d", 300, 5e-3),
+        ("poisson20d", 20, 0.2),
+    ],
+)
+def test_every_equation_is_solved_as_it_is_configured(problem, steps, error, tmp_path):
+    overrides = ["task=pinn", f"problem={problem}", f"steps={steps}"]
+    tree = compose_config([*overrides, f"eval_every={steps}"])
+    result = run_training(read_config(tree), tmp_path, Console(quiet=True))
+    assert error_of(result) <= error
+
+
+@pytest.mark.slow
+def test_in_float32_the_error_is_that_of_its_round_off(tmp_path):
+    overrides = ["task=pinn", "task.precision=float32", "steps=200", "eval_every=200"]
+    tree = compose_config(overrides)
+    result = run_training(read_config(tree), tmp_path, Console(quiet=True))
+    assert error_of(result) <= 2e-6
+
+
+@pytest.mark.slow
+def test_fresh_points_in_five_dimensions(tmp_path):
+    overrides = ("problem=poisson5d", "task.layout=random", "task.fresh_points=true")
+    result = run(tmp_path / "run", *overrides, "steps=10", "eval_every=10")
+    assert error_of(result) < 100
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("task.interior=50",), "`task.interior` must be a square"),
+        (("problem=poisson5d", "task.layout=grid"), "`task.layout` must be halton or"),
+        (("task.layout=halton", "task.boundary=10"), "`task.boundary` must be a multi"),
+        (("task.fresh_points=true",), "`task.fresh_points` must be false"),
+        (("batch_size=10",), "`batch_size` is about a training set"),
+        (("optimizer.learning_rate=null",), "`optimizer.learning_rate` and"),
+        (("optimizer.rcond=1e-8",), "`optimizer.rcond` is for"),
+        (("optimizer.solver=cholesky",), "`optimizer.slack` must be a number"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        PhysicsLearner(read(*overrides))

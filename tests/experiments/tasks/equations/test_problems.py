@@ -1,0 +1,141 @@
+"""Equations and derivatives: exact solutions have no residual, jets are derivatives."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ngd_jax as ngd
+from experiments.tasks.equations.derivatives import (
+    METHODS,
+    forward_operator,
+    init_network,
+    network,
+)
+from experiments.tasks.equations.problems import PROBLEMS, Sizes, make_problem
+
+NAMES = list(PROBLEMS)
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def test_derivatives_in_one_pass_are_those_of_autodiff(rng):
+    params = init_network(jax.random.key(0), (3, 5, 4, 1), None)
+    x, coefficients = jnp.asarray(rng.normal(size=3)), jnp.asarray([1.0, 0.0, -0.5])
+
+    @jax.jit
+    def everything(params, x):
+        fn = functools.partial(network, params)
+        second = jnp.sum(coefficients * jnp.diagonal(jax.hessian(fn)(x)))
+        others = {name: way(fn, x, coefficients) for name, way in METHODS.items()}
+        at = forward_operator(params, x, coefficients)
+        return at, fn(x), jax.grad(fn)(x), second, others
+
+    at, value, gradient, second, others = everything(params, x)
+    np.testing.assert_allclose(at.value, value, rtol=1e-14)
+    np.testing.assert_allclose(at.gradient, gradient, rtol=1e-13)
+    np.testing.assert_allclose(at.second, second, rtol=1e-12)
+    for name, other in others.items():
+        np.testing.assert_allclose(other, second, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_solutions_have_no_residual(name, rng):
+    problem = make_problem(name)
+    low, high = np.asarray(problem.low), np.asarray(problem.high)
+    points = jnp.asarray(rng.uniform(low + 0.1 * (high - low), high, (6, len(low))))
+
+    def solution(x):
+        return problem.solution(x[None])[0]
+
+    @jax.jit
+    @jax.vmap
+    def residual(x):
+        gradient = jax.grad(solution)(x)
+        diagonal = jnp.diagonal(jax.hessian(solution)(x))
+        operator = jnp.asarray(problem.operator)
+        jet = type(forward_operator(_LINEAR[0], x[:1], operator[:1]))(
+            solution(x), gradient, jnp.sum(operator * diagonal)
+        )
+        size = jnp.abs(gradient).max() + jnp.abs(diagonal).max() + 1
+        return problem.equation(x, jet) / size
+
+    np.testing.assert_allclose(residual(points), 0.0, atol=1e-9)
+
+
+_LINEAR = [[(jnp.zeros((1, 1)), jnp.zeros(1))]]
+
+
+@pytest.mark.parametrize("layout", ["halton", "random"])
+@pytest.mark.parametrize("name", NAMES)
+def test_points_lie_where_they_should(name, layout):
+    problem = make_problem(name)
+    points = problem.draw_points(jax.random.key(0), Sizes(50, 240, layout))
+    low, high = np.asarray(problem.low), np.asarray(problem.high)
+    inside, boundary = np.asarray(points["interior"]), np.asarray(points["boundary"])
+    assert inside.shape == (50, problem.dimension)
+    assert ((inside > low) & (inside < high)).all()
+    assert ((boundary >= low) & (boundary <= high)).all()
+    ends = np.stack([boundary == low, boundary == high], -1)
+    counts = {face: int(ends[:, face[0], face[1]].sum()) for face in problem.faces}
+    assert ends.any(axis=(1, 2)).all()
+    assert sum(counts.values()) == 240
+    assert max(counts.values()) - min(counts.values()) <= 1
+    np.testing.assert_allclose(
+        points["boundary_values"], problem.solution(points["boundary"])
+    )
+
+
+def test_a_grid_has_every_corner_once():
+    problem = make_problem("poisson2d")
+    points = problem.draw_points(jax.random.key(0), Sizes(784, 116, "grid"))
+    assert points["interior"].shape == (784, 2)
+    np.testing.assert_allclose(np.unique(points["interior"]), np.arange(1, 29) / 29)
+    boundary = np.asarray(points["boundary"])
+    assert len(np.unique(boundary.round(12), axis=0)) == 116
+    assert (np.isin(boundary, (0.0, 1.0)).any(axis=1)).all()
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert (boundary == corner).all(axis=1).sum() == 1
+
+
+def test_points_of_a_layer_are_dense_and_count_as_much_as_their_spacing():
+    problem = make_problem("burgers1d")
+    points = problem.draw_points(jax.random.key(0), Sizes(400, 9, "grid"))
+    x = np.unique(np.asarray(points["interior"])[:, 0].round(12))
+    wide = np.diff(x)
+    np.testing.assert_allclose(x, -x[::-1], atol=1e-12)
+    params = init_network(jax.random.key(1), (2, 4, 1), None)
+    even = dataclasses.replace(problem, stretch=0.0)
+    ratio = problem.residuals(params, points)["interior"]
+    ratio /= even.residuals(params, points)["interior"]
+    ratio = np.asarray(ratio).reshape(20, 20)[:, 0]
+    # Proportional to the spacing, 1 at the ends of the domain.
+    between = wide / np.sqrt(ratio[1:] * ratio[:-1])
+    np.testing.assert_allclose(between, between[0], rtol=0.05)
+    assert wide.max() > 15 * wide.min()
+    assert 0.5 < ratio.max() < 1.0
+
+
+def test_the_loss_is_that_of_the_likelihood():
+    problem = make_problem("poisson2d")
+    points = problem.draw_points(jax.random.key(0), Sizes(9, 8, "grid"))
+    params = init_network(jax.random.key(1), (2, 4, 1), 0.5)
+    residuals = problem.residuals(params, points)
+    by_hand = np.mean(np.square(residuals["interior"]))
+    by_hand += 4 * np.mean(np.square(residuals["boundary"]))
+    np.testing.assert_allclose(problem.loss(residuals, points), by_hand / 2)
+    # Where all residuals go to zero, the KL of the step is the loss.
+    zero = jax.tree.map(jnp.zeros_like, residuals)
+    kl = sum(
+        problem.weights[name]
+        * jnp.mean(ngd.Gaussian(event_ndims=0).kl(residuals[name], zero[name]))
+        for name in problem.weights
+    )
+    np.testing.assert_allclose(kl, by_hand / 2)
