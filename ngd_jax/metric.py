@@ -232,8 +232,7 @@ class OutputMetric:
             if score is not None:
                 return _weigh(mu * _inner(score, t, mu), score)
             if term.centered:
-                t = t - _mean(mu, t).astype(t.dtype)
-                return _weigh(mu, t)
+                return _weigh(mu, _without(jnp.ones_like(mu), mu, t).astype(t.dtype))
             return _weigh(mu, term.fisher_vp(out, t))
 
         return self._map(product, tangents)
@@ -246,7 +245,7 @@ class OutputMetric:
             if score is not None:
                 return root * _inner(score, t, mu)
             if term.centered:
-                return _weigh(root, t - _mean(mu, t))
+                return _weigh(root, _without(jnp.ones_like(mu), mu, t))
             return _weigh(root, term.sqrt_fisher_tvp(out, t))
 
         return self._map(product, tree.widen(tangents))
@@ -259,7 +258,7 @@ class OutputMetric:
             if score is not None:
                 cotangents = _weigh(root * u, tree.widen(score))
             elif term.centered:
-                cotangents = root * u - mu * (jnp.sum(root * u) / jnp.sum(mu))
+                cotangents = _without(mu, jnp.ones_like(mu), root * u)
             else:
                 cotangents = _weigh(root, term.sqrt_fisher_vp(out, u))
             return optax.tree.cast_like(cotangents, out)
@@ -278,8 +277,7 @@ class OutputMetric:
                 return jnp.where(square > 0, inverse_root * quotient, 0)
             if term.centered:
                 root = jnp.sqrt(mu)
-                scaled = inverse_root * c
-                return scaled - root * (jnp.sum(root * scaled) / jnp.sum(mu))
+                return _without(root, root, inverse_root * c)
             return _weigh(inverse_root, term.sqrt_fisher_solve(out, c))
 
         return self._map(product, tree.widen(cotangents))
@@ -393,8 +391,15 @@ def _normalise(
     return factor * weights / jnp.sum(weights)
 
 
-def _mean(mu: Array, values: Array) -> Array:
-    return jnp.sum(mu * values) / jnp.sum(mu)
+def _without(along: Array, weights: Array, values: Array) -> Array:
+    """Subtracts a mean: values - along ⟨weights, values⟩ / ⟨weights, along⟩.
+
+    Twice: where the mean is large the first pass leaves the round-off of it.
+    """
+    for _ in range(2):
+        mean = jnp.sum(weights * values) / jnp.sum(weights * along)
+        values = values - along * mean
+    return values
 
 
 def _weigh(mu: Array, values: PyTree) -> PyTree:

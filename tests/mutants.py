@@ -72,19 +72,19 @@ MUTANTS = [
     # --- metric.py
     Mutant(
         "metric.py",
-        "t = t - _mean(mu, t).astype(t.dtype)",
-        "t = t - jnp.mean(t).astype(t.dtype)",
+        "_without(jnp.ones_like(mu), mu, t).astype(t.dtype)",
+        "(t - jnp.mean(t)).astype(t.dtype)",
         METRIC,
     ),
     Mutant(
         "metric.py",
-        "return _weigh(root, t - _mean(mu, t))",
+        "return _weigh(root, _without(jnp.ones_like(mu), mu, t))",
         "return _weigh(root, t)",
         METRIC,
     ),
     Mutant(
         "metric.py",
-        "cotangents = root * u - mu * (jnp.sum(root * u) / jnp.sum(mu))",
+        "cotangents = _without(mu, jnp.ones_like(mu), root * u)",
         "cotangents = root * u - mu * jnp.sum(root * u)",
         METRIC,
     ),
@@ -96,8 +96,14 @@ MUTANTS = [
     ),
     Mutant(
         "metric.py",
-        "return scaled - root * (jnp.sum(root * scaled) / jnp.sum(mu))",
-        "return scaled",
+        "return _without(root, root, inverse_root * c)",
+        "return inverse_root * c",
+        METRIC,
+    ),
+    Mutant(
+        "metric.py",
+        "for _ in range(2):\n        mean",
+        "for _ in range(1):\n        mean",
         METRIC,
     ),
     Mutant(
@@ -469,9 +475,21 @@ MUTANTS = [
     ),
     Mutant(
         "likelihoods/categorical.py",
-        "return root * (tangents - _sum(root * root * tangents))",
-        "return root * (tangents - _sum(root * tangents))",
+        "return root * _centred(root * root, tangents)",
+        "return root * _centred(root, tangents)",
         "tests/likelihoods/test_base.py",
+    ),
+    Mutant(
+        "likelihoods/categorical.py",
+        "return values - _sum(p * values)",
+        "return values",
+        "tests/likelihoods/test_truth.py",
+    ),
+    Mutant(
+        "likelihoods/categorical.py",
+        "return values - root * _sum(root * values)",
+        "return values",
+        "tests/likelihoods/test_truth.py",
     ),
     Mutant(
         "likelihoods/gaussian.py",

@@ -272,3 +272,19 @@ def test_coefficients_of_a_covariance_leave_out_what_shifts_all_densities():
     np.testing.assert_allclose(
         metric.sqrt_rmatvec(coefficients), cotangents - shift, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_covariance_keeps_its_digits_beside_a_large_mean(weighted, rng):
+    size = 200
+    weights = rng.uniform(0.5, 1.5, size) if weighted else np.ones(size)
+    metric = output_metric(
+        ngd.LogDensity(), jnp.zeros(size), weights=jnp.asarray(weights, jnp.float32)
+    )
+    tangents = (1e6 + rng.normal(size=size)).astype(np.float32)
+    mu = np.asarray(metric.measure[0], np.float64)
+    centred = tangents - (mu @ tangents.astype(np.float64)) / mu.sum()
+    expected = {"matvec": mu * centred, "sqrt_matvec": np.sqrt(mu) * centred}
+    for name, product in expected.items():
+        found = np.asarray(getattr(metric, name)(jnp.asarray(tangents)))
+        assert np.linalg.norm(found - product) < 1e-3 * np.linalg.norm(product), name

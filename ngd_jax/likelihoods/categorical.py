@@ -151,17 +151,17 @@ class Categorical(Likelihood):
     def _fisher_vp(self, outputs: Array, tangents: Array) -> Array:
         """H t = p ∘ (t − pᵀt)."""
         p = jax.nn.softmax(outputs)
-        return p * (tangents - _sum(p * tangents))
+        return p * _centred(p, tangents)
 
     def _sqrt_fisher_vp(self, outputs: Array, coefficients: Array) -> Array:
-        """B u = √p ∘ u − p (√pᵀ u)."""
+        """B u = √p ∘ (u − √p (√pᵀ u))."""
         root = _root(outputs)
-        return root * (coefficients - root * _sum(root * coefficients))
+        return root * _projected(root, coefficients)
 
     def _sqrt_fisher_tvp(self, outputs: Array, tangents: Array) -> Array:
         """Bᵀ t = √p ∘ (t − pᵀt)."""
         root = _root(outputs)
-        return root * (tangents - _sum(root * root * tangents))
+        return root * _centred(root * root, tangents)
 
     def _sqrt_fisher_solve(self, outputs: Array, cotangents: Array) -> Array:
         """The coefficients u = q − √p ⟨√p, q⟩, q = c/√p, with B u = c where Σc = 0.
@@ -170,8 +170,23 @@ class Categorical(Likelihood):
         change the loss. A class of probability zero gets no coefficient.
         """
         root = _root(outputs)
-        quotient = numerics.divided(cotangents, root)
-        return quotient - root * _sum(root * quotient)
+        return _projected(root, numerics.divided(cotangents, root))
+
+
+# Of a class whose probability is 1 − δ, both of these leave a part δ, and round all of
+# it by ε. The second pass works on what is left, so that it is right to ε of its size.
+
+
+def _centred(p: Array, values: Array) -> Array:
+    """Subtracts the mean under p: t − pᵀt."""
+    values = values - _sum(p * values)
+    return values - _sum(p * values)
+
+
+def _projected(root: Array, values: Array) -> Array:
+    """Takes out what lies along √p: u − √p (√pᵀ u)."""
+    values = values - root * _sum(root * values)
+    return values - root * _sum(root * values)
 
 
 def _root(logits: Array) -> Array:

@@ -127,6 +127,27 @@ def test_categorical_root_is_the_documented_matrix(precision, rng):
     )
 
 
+@pytest.mark.parametrize("gap", [5, 10, 15])
+def test_categorical_metric_keeps_its_digits_where_a_class_is_certain(gap, rng):
+    """Of p = 1 - δ, what the metric is made of is δ, which 1 - p has lost."""
+    logits = (rng.normal(size=(50, 4)) + gap * np.eye(4)[1]).astype(np.float32)
+    vectors = rng.normal(size=(50, 4)).astype(np.float32)
+    p = scipy.special.softmax(logits.astype(np.float64), -1)
+    others = p @ (1 - np.eye(4))  # 1 - p, without the difference
+    metric = -np.einsum("ni,nj->nij", p, p) * (1 - np.eye(4))
+    metric += np.einsum("ni,ij->nij", p * others, np.eye(4))
+    root = metric / np.sqrt(p)[:, None, :]
+    expected = {
+        "fisher_vp": np.einsum("nij,nj->ni", metric, vectors),
+        "sqrt_fisher_vp": np.einsum("nij,nj->ni", root, vectors),
+        "sqrt_fisher_tvp": np.einsum("nji,nj->ni", root, vectors),
+    }
+    for name, products in expected.items():
+        found = getattr(Categorical(), name)(jnp.asarray(logits), jnp.asarray(vectors))
+        errors = np.linalg.norm(found - products, axis=-1)
+        assert (errors / np.linalg.norm(products, axis=-1)).max() < 1e-5, name
+
+
 def test_bernoulli_log_prob_equals_scipy(precision, rng):
     logits, y = rng.normal(size=(5, 3)) * 3, rng.integers(2, size=(5, 3))
     truth = scipy.stats.bernoulli.logpmf(y, scipy.special.expit(logits)).sum(-1)
