@@ -771,6 +771,7 @@ def is_found(mutant, folder, seconds):
     if not is_planted(mutant, package):
         return None
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow"]
     environment = os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
     try:
         done = subprocess.run(

@@ -50,6 +50,7 @@ def test_the_choice_follows_cost_and_memory():
     )
 
 
+@pytest.mark.long
 def test_models_that_mix_their_examples_are_solved_like_any_other(x64):
     def mixing(params, x):
         h = x @ params["w"]

@@ -270,6 +270,7 @@ def residual_case(rng, num_interior=7, num_boundary=4, num_hidden=6):
     return params, batch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("interior", "boundary"), [(7, 4), (5, 1)])
 def test_blocks_of_residuals_have_batches_of_their_own(
     interior, boundary, x64, rng, monkeypatch

@@ -57,6 +57,7 @@ def test_the_choice_of_auto_is_told_with_its_reason(problem):
     assert "chosen by Auto: Cholesky, with" in text
 
 
+@pytest.mark.long
 def test_a_model_that_mixes_its_examples_is_noticed(problem):
     params, batch = problem
 
@@ -72,6 +73,7 @@ def test_a_model_that_mixes_its_examples_is_noticed(problem):
     assert failing(ngd.describe(tx, params, batch)) == []
 
 
+@pytest.mark.long
 def test_a_divergence_that_is_none_is_noticed(problem):
     params, batch = problem
     wrong = {

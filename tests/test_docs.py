@@ -1,4 +1,4 @@
-"""The tutorials run as they stand, in their quick form."""
+"""Every page of the site runs, and is in its menu; every public name has an entry."""
 
 import os
 import re
@@ -6,7 +6,47 @@ import subprocess
 import sys
 from pathlib import Path
 
-TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+CELL = re.compile(r"^```+\{code-cell\}[^\n]*\n(.*?)^```+$", re.DOTALL | re.MULTILINE)
+
+
+def program(page: Path) -> str:
+    """The cells of a page, without their options."""
+    cells = CELL.findall(page.read_text())
+    return "\n".join(re.sub(r"^:[\w-]+:.*\n", "", x, flags=re.MULTILINE) for x in cells)
+
+
+def names(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(DOCS).with_suffix("")) for page in pages]
+
+
+PROGRAMS = [page for page in PAGES if program(page)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PROGRAMS, ids=names(PROGRAMS))
+def test_page_runs(page, tmp_path):
+    """As the build of the site runs it; pages assert the figures that they quote."""
+    done = subprocess.run(
+        [sys.executable, "-c", program(page)],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "MPLBACKEND": "agg",
+            "PYTHONPATH": str(DOCS.parent),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+
+
+TUTORIALS = DOCS / "tutorials"
 
 
 def run(name: str) -> str:

@@ -253,6 +253,7 @@ def test_factors_of_gradients_are_the_formula(x64, rng):
 # --- Every matrix has factors
 
 
+@pytest.mark.long
 def test_convolutions_are_split_where_their_inputs_end(x64, rng):
     shapes = [(5, 5, 1, 2), (5, 5, 2, 4), (3, 3, 4, 4)]
     params = [normal(rng, *shape) / 5 for shape in shapes]
@@ -403,6 +404,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.long
 @hypothesis.given(
     names=st.lists(st.sampled_from(STEPS), min_size=1, max_size=3),
     has_scales=st.booleans(),
@@ -503,6 +505,7 @@ def test_blocks_in_other_coordinates_are_those_of_scaled_parameters(x64, rng):
 # --- State
 
 
+@pytest.mark.long
 def test_old_batches_are_forgotten_at_the_rate_of_the_decay(x64, rng):
     params, x = line_problem(rng, "float64", 1)
     kronecker = Kronecker(decay=0.75, observe_every=1)
@@ -526,6 +529,7 @@ def test_old_batches_are_forgotten_at_the_rate_of_the_decay(x64, rng):
     np.testing.assert_allclose(rows[:, 0, 0], np.array(expected) * size[0, 0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("refresh_every", "expected"),
     [
@@ -747,6 +751,7 @@ def test_signs_are_random(x64):
 # --- As a preconditioner, and as a solver
 
 
+@pytest.mark.long
 def test_first_steps_of_cg_gain_more_with_it(x64, rng):
     # Inputs of very different sizes through two layers.
     sizes = jnp.logspace(-2, 2, 8)
@@ -861,6 +866,7 @@ def test_pushed_is_the_change_of_the_outputs(has_guess, x64, rng):
     np.testing.assert_allclose(solution.pushed, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exact_length", [True, False])
 def test_the_best_multiple_of_a_guess_is_improved(exact_length, x64, rng):
     params, x, matrix, gradient = solver_problem(rng)

@@ -111,6 +111,7 @@ def test_multirun_sweeps_over_seeds_and_radii(command, tmp_path):
     assert command(f"resume={folders[0].relative_to(tmp_path)}")[0] == 0
 
 
+@pytest.mark.long
 def test_resume_refuses_another_optimizer(command):
     assert command("optimizer=sgd", *SMALL)[0] == 0
     status, _, err = command("resume=latest", "optimizer=adam")
@@ -118,6 +119,7 @@ def test_resume_refuses_another_optimizer(command):
     assert "cannot change `optimizer` from sgd to adam" in err
 
 
+@pytest.mark.long
 def test_resume_latest_goes_further(command, tmp_path):
     assert command("optimizer=sgd", *SMALL)[0] == 0
     assert command("resume=latest", "steps=8")[0] == 0
@@ -167,6 +169,7 @@ def test_killed_process_resumes_to_the_same_bits(uninterrupted, tmp_path):
     assert_same_run(folder, uninterrupted)
 
 
+@pytest.mark.long
 def test_interrupt_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     folder = tmp_path / "a run, stopped"  # quoted for the shell and for Hydra
     process = start_program(*LONG, f'hydra.run.dir="{folder}"')

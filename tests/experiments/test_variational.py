@@ -16,6 +16,7 @@ def _x64():
         yield
 
 
+@pytest.mark.long
 def test_one_step_is_the_posterior_of_linear_regression():
     x, y = variational.linear_data(size=4, num_examples=20)
     q, values = variational.fit(

@@ -26,6 +26,7 @@ from tests.flax.networks import (
 # --- Architectures.
 
 
+@pytest.mark.long
 def test_shared_weights_are_one_parameter(params):
     linen_params = LinenTied().init(jax.random.key(0), X)["params"]
     model = NnxTied(nnx.Rngs(0))
@@ -94,6 +95,7 @@ class NnxConv(nnx.Module):
 
 
 # Those that take long to compile, without the default solver.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("module", "options"),
     [
@@ -126,6 +128,7 @@ def test_linen_training_by_train_state_reduces_the_loss(module, options):
     assert values[-1] < 0.75 * values[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("module", [NnxLSTM, NnxAttention, NnxConv])
 def test_nnx_training_by_nnx_optimizer_reduces_the_loss(module):
     model = module(nnx.Rngs(0))
@@ -155,6 +158,7 @@ def test_nnx_training_by_nnx_optimizer_reduces_the_loss(module):
     assert len(traces) == 1
 
 
+@pytest.mark.long
 def test_nnx_optimizer_makes_the_updates_of_the_plain_transformation(params):
     model = nnx_net(params)
     model_fn = nnx_model_fn(model)
@@ -178,6 +182,7 @@ def test_nnx_optimizer_makes_the_updates_of_the_plain_transformation(params):
     )
 
 
+@pytest.mark.long
 def test_nnx_optimizer_runs_without_jit_too():
     model = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
     tx = ngd.natural_gradient(

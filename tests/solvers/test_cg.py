@@ -319,6 +319,7 @@ def test_solutions_that_overflow_are_not_returned():
 # --- Transformations.
 
 
+@pytest.mark.long
 def test_forward_mode_equals_the_implicit_derivative(x64, rng):
     matrix = jnp.asarray(systems.spectrum(rng, np.linspace(0.5, 2, 10)))
     rhs, tangent = jnp.asarray(rng.normal(size=(2, 10)))
@@ -373,6 +374,7 @@ def test_eager_and_scanned_solves_equal_jit(rng):
     np.testing.assert_allclose(scanned[2], run(matrix, rhs[2])[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_products_of_low_precision_cannot_make_a_long_solve_worse(rng):
     """A rounded to bfloat16 is not symmetric: the recurrence diverges in the end."""
     network = reference.network_params(rng, 4, num_hidden=16, dtype=jnp.bfloat16)

@@ -146,6 +146,7 @@ def test_indefinite_preconditioner_is_a_breakdown(rng):
     assert not x.any()
 
 
+@pytest.mark.long
 def test_preconditioner_is_built_from_the_fisher_once_for_each_solve(rng):
     params = reference.network_params(rng, 3)
     x = jnp.asarray(rng.normal(size=(9, 2)), jnp.float32)
@@ -192,6 +193,7 @@ def test_cg_without_preconditioner_keeps_nothing():
     assert builder.init({"w": jnp.ones(3)}) == ()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "preconditioner",
     [Jacobi(refresh_every=3), Nystrom(3, jax.random.key(0), refresh_every=3)],
@@ -224,6 +226,7 @@ def test_state_is_reused_refreshed_and_never_recompiled(preconditioner, rng):
     assert solve._cache_size() == 1
 
 
+@pytest.mark.long
 def test_calling_the_solver_is_solving_with_nothing_kept(rng):
     root, rhs = quadratic_problem(rng)
     solver = ngd.CG(preconditioner=Jacobi())

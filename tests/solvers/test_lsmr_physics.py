@@ -91,6 +91,7 @@ def _true_root(params, batch):
         return jax.tree.map(np.asarray, dense(flat))
 
 
+@pytest.mark.long
 def test_a_physics_informed_network_is_solved_where_cg_is_not(rng):
     params, batch = _poisson_problem(rng)
     root, w = _true_root(params, batch)

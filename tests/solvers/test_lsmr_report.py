@@ -158,6 +158,7 @@ def test_jit_vmap_and_scan_agree_with_one_by_one(rng):
         assert relative_error(x, truth(matrix, rhs[i], dampings[i])) <= 1e-3
 
 
+@pytest.mark.long
 def test_forward_mode_is_the_derivative_and_reverse_mode_says_why_not(x64, rng):
     matrix, rhs = jnp.asarray(rng.normal(size=(8, 4))), jnp.asarray(rng.normal(size=8))
 

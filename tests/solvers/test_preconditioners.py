@@ -221,6 +221,7 @@ def test_bfloat16_parameters_are_solved_for(rng):
         assert error <= 0.1 * np.linalg.norm(expected)
 
 
+@pytest.mark.long
 def test_complex_parameters_have_real_diagonals_and_a_full_nystrom(x64, rng):
     params = {
         "w": jnp.asarray(rng.normal(size=(3, 2)) + 1j * rng.normal(size=(3, 2))),

@@ -76,6 +76,7 @@ def update(tx, value_fn, **extra):
     )(grads, tx.init(params), params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("weight", "fraction"), [(1.0, 0.1), (5.0, 0.1), (0.3, 0.9)])
 def test_step_is_the_longest_halving_that_decreases_enough(x64, weight, fraction):
     params, batch, _, whole, whole_state = problem()
@@ -94,6 +95,7 @@ def test_step_is_the_longest_halving_that_decreases_enough(x64, weight, fraction
     assert state.info.num_kl_evaluations == evaluations
 
 
+@pytest.mark.long
 def test_good_step_is_left_as_it_is(x64):
     *_, whole, whole_state = problem()
     assert halvings_by_hand(loss_fn, 0.1, 0) == 0
@@ -152,6 +154,7 @@ def test_halved_step_is_measured_anew_and_kept_within_the_radius(x64):
     np.testing.assert_allclose(state.info.measured_kl, 0.25**2 / 2)
 
 
+@pytest.mark.long
 def test_the_loss_may_be_one_of_outputs():
     params, batch = make_problem()
     tx = make(ngd.SufficientDecrease(), loss_fn=loss_of_outputs)

@@ -88,6 +88,7 @@ def _tx_of(damping):
     )
 
 
+@pytest.mark.long
 def test_rules_work_in_the_coordinates(x64):
     params, batch = make_problem(dtype=jnp.float64)
     scales = _scales(params)
@@ -179,6 +180,7 @@ def _difference(damping, mapped_damping, solver):
     return float(jnp.abs(sigmoid - tanh).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", EXACT)
 def test_damping_in_the_mapped_metric_keeps_the_invariance(solver, x64):
     """CLAIMS: 1e-15 undamped and in the mapped metric, 2e-3 at λ = 1e-4 for λI."""
@@ -194,6 +196,7 @@ def test_damping_in_the_mapped_metric_keeps_the_invariance(solver, x64):
     assert _difference(plain, mapped, EXACT[solver]) < tolerance
 
 
+@pytest.mark.long
 def test_damping_by_the_identity_breaks_the_invariance(x64):
     broken = [_difference(d, d, ngd.Cholesky()) for d in (1e-4, 1e-3)]
     assert 1e-5 < broken[0] < broken[1]

@@ -129,6 +129,7 @@ def test_levenberg_marquardt_refuses_a_step_that_raises_the_loss(name, initial):
     np.testing.assert_allclose(state.info.damping, 1.5 * initial, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_refused_step_keeps_parameters_and_state_to_the_bit():
     """With momentum and a preconditioner, whose last values the next step needs."""
     params, batch = make_problem()

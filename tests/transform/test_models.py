@@ -27,6 +27,7 @@ LIKELIHOODS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_every_likelihood_goes_to_its_radius(name):
     likelihood, outputs_fn = LIKELIHOODS[name]
@@ -68,6 +69,7 @@ def tanh_fn(params, batch):
     return hidden @ params["v"] + params["c"]
 
 
+@pytest.mark.long
 def test_natural_gradient_does_not_care_for_sigmoid_or_tanh(x64):
     rng = np.random.default_rng(4)
     shapes = {"w": (2, 3), "b": (3,), "v": (3, 1), "c": (1,)}

@@ -89,6 +89,7 @@ def test_training_is_faster_by_what_the_last_directions_know(rng, x64):
     assert 2 * decades[0.0] < decades[0.95] < 8 * decades[0.0]
 
 
+@pytest.mark.long
 def test_momentum_does_not_vanish_with_the_damping(rng, x64):
     """λ → 0: of all directions that fit the batch, the one nearest to μ d_previous."""
     x, y = _consistent_problem(rng)
@@ -102,6 +103,7 @@ def test_momentum_does_not_vanish_with_the_damping(rng, x64):
         np.testing.assert_allclose(directions[1], expected, atol=1e-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rate", [0.5, None])
 def test_what_is_remembered_is_what_was_taken(rate, rng, x64):
     """A radius that shortens the step shortens the direction that momentum keeps."""

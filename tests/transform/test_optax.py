@@ -238,6 +238,7 @@ def train_step(carry, batch):
     return (optax.apply_updates(params, updates), state), info_of(state).measured_kl
 
 
+@pytest.mark.long
 def test_scan_over_steps_equals_single_steps():
     start = (PARAMS, TX.init(PARAMS))
     batches = jax.tree.map(lambda x: jnp.stack([x, x[::-1], x]), BATCH)
@@ -266,6 +267,7 @@ def test_cond_takes_or_leaves_a_step():
     assert_same(maybe(False, state)[1], state)
 
 
+@pytest.mark.long
 def test_vmap_over_an_ensemble_equals_each_member():
     members = [PARAMS, make_problem(seed=1)[0]]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
@@ -370,6 +372,7 @@ def test_training_goes_on_bit_for_bit_from_a_restored_state(save_and_restore, tm
 # --- A part of the parameters; leaves that are no arrays.
 
 
+@pytest.mark.long
 def test_a_part_of_the_parameters_has_a_radius_of_its_own():
     """A policy head inside `optax.partition`: the rest is MaskedNode to the model."""
 

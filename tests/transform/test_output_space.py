@@ -122,6 +122,7 @@ def test_small_damping_does_not_lose_the_momentum(name, x64):
         params, previous = optax.apply_updates(params, updates), truth
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_gradient_handed_in_is_what_is_solved_for(name, x64):
     """Weight decay inside of the loss, or a clipped gradient: no part of it is lost."""
@@ -143,6 +144,7 @@ def test_the_gradient_handed_in_is_what_is_solved_for(name, x64):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("metric", ["identity", "scales"])
 def test_momentum_and_metric_keep_their_meaning(name, metric, x64):
@@ -169,6 +171,7 @@ def test_momentum_and_metric_keep_their_meaning(name, metric, x64):
         params, previous = optax.apply_updates(params, updates), expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SOLVERS)
 def test_wave_functions_with_complex_amplitudes(name, x64):
     """Stochastic reconfiguration: the energy gradient as a function of log ψ."""

@@ -159,6 +159,7 @@ def test_zero_gradient_is_a_step_of_no_length():
     assert info.status == ngd.StepStatus.TAKEN
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "radii"), [("bfloat16", (1e-3, 1e-5)), ("float16", (1e-5, 1e-6))]
 )

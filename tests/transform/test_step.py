@@ -86,6 +86,7 @@ PREDICTIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_predicted_kl_is_that_of_the_update(name, x64):
     """Whoever comes by J d: the form of the update with F by enumeration."""
@@ -255,6 +256,7 @@ def test_empirical_kind_takes_the_targets_of_the_batch():
     np.testing.assert_allclose(flat(updates), -expected, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_examples_of_weight_zero_might_as_well_not_be_there():
     params, batch = make_problem()
     mask = (jnp.arange(NUM_EXAMPLES) < 7).astype(jnp.float32)
@@ -274,6 +276,7 @@ def test_examples_of_weight_zero_might_as_well_not_be_there():
     )
 
 
+@pytest.mark.long
 def test_microbatches_equal_the_whole_batch():
     params, batch = make_problem()
     whole, parts = (

@@ -10,6 +10,7 @@ from experiments.claims import spaces
 from tests.experiments.claims.helpers import assert_as_expected, run
 
 
+@pytest.mark.long
 def test_figures_are_as_expected():
     evidence = run(spaces.SPACES)
     assert_as_expected(evidence)

@@ -49,6 +49,7 @@ def raced(tmp_path_factory):
     return Race(config, entrants, lines.append).run(), config, entrants, lines
 
 
+@pytest.mark.long
 def test_all_start_from_the_same_parameters(raced):
     results, config, _, _ = raced
     assert [len(runs) for runs in results.values()] == [config.seeds, 1]

@@ -95,6 +95,7 @@ def one_process(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_two_processes_give_the_result_of_one(one_process, tmp_path):
     folder = tmp_path / "run"
     status, output = run_program(*SHORT_SOLVE, TWO, f"hydra.run.dir={folder}")
@@ -111,6 +112,7 @@ def test_two_processes_give_the_result_of_one(one_process, tmp_path):
     assert len(environment["devices"]) == 2
 
 
+@pytest.mark.long
 def test_eight_devices_of_one_process_give_the_result_of_one(
     one_process, tmp_path, monkeypatch
 ):

@@ -85,6 +85,7 @@ def test_restored_run_goes_on_to_the_same_bits(tmp_path):
     assert_same_bits(part, whole)
 
 
+@pytest.mark.long
 def test_every_step_taken_has_the_size_asked_for_and_the_gain_promised():
     _, advance = learner_of()
     state, records = fresh_state(), []

@@ -49,6 +49,7 @@ def random_mdp(rng, num_states=4, num_actions=3, discount=0.9):
     return logits, visits, policy, advantages
 
 
+@pytest.mark.long
 def test_natural_policy_gradient_of_a_table_is_its_advantages(x64, rng):
     """F⁺ ∇J = A / (1 - γ), but for a constant in each state (Kakade 2001)."""
     discount = 0.9
@@ -163,6 +164,7 @@ def gaussian_policy(params, batch):
     }
 
 
+@pytest.mark.long
 def test_update_goes_to_the_radius_and_learns_the_width_of_actions(x64, rng):
     params = {"weights": jnp.zeros((3, 2)), "log_scale": jnp.zeros(2)}
     states = jnp.asarray(rng.normal(size=(200, 3)))

@@ -124,6 +124,7 @@ class TestEveryTask:
             assert leaf.shape[0] == 7
             assert jnp.isfinite(leaf).all()
 
+    @pytest.mark.long
     @pytest.mark.parametrize("config", names_of(*SMALL), indirect=True)
     def test_trains_with_finite_numbers_and_resumes_to_the_same_bits(
         self, config, tmp_path
@@ -193,6 +194,7 @@ class TestAutoencoder:
         ]
         assert incoming == [{15}, {15}, {3}, {15}]
 
+    @pytest.mark.long
     def test_evaluation_of_a_part_of_the_training_set(self, data_dir, tmp_path):
         whole = configure("autoencoder", data_dir, *RUN)
         part = configure("autoencoder", data_dir, *RUN, "eval_train_examples=8")
@@ -337,6 +339,7 @@ class TestCharLM:
             make_task(config.task)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", names_of(*set(SMALL) - {"fashion_cnn"}))
 def test_microbatches_change_the_steps_by_round_off_alone(name, data_dir, tmp_path):
     if name == "imbalance":

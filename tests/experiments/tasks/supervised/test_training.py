@@ -60,6 +60,7 @@ def sgd():
     return make_parts("sgd")
 
 
+@pytest.mark.long
 def test_any_cut_into_dispatches_gives_the_same_bits(parts):
     state, rows = run(parts, [4, 4])
     other_state, other_rows = run(parts, [1, 3, 0, 2, 2])
@@ -88,6 +89,7 @@ def test_every_step_has_a_measured_kl(parts):
     assert all(kl > 0.0 for kl in kls)
 
 
+@pytest.mark.long
 def test_steps_equal_the_plain_loop_over_optax(sgd):
     task, tx, _ = sgd
     state, rows = run(sgd, [4])

@@ -68,6 +68,7 @@ def test_amplitudes_local_energies_and_gradient_are_netkets(netket):
     assert relative(found, netket["gradient"]) < 1e-12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [ngd.SampleSpace(), ngd.Cholesky()])
 def test_directions_are_netkets(netket, solver):
     params, batch = batch_of(netket)
@@ -95,6 +96,7 @@ def test_directions_are_netkets(netket, solver):
     assert relative(plain, with_momentum) > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [float, complex])
 def test_gradient_is_the_derivative_of_the_energy(dtype):
     """On all configurations, where |ψ|² is uniform: that is what the samples say."""

@@ -37,6 +37,7 @@ def train(folder, *overrides):
     return run_training(config, folder, Console(quiet=True))
 
 
+@pytest.mark.long
 def test_finds_the_ground_state_within_the_radius(tmp_path):
     train(
         tmp_path,

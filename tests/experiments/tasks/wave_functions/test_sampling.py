@@ -75,6 +75,7 @@ def test_log_cosh_is_right_where_cosh_overflows(is_complex):
     np.testing.assert_allclose(gradient, np.tanh(x), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "module",
     [
