@@ -170,11 +170,17 @@ def _step_of(tx_or_settings: Any) -> NaturalGradientStep:
     return step
 
 
-def _claims(solver: Solver, fisher: Fisher) -> list[str]:
+def _factors_of(solver: Solver) -> kfac.Kronecker | kfac.KFAC | None:
     factors = getattr(solver, "preconditioner", solver)
-    if isinstance(factors, kfac.Kronecker | kfac.KFAC):
+    return factors if isinstance(factors, kfac.Kronecker | kfac.KFAC) else None
+
+
+def _claims(solver: Solver, fisher: Fisher) -> list[str]:
+    factors = _factors_of(solver)
+    if factors is not None:
         return kfac.claims(fisher, max_size=factors.max_size)
-    words = "products with F" if factors is not solver else type(solver).__name__
+    is_iterative = hasattr(solver, "preconditioner")
+    words = "products with F" if is_iterative else type(solver).__name__
     return [words] * len(jax.tree.leaves(fisher.params))
 
 
@@ -193,7 +199,7 @@ _CLAIMS = {
 
 
 def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
-    """The relative error of each claim in `_CLAIMS`, and of a solve."""
+    """The relative error of each claim in `_CLAIMS` about it, and of a solve."""
     u, v = (_random(seed, fisher.params) for seed in (0, 1))
     product, pushed = fisher.matvec_and_push(v)
 
@@ -209,8 +215,6 @@ def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
 
     one = jnp.ones((), curvature.dtype)
     slope, bend = jax.jvp(jax.grad(kl_along), (0 * one,), (one,))
-    solve = kfac.Kronecker()(fisher, 1e-3)
-    of_factors = tree.vdot(v, solve(v))
     excess = bend / curvature - 1
     # For wave functions the factor is an upper bound; see `Likelihood.kl_curvature`.
     excess = jnp.abs(excess) if factor == 1 else jnp.maximum(excess, 0)
@@ -220,9 +224,12 @@ def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
         "slope": jnp.abs(slope) / jnp.sqrt(size),
         "curvature": excess if fisher.kind == "exact" else 0 * one,
         "sign": jnp.maximum(0.0, -kl_along(0.1 * one) / (0.1**2 * size)),
-        "layers": _error_of_layers(fisher.base),
-        "factors": jnp.where(of_factors > 0, asymmetry(solve) / of_factors, 1),
     }
+    if _factors_of(solver) is not None:
+        solve = kfac.Kronecker()(fisher, 1e-3)
+        of_factors = tree.vdot(v, solve(v))
+        errors["layers"] = _error_of_layers(fisher.base)
+        errors["factors"] = jnp.where(of_factors > 0, asymmetry(solve) / of_factors, 1)
     if not solver.uses_objective:
         solution, info = solver(fisher, u, damping=1e-3)
         left = tree.axpy(1e-3, solution, fisher.matvec(solution))
@@ -252,6 +259,7 @@ def _checks(errors: dict[str, Array], params: Params, solver: Solver) -> list[Ch
     checks = [
         Check(claim, float(errors[name]), eps**0.5, advice)
         for name, (claim, advice) in _CLAIMS.items()
+        if name in errors
     ]
     if "status" in errors:
         status = SolverStatus(int(errors["status"]))

@@ -86,7 +86,8 @@ _MESSAGES = {
         "Refused: the solution does not solve the system of the model itself. The "
         "model mixes its examples (as batch normalisation does in training), so that "
         "the rows of single examples are not those of the batch. Use Cholesky for few "
-        "parameters, or CG or LSMR, which only need products."
+        "parameters, or CG or LSMR, which only need products. From Cholesky itself, "
+        "which needs no rows, it means round-off: use more damping, or float64."
     ),
     SolverStatus.SETTLED: (
         "The quadratic model has stopped improving; further steps gain less than "
@@ -128,7 +129,7 @@ class RightHandSide(NamedTuple):
         `Fisher.sqrt_solve`). `gradient` remains what is solved for.
       guess: a first guess, of which the best multiple is used, or None.
       objective: d -> the loss that a step along -d leads to, or None.
-      unit: what g was divided by, for whoever needs d in its own size.
+      unit: what g was divided by; d times `unit` solves the original system.
     """
 
     gradient: PyTree
@@ -148,7 +149,7 @@ class Solution(NamedTuple):
       state: what the solver keeps for the next solve.
       damping: λ, from a solver that chooses it; else None.
       length: the length s of the step, from a solver that chooses it; else None.
-      largest: max |dᵢ|, filled in around the solver.
+      largest: max |dᵢ|; set by `solve_scaled`, not by the solver.
     """
 
     direction: PyTree

@@ -52,7 +52,8 @@ _MESSAGES = {
     StepStatus.NON_FINITE_GRADIENT: "Refused: the gradient is not finite.",
     StepStatus.NON_FINITE_MODEL: (
         "Refused: the outputs of the model or their derivatives are not finite on this "
-        "batch."
+        "batch, or, with solvers that take examples one by one (SampleSpace, SVD), on "
+        "one of its examples alone."
     ),
     StepStatus.NO_DIRECTION: (
         "Refused: the solver found no direction; its own status says why."
