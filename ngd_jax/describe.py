@@ -114,8 +114,8 @@ def describe(
     """
     step = _step_of(tx_or_settings)
     settings = step.settings
-    state = jax.eval_shape(step.init, params)
     params, model_from = split_functions(params)
+    state = jax.eval_shape(step.init, params)
     model_fn = model_from(settings.model_fn)
     num_params = max(1, dense.real_size(params))
     found: dict[str, Any] = {}

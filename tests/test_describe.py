@@ -49,6 +49,24 @@ def test_layers_are_named_and_checked(problem):
     assert "FAILS" not in text
 
 
+def test_functions_in_a_model_are_left_alone_and_no_factors_checked_without_any(
+    problem,
+):
+    params, batch = problem
+
+    def model_fn(params, batch):
+        return params["activation"](batch["x"] @ params["w"])
+
+    tx = ngd.natural_gradient(1.0, model_fn, ngd.Gaussian(), solver=ngd.CG(5))
+    model = {"activation": jnp.tanh, "w": params["w"]}
+    found = ngd.describe(tx, model, batch)
+    assert found.parameters == [("['w']", "3 × 6", "products with F")]
+    assert failing(found) == []
+    claims = {check.claim for check in found.checks}
+    assert "F is symmetric" in claims
+    assert not any("Kronecker" in claim for claim in claims)
+
+
 def test_the_choice_of_auto_is_told_with_its_reason(problem):
     params, batch = problem
     tx = ngd.natural_gradient(1.0, network, ngd.Gaussian(), max_kl=0.1)
