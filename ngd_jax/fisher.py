@@ -274,7 +274,7 @@ class Fisher:
 
     @property
     def measure(self) -> tuple[Array, ...]:
-        """The weights of the examples; see `OutputMetric`."""
+        """The weights μ of the examples, an array for each term of the likelihood."""
         return self.metric.measure
 
     @property

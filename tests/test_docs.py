@@ -26,14 +26,12 @@ def names(pages: list[Path]) -> list[str]:
 PROGRAMS = [page for page in PAGES if program(page)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PROGRAMS, ids=names(PROGRAMS))
-def test_page_runs(page, tmp_path):
-    """As the build of the site runs it; pages assert the figures that they quote."""
+def run(page: Path, folder: Path) -> str:
+    """What a page prints; as the build of the site runs it."""
     done = subprocess.run(
         [sys.executable, "-c", program(page)],
         check=False,
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         env={
@@ -44,30 +42,25 @@ def test_page_runs(page, tmp_path):
         },
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-TUTORIALS = DOCS / "tutorials"
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PROGRAMS, ids=names(PROGRAMS))
+def test_page_runs(page, tmp_path):
+    """Pages assert the figures that they quote."""
+    run(page, tmp_path)
 
 
-def run(name: str) -> str:
-    return subprocess.run(
-        [sys.executable, TUTORIALS / name, "--quick"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    ).stdout
-
-
-def test_physics_informed_network_solves_its_equation():
-    output = run("pinn.py")
+def test_physics_informed_network_solves_its_equation(tmp_path):
+    output = run(DOCS / "learn" / "equation.md", tmp_path)
     found = re.search(r"L2 error (\S+)", output)
     assert found, output
     assert float(found[1]) <= 1e-5
 
 
-def test_wave_function_finds_the_ground_state():
-    output = run("wave_function.py")
+def test_wave_function_finds_the_ground_state(tmp_path):
+    output = run(DOCS / "learn" / "wave_function.md", tmp_path)
     found = re.search(r"relative error of the energy: (\S+)", output)
     assert found, output
     assert 0 < float(found[1]) < 1e-2

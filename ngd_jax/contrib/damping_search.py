@@ -51,7 +51,7 @@ class DampingSearchState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DampingSearch(Solver):
-    """Levenberg-Marquardt with many λ at once: for residuals that shall vanish.
+    """Levenberg-Marquardt with many λ at once: for zero-residual problems.
 
     For each λ in `factors` times that of the last step, and each length s in `lengths`,
     the loss after the step θ - d is measured, with
@@ -60,7 +60,7 @@ class DampingSearch(Solver):
 
     v the damped natural gradient and q what keeps the outputs on the straight line that
     v sends them along, up to third order. Of the trials that lower the loss f, or keep
-    it below `slack` times the lowest so far, the one with the least f λ^`power` / √s is
+    it below `slack` times the lowest so far, the one with the least f λ^power / √s is
     taken; if there is none, λ is multiplied and the search goes into another round.
 
     With `power` = 0 the greatest reduction wins, and the search settles into the first

@@ -80,8 +80,8 @@ def kfac() -> dict[str, Any]:
 
     λ₀ = 150 by Levenberg-Marquardt every 5 steps with ω = (19/20)⁵, factors averaged
     with a decay of 0.95, inverses every 5 steps. `update` needs `value_fn`, unless
-    `loss_fn` is given. λ₀ = 150 was not raced: constants of 1e-6 to 0.1 are what
-    the races of `docs/choosing.md` found.
+    `loss_fn` is given. λ₀ = 150 was not raced: our own races ended
+    at constants of 1e-6 to 0.1.
 
     The original adapts the λ of the factors apart from that of the model, and draws
     targets from the model where this takes random signs in the exact output metric.

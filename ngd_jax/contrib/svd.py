@@ -37,7 +37,7 @@ class SVD(Solver):
     λ = 0 or next to it: physics-informed networks above all.
 
     Directions whose singular value is at most `rcond` times the largest one are left
-    out of A: a damping that says no where λI says "less". Of what is left,
+    out of A, where λI would only shrink them. Of what is left,
 
     * with `rhs.coefficients` w, g = Aᵀ w + r, which the transformation passes if it has
       a `loss_fn`, d = V σ/(σ² + λ) Uᵀ w + r/λ: relative errors are of the order of
@@ -50,7 +50,7 @@ class SVD(Solver):
 
     Args:
       rcond: in [0, 1), or None for ε·max(M, P). It regularises as damping does: in
-        float64 1e-8 is about right for a network whose residuals shall vanish.
+        float64 1e-8 is about right for zero-residual problems.
       verify: whether to hold the solution against the operator, at the price of one
         product with F; see `Cholesky`.
 

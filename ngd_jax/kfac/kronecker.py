@@ -51,10 +51,11 @@ class Kronecker:
         and always with a batch that is observed.
       observe_every: steps from one batch in the averages to the next, once there are
         1 / (1 - decay) in them.
-      max_size: of longer a, A is their mean's ā āᵀ and their variances, and of longer
-        δ, G is its diagonal. A weight of m times n numbers takes 2 (m² + n²) numbers in
-        the state, and m or n in place of the square of a long side; with more than two
-        axes some more, as it is not known in advance where inputs and outputs part.
+      max_size: the longest a and δ with a full factor. For a longer a, A is ā āᵀ of its
+        mean plus the diagonal of its variances; for a longer δ, G is diagonal. An m × n
+        weight takes 2 (m² + n²) numbers in the state, and a long side a few vectors in
+        place of its two matrices. A weight with more than two axes takes more, because
+        only the program tells which of them are inputs and which are outputs.
 
     Raises:
       ValueError, TypeError: for numbers out of range.
