@@ -10,8 +10,8 @@ import re
 import ngd_jax
 
 project = "ngd_jax"
-author = "The ngd_jax developers"
-copyright = "2026, The ngd_jax developers"  # noqa: A001  # Sphinx's name
+author = "ngd_jax developers"
+copyright = "2026, ngd_jax developers"  # noqa: A001  # Sphinx's name
 release = version = ngd_jax.__version__
 
 extensions = [

@@ -54,7 +54,7 @@ def test_page_runs(page, tmp_path):
 
 def test_physics_informed_network_solves_its_equation(tmp_path):
     output = run(DOCS / "learn" / "equation.md", tmp_path)
-    found = re.search(r"L2 error (\S+)", output)
+    found = re.search(r"^L2 error (\S+)$", output, re.MULTILINE)
     assert found, output
     assert float(found[1]) <= 1e-5
 
