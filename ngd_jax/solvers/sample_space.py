@@ -232,7 +232,10 @@ def _solve_factorised(
     # 4. The residual is Aᵀ (w - A r / λ - (G + λI) y), and what was dropped.
     inside = jnp.maximum(residual @ system.scaled.without_shift(residual), 0.0)
     dropped = jnp.where(is_kept, 0.0, tree.norm(rest))
-    return solution, jnp.sqrt(inside + dropped**2)
+    # Without damping y is long, and F sees the round-off of Aᵀ y.
+    norm = jnp.sqrt(system.trace)
+    rounded = eps * norm * (norm**2 + damping) * jnp.linalg.norm(y)
+    return solution, jnp.sqrt(inside + dropped**2) + rounded
 
 
 def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Array]:
