@@ -284,10 +284,10 @@ def _probe(fisher: Fisher) -> PyTree:
     entries of v are, leaf by leaf, the inverse of the sensitivity of A to the leaf:
     E (Aᵀu)ⱼ² = Fⱼⱼ for random signs u.
     """
-    image = fisher.sqrt_rmatvec(_signs(per_example.coefficient_shapes(fisher)))
+    pulled = fisher.sqrt_rmatvec(_signs(per_example.coefficient_shapes(fisher)))
     dtype = per_example.working_dtype(fisher)
     sizes = jax.tree.map(
-        lambda x: tree.norm(x).astype(dtype) / max(1, x.size) ** 0.5, image
+        lambda x: tree.norm(x).astype(dtype) / max(1, x.size) ** 0.5, pulled
     )
     largest = tree.max_abs(sizes)
     largest = jnp.where(largest > 0, largest, 1)
@@ -296,7 +296,7 @@ def _probe(fisher: Fisher) -> PyTree:
     return jax.tree.map(
         lambda size, signs: tree.scale(1 / jnp.maximum(size / largest, least), signs),
         sizes,
-        _signs(image),
+        _signs(pulled),
     )
 
 

@@ -225,8 +225,9 @@ def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
         "curvature": excess if fisher.kind == "exact" else 0 * one,
         "sign": jnp.maximum(0.0, -kl_along(0.1 * one) / (0.1**2 * size)),
     }
-    if _factors_of(solver) is not None:
-        solve = kfac.Kronecker()(fisher, 1e-3)
+    factors = _factors_of(solver)
+    if factors is not None:
+        solve = kfac.Kronecker(max_size=factors.max_size)(fisher, 1e-3)
         of_factors = tree.vdot(v, solve(v))
         errors["layers"] = _error_of_layers(fisher.base)
         errors["factors"] = jnp.where(of_factors > 0, asymmetry(solve) / of_factors, 1)

@@ -653,8 +653,8 @@ MUTANTS = [
     ),
     Mutant(
         "solvers/cg.py",
-        "r = tree.axpy(-alpha, image, tree.axpy(-alpha * damping, p, state.r))",
-        "r = tree.axpy(-alpha, image, state.r)",
+        "r = tree.axpy(-alpha, product, tree.axpy(-alpha * damping, p, state.r))",
+        "r = tree.axpy(-alpha, product, state.r)",
         "tests/solvers/test_conformance.py",
     ),
     Mutant(
@@ -665,8 +665,8 @@ MUTANTS = [
     ),
     Mutant(
         "solvers/cg.py",
-        "r = tree.axpy(-1.0, image, tree.axpy(-damping, state.x, b))",
-        "r = tree.axpy(-1.0, image, b)",
+        "r = tree.axpy(-1.0, product, tree.axpy(-damping, state.x, b))",
+        "r = tree.axpy(-1.0, product, b)",
         "tests/solvers/test_cg.py tests/solvers/test_conformance.py",
     ),
     Mutant(
@@ -689,6 +689,12 @@ MUTANTS = [
     ),
     Mutant(
         "solvers/sample_space.py",
+        "jnp.sqrt(inside + dropped**2) + rounded",
+        "jnp.sqrt(inside + dropped**2)",
+        "tests/solvers/test_sample_space.py",
+    ),
+    Mutant(
+        "solvers/sample_space.py",
         "dropped = jnp.where(is_kept, 0.0, tree.norm(rest))",
         "dropped = 0.0",
         "tests/solvers/test_sample_space.py",
@@ -708,7 +714,7 @@ MUTANTS = [
     ),
     Mutant(
         "contrib/damping_search.py",
-        "score -= _LENGTH_POWER * jnp.log(lengths)[None, :]",
+        "score -= self.length_power * jnp.log(lengths)[None, :]",
         "pass",
         "tests/contrib/test_damping_search.py",
     ),

@@ -1,7 +1,7 @@
 """Damping found by the loss itself, along paths bent by the model's second derivative.
 
     A = U σ Vᵀ,    v = (F + λI)⁻¹ g,    q = (F + λI)⁻¹ Jᵀ H ∂²outputs[v, v]
-    d = s v + ½ s² q    of the λ and s with the least  f(θ - d) λ^power s^-½
+    d = s v + ½ s² q    of the λ and s with the least  f(θ - d) λ^power / s^length_power
 
 One factorisation of the square root A of F, F = Aᵀ A, serves all λ, and a trial costs
 one pass through the model: to weigh a dozen of them is cheaper than one more step.
@@ -32,9 +32,6 @@ __all__ = ["DampingSearch", "DampingSearchState"]
 
 # Rounds of trials, each at larger λ than the last, before a step is given up.
 _MAX_ROUNDS = 6
-# What a factor of the length is worth in factors of the loss. Without it a tenth of a
-# step at λ/27 beats a whole step at λ: λ falls to 1e-25, where the search creeps.
-_LENGTH_POWER = 0.5
 
 
 class DampingSearchState(NamedTuple):
@@ -60,8 +57,9 @@ class DampingSearch(Solver):
 
     v the damped natural gradient and q what keeps the outputs on the straight line that
     v sends them along, up to third order. Of the trials that lower the loss f, or keep
-    it below `slack` times the lowest so far, the one with the least f λ^power / √s is
-    taken; if there is none, λ is multiplied and the search goes into another round.
+    it below `slack` times the lowest so far, the one with the least
+    f λ^power / s^length_power is taken; if there is none, λ is multiplied and the
+    search goes into another round.
 
     With `power` = 0 the greatest reduction wins, and the search settles into the first
     narrow valley, at a λ where it no longer moves. The power pays for small λ, which
@@ -84,6 +82,11 @@ class DampingSearch(Solver):
       max_curvature: q is left out where |s q| is above this times |v|: there the path
         bends more than its second derivative can tell; 0 leaves it out always.
       initial: λ of the first search, in units of the largest eigenvalue of F.
+      length_power: what a factor of the length is worth in factors of the loss, at
+        least 0. With 0 a tenth of a step at λ/27 beats a whole step at λ: λ falls to
+        1e-25, where the search creeps for a hundred steps or more until it breaks
+        through, at a step that hangs on the last digits. Where it does, it may end some
+        decades lower.
 
     `damping` of `solve` is the least λ; below (ε max σ)², which nothing can tell from
     zero, none is tried either way.
@@ -121,12 +124,13 @@ class DampingSearch(Solver):
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
     max_curvature: float = 0.75
     initial: float = 1e-2
+    length_power: float = 0.5
 
     uses_coefficients: ClassVar[bool] = True
     uses_objective: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("power", "max_curvature"):
+        for name in ("power", "max_curvature", "length_power"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be at least 0, got {value}.")
@@ -232,7 +236,7 @@ class DampingSearch(Solver):
             is_low = (losses < highest) & (losses >= 0)
             score = jnp.log(jnp.where(is_low, losses / highest, 1.0))
             score += self.power * jnp.log(dampings)[:, None]
-            score -= _LENGTH_POWER * jnp.log(lengths)[None, :]
+            score -= self.length_power * jnp.log(lengths)[None, :]
             score = jnp.where(is_low, score, jnp.inf)
             best = jnp.unravel_index(jnp.argmin(score), score.shape)
             found = is_low[best]

@@ -156,26 +156,28 @@ class Nystrom:
         blocks = jax.tree.map(
             lambda leaf: leaf.reshape(rank // chunk, chunk, *leaf.shape[1:]), test
         )
-        image = jax.lax.map(jax.vmap(fisher.matvec), blocks)
-        image = jax.tree.map(lambda leaf: leaf.reshape(rank, *leaf.shape[2:]), image)
-        unit = tree.usable_unit(tree.max_abs(image))
-        image = tree.divide(image, unit)
+        products = jax.lax.map(jax.vmap(fisher.matvec), blocks)
+        products = jax.tree.map(
+            lambda leaf: leaf.reshape(rank, *leaf.shape[2:]), products
+        )
+        unit = tree.usable_unit(tree.max_abs(products))
+        products = tree.divide(products, unit)
 
         # 3-4. Shifted, so that what F does not see is small and not singular.
-        shift = eps * jnp.sqrt(tree.vdot(image, image))
-        image = tree.axpy(shift, test, image)
+        shift = eps * jnp.sqrt(tree.vdot(products, products))
+        products = tree.axpy(shift, test, products)
 
         # 5-6. B = Y (Ωᵀ Y)^(-1/2), so that B Bᵀ = Y (Ωᵀ Y)⁻¹ Yᵀ. By eigenvalues and not
         # by Cholesky, which fails where round-off has made one of them negative.
-        core = _gram(test, image)
+        core = _gram(test, products)
         values, vectors = jnp.linalg.eigh((core + core.T) / 2)
         floor = jnp.maximum(shift, jnp.finfo(values.dtype).tiny)
         root = vectors * jnp.maximum(values, floor)[None] ** -0.5
-        root_of_image = _combine(root, image)
+        root_of_products = _combine(root, products)
 
         # 7-8. B = U Σ Vᵀ, through an orthonormal basis of B; and Λ = Σ² - shift.
-        basis = _orthonormalize(root_of_image)
-        rotation, singular, _ = jnp.linalg.svd(_gram(basis, root_of_image))
+        basis = _orthonormalize(root_of_products)
+        rotation, singular, _ = jnp.linalg.svd(_gram(basis, root_of_products))
         return state._replace(
             eigenvalues=jnp.maximum(singular**2 - shift, 0.0) * unit,
             eigenvectors=_contract(_combine(rotation, basis)),

@@ -175,16 +175,16 @@ def inverse_matvec(
                 continue
             if group.is_matrices:
                 rows, columns = state.inverses[place]
-                image = _multiply(rows, _bordered(group, leaves))
-                image = _multiply(columns, image.mT).mT
+                solved = _multiply(rows, _bordered(group, leaves))
+                solved = _multiply(columns, solved.mT).mT
             else:
                 own = [leaves[b.weight].reshape(-1) for b in group.blocks if b]
-                image = jnp.stack(own) / diagonals[place]
-            _spread(group, image, results)
-        image = jax.tree.unflatten(structure, results)
+                solved = jnp.stack(own) / diagonals[place]
+            _spread(group, solved, results)
+        solved = jax.tree.unflatten(structure, results)
         if scales is not None:
-            image = jax.tree.map(jnp.divide, image, scales)
-        return image
+            solved = jax.tree.map(jnp.divide, solved, scales)
+        return solved
 
     return matvec
 
@@ -206,10 +206,10 @@ def _bordered(group: Group, leaves: list[Array]) -> Array:
     return jnp.stack([one(block) for block in group.blocks])
 
 
-def _spread(group: Group, image: Array, results: list[Array]) -> None:
+def _spread(group: Group, solved: Array, results: list[Array]) -> None:
     """Inverse of `_bordered`, and of a stack of vectors, into the places of leaves."""
     own = [block for block in group.blocks if block is not None or group.is_matrices]
-    for block, value in zip(own, image, strict=True):
+    for block, value in zip(own, solved, strict=True):
         if block is None:
             continue
         shape = results[block.weight].shape

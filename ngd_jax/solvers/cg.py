@@ -170,9 +170,9 @@ def minimize(
     tolerance = jnp.maximum(max(rtol, eps) * b_norm, atol).astype(dtype)
     replaces = max_steps > _LONGEST_WITHOUT_REPLACEMENT
 
-    def product(vector: PyTree) -> tuple[PyTree, PyTree]:
-        image, pushed = matvec_and_push(unpack(vector))
-        return tree.pack(tree.widen(image))[0], tree.widen(pushed)
+    def apply(vector: PyTree) -> tuple[PyTree, PyTree]:
+        product, pushed = matvec_and_push(unpack(vector))
+        return tree.pack(tree.widen(product))[0], tree.widen(pushed)
 
     def precondition(r: PyTree, residual: Array) -> tuple[PyTree, Array]:
         if preconditioner is None:
@@ -192,12 +192,12 @@ def minimize(
             is_descent |= is_guess
 
         # 2. The step to the minimum.
-        image, pushed = product(p)
+        product, pushed = apply(p)
         square = tree.vdot(p, p)
-        curvature = tree.vdot(p, image) + damping * square
+        curvature = tree.vdot(p, product) + damping * square
         failed = ~((curvature > eps * state.spread * square) & is_descent)
         alpha = jnp.where(failed, 0.0, slope / jnp.where(failed, 1.0, curvature))
-        r = tree.axpy(-alpha, image, tree.axpy(-alpha * damping, p, state.r))
+        r = tree.axpy(-alpha, product, tree.axpy(-alpha * damping, p, state.r))
         residual = tree.norm(r)
 
         # 3. It is taken, unless it failed or only adds round-off.
@@ -261,8 +261,8 @@ def minimize(
     def replace_residual(state: _State) -> _State:
         """Sets r = b - A x, and tells whether there is any use in going on from it."""
         size, last_miss, best = cast("_Drift", state.drift)
-        image, pushed = product(state.x)
-        r = tree.axpy(-1.0, image, tree.axpy(-damping, state.x, b))
+        product, pushed = apply(state.x)
+        r = tree.axpy(-1.0, product, tree.axpy(-damping, state.x, b))
         residual = tree.norm(r)
         is_finite = jnp.isfinite(residual)
         # If the recurrence has met the tolerance and the true residual has not, go on
@@ -308,7 +308,7 @@ def minimize(
         return jax.lax.cond(is_suspect, replace_residual, lambda state: state, state)
 
     zero, infinity = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
-    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(product, b)[1])
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(apply, b)[1])
     best = _Best(zeros, nothing, b_norm, zero)
     state = _State(
         x=zeros,

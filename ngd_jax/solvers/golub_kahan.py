@@ -212,15 +212,15 @@ def _restart(system: LeastSquares, x: PyTree, last: _State | None) -> _State:
 
     The first time at the best multiple of x.
     """
-    image = system.matvec(x)
+    pushed = system.matvec(x)
     if last is None:
-        square = tree.vdot(image, image) + system.damping * tree.vdot(x, x)
-        product = tree.vdot(image, system.w) + tree.vdot(x, system.r)
-        x, image = tree.scale(product * inverse(square), (x, image))
-    w = tree.axpy(-1.0, image, system.w)
+        square = tree.vdot(pushed, pushed) + system.damping * tree.vdot(x, x)
+        product = tree.vdot(pushed, system.w) + tree.vdot(x, system.r)
+        x, pushed = tree.scale(product * inverse(square), (x, pushed))
+    w = tree.axpy(-1.0, pushed, system.w)
     r = tree.axpy(-system.damping, x, system.r)
     gradient = tree.axpy(1.0, system.rmatvec(w), r)
-    return _begin(system, (x, image), w, r, gradient, last)
+    return _begin(system, (x, pushed), w, r, gradient, last)
 
 
 def _attempt(
@@ -264,8 +264,8 @@ def _step(system: LeastSquares, state: _State) -> _State:
 
     # 3. Continue the bidiagonalisation: βₖ₊₁ uₖ₊₁ = Â vₖ - αₖ uₖ, and
     #    αₖ₊₁ vₖ₊₁ = Âᵀ uₖ₊₁ - βₖ₊₁ vₖ.
-    image = system.matvec(state.v)
-    u = tree.axpy(-1.0, state.u, (image, tree.scale(root, state.v)))
+    pushed = system.matvec(state.v)
+    u = tree.axpy(-1.0, state.u, (pushed, tree.scale(root, state.v)))
     beta = relevant(tree.norm(u))
     u = tree.scale(inverse(beta), u)
     v = tree.axpy(root, u[1], system.rmatvec(u[0]))
@@ -292,7 +292,7 @@ def _step(system: LeastSquares, state: _State) -> _State:
     failed = ~(jnp.minimum(rho, rho_bar) > eps * spread)
     factor = theta_bar * rho / (state.rho * state.rho_bar)
     length = zeta * inverse(rho) * inverse(rho_bar)
-    h = tree.axpy(1.0, state.h, (state.v, image))
+    h = tree.axpy(1.0, state.h, (state.v, pushed))
     h_bar = tree.axpy(-jnp.where(failed, 0, factor), state.h_bar, h)
     x = tree.axpy(jnp.where(failed, 0, length), h_bar, state.x)
 

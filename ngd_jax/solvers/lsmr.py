@@ -103,8 +103,8 @@ def lsmr(
     # In units of its own, since Aᵀ b could over- or underflow.
     w, unit, _ = tree.in_units(tree.widen(rhs))
     gradient = tree.widen(rmatvec(w))
-    image = jax.eval_shape(matvec, gradient)
-    tree.check_like(image, rhs, name="matvec(v)", like_name="rhs")
+    like = jax.eval_shape(matvec, gradient)
+    tree.check_like(like, rhs, name="matvec(v)", like_name="rhs")
     root = _Root(matvec, rmatvec, gradient, rhs)
     system = RightHandSide(gradient, coefficients=w)
     solution = solve_scaled(solver, root, system, damping=damping)
@@ -178,14 +178,14 @@ class LSMR(Solver):
           ValueError: on coefficients unlike what `fisher.sqrt_matvec` returns.
         """
         g, w, eps = rhs.gradient, rhs.coefficients, precision(fisher)
-        image = jax.eval_shape(fisher.sqrt_matvec, g)
+        like = jax.eval_shape(fisher.sqrt_matvec, g)
         r = dropped = zeros = jax.tree.map(jnp.zeros_like, g)
         gradient = g
         if w is None:
-            w, r = jax.tree.map(jnp.zeros_like, image), g
+            w, r = jax.tree.map(jnp.zeros_like, like), g
         elif not isinstance(fisher, _Root):
-            tree.check_like(w, image, name="coefficients", like_name="A d")
-            w = tree.widen(optax.tree.cast_like(w, image))
+            tree.check_like(w, like, name="coefficients", like_name="A d")
+            w = tree.widen(optax.tree.cast_like(w, like))
             gradient = tree.widen(fisher.sqrt_rmatvec(w))
             rest = tree.axpy(-1.0, gradient, g)
             g_norm = tree.norm(g)

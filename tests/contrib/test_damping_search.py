@@ -100,10 +100,18 @@ def test_the_trial_of_least_loss_and_damping_is_taken(
         np.testing.assert_allclose(found.state.lowest, min(before, lowest), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("loss", "length"), [(0.26, 1.0), (0.24, 0.25)])
-def test_a_quarter_of_a_step_must_lower_the_loss_twice_as_much(loss, length, x64):
+@pytest.mark.parametrize(
+    ("loss", "options", "length"),
+    [
+        (0.26, {}, 1.0),
+        (0.24, {}, 0.25),
+        (0.49, {"length_power": 0.0}, 0.25),
+        (0.13, {"length_power": 1.0}, 1.0),
+    ],
+)
+def test_a_quarter_of_a_step_must_lower_the_loss_more(loss, options, length, x64):
     # F = 1 and g = 1, so that d = s: a loss of ½ / √1 against loss / √¼.
-    solver = DampingSearch(power=0.0, factors=(1.0, 2.0), lengths=(1.0, 0.25))
+    solver = DampingSearch(0.0, factors=(1.0, 2.0), lengths=(1.0, 0.25), **options)
     state = DampingSearchState(jnp.float64(1e-6), jnp.float64(np.inf))
 
     def objective(d):
@@ -264,6 +272,7 @@ def test_short_steps_do_not_drive_the_damping_down(start, x64):
         ({"factors": (0.1, 1.0)}, "`factors` must rise"),
         ({"max_curvature": np.inf}, "`max_curvature` must be at least 0"),
         ({"initial": 0.0}, "`initial` must be positive"),
+        ({"length_power": -0.5}, "`length_power` must be at least 0"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

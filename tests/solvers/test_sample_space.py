@@ -192,6 +192,16 @@ def test_without_damping_the_solution_has_least_norm_and_the_rest_shows(name, x6
     assert int(info.status) == Status.STAGNATED
 
 
+def test_without_damping_round_off_refuses_no_right_solution(x64):
+    """Null vectors in w leave a residual of round-off, by G and by F not the same."""
+    case = problem("softmax")
+    for seed in range(60):
+        w, g, truth = case.draw(np.random.default_rng(seed), "inside")
+        solution, info = case.solve(g, w)
+        assert case.error(solution, truth(0.0)) < 1e-6, seed
+        assert int(info.status) in (Status.CONVERGED, Status.STAGNATED), seed
+
+
 def test_coefficients_that_miss_a_part_of_the_right_hand_side_do_no_harm(x64, rng):
     case = problem("gaussian")
     w, g, truth = case.draw(rng, "mixed")
