@@ -2,8 +2,11 @@
 
     Cholesky:    M P² + P³ / 3 operations,    a step of CG:  6 N P
 
-for N examples, M real outputs of all of them and P real parameters. Only solvers that
-are right for any model are chosen among, so that the choice cannot make a step wrong.
+for N examples, M real outputs of all of them and P real parameters. F of the batch has
+at most rank M. Where M is far below P, it says little of the F of all data, and a step
+along the averaged factors is worth more than steps of CG towards a solution that fits
+this batch. Only solvers that are right for any model are chosen among, so that the
+choice cannot make a step wrong.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 
 from ngd_jax.dense import real_size
 from ngd_jax.fisher import linearize_fisher
-from ngd_jax.kfac import Kronecker
+from ngd_jax.kfac import KFAC, Kronecker
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.metric import Kind
 from ngd_jax.solvers.cg import CG
@@ -40,17 +43,21 @@ class Choice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Auto(Solver):
-    """`Cholesky` where it is cheap, else an iterative solver, by the shapes at hand.
+    """`Cholesky` where it is cheap, else CG or K-FAC, by the shapes at hand.
 
     Cholesky is exact, and taken if its operations are at most `exactness` times those
-    of the budget of `otherwise`, or so few that they do not matter. `SampleSpace` is
-    cheaper for few examples and never chosen, because it is right only for models that
-    do not mix their examples. Choose it yourself for those.
+    of the budget of `otherwise`, or so few that they do not matter. CG with `Kronecker`
+    becomes `KFAC`, one step along the same factors, where the batch has less than
+    `share` outputs for each parameter. `SampleSpace` is cheaper for few examples and
+    never chosen, because it is right only for models that do not mix their examples.
+    Choose it yourself for those.
 
     Attributes:
       otherwise: what to take for many parameters. Its state is the state of this
         solver.
       exactness: how many times the cost of `otherwise` an exact solution is worth.
+      share: outputs of the batch for each parameter below which one step along the
+        factors takes the place of CG; 0 for never.
       free: operations that do not matter: a few milliseconds of one CPU core.
       memory: bytes that the matrix of Cholesky may take.
 
@@ -68,10 +75,13 @@ class Auto(Solver):
       >>> w = (jnp.ones((3, 1000)), jnp.ones((1000, 1)))
       >>> Auto().choose_for(model_fn, w, x, ngd.Gaussian()).solver
       CG(...)
+      >>> print(Auto().choose_for(model_fn, w, x[:64], ngd.Gaussian()).reason)
+      KFAC, ...
     """
 
     otherwise: Solver = CG(3, preconditioner=Kronecker())  # noqa: RUF009  # frozen
     exactness: float = 4.0
+    share: float = 0.1
     free: float = 1e8
     memory: int = 2**30
 
@@ -99,16 +109,21 @@ class Auto(Solver):
         is_cheap = direct <= max(self.exactness * iterative, self.free)
         rows = max(num_params, num_outputs)
         is_small = 0 < num_params * rows * itemsize <= self.memory
-        solver = Cholesky() if is_cheap and is_small else self.otherwise
         name = type(self.otherwise).__name__
         reason = (
-            f"{type(solver).__name__}, with {num_params} parameters and {num_outputs} "
-            f"outputs of {num_examples} examples: {direct:.2g} operations, where "
-            f"{steps} steps of {name} take {iterative:.2g}; it may take "
-            f"{self.exactness:g} times that, or {self.free:.2g}, and "
-            f"{self.memory / 2**30:.3g} GiB."
+            f"with {num_params} parameters and {num_outputs} outputs of {num_examples} "
+            f"examples: {direct:.2g} operations, where {steps} steps of "
+            f"{name} take {iterative:.2g}; it may take {self.exactness:g} times that, "
+            f"or {self.free:.2g}, and {self.memory / 2**30:.3g} GiB."
         )
-        return Choice(solver, reason)
+        if is_cheap and is_small:
+            solver = Cholesky()
+        elif num_outputs < self.share * num_params:
+            solver = _along_factors(self.otherwise)
+            reason += f" There are fewer than {self.share:g} outputs for a parameter."
+        else:
+            solver = self.otherwise
+        return Choice(solver, f"{type(solver).__name__}, {reason}")
 
     def choose_for(
         self,
@@ -146,6 +161,15 @@ class Auto(Solver):
     ) -> Solution:
         """Solves (F + λI) d = g by the solver chosen."""
         solver = self.choose(fisher).solver
-        if solver is self.otherwise:
-            return solver.solve(fisher, rhs, damping=damping, state=state)
-        return solver.solve(fisher, rhs, damping=damping)._replace(state=state)
+        if isinstance(solver, Cholesky):
+            return solver.solve(fisher, rhs, damping=damping)._replace(state=state)
+        return solver.solve(fisher, rhs, damping=damping, state=state)
+
+
+def _along_factors(solver: Solver) -> Solver:
+    """One step along the factors in place of CG with them; their state is the same."""
+    match solver:
+        case CG(preconditioner=Kronecker() as factors):
+            return KFAC(**dataclasses.asdict(factors))
+        case _:
+            return solver

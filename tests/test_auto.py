@@ -24,9 +24,16 @@ def problem(num_hidden, num_examples, num_outputs=1):
 
 @pytest.mark.parametrize(
     ("num_hidden", "num_examples", "chosen"),
-    [(4, 64, ngd.Cholesky), (4, 4096, ngd.Cholesky), (400, 64, ngd.CG)],
+    [
+        (4, 64, ngd.Cholesky),
+        (4, 4096, ngd.Cholesky),
+        (400, 512, ngd.CG),
+        (400, 64, ngd.KFAC),
+    ],
 )
-def test_few_parameters_are_solved_exactly(num_hidden, num_examples, chosen):
+def test_what_is_chosen_follows_parameters_and_outputs(
+    num_hidden, num_examples, chosen
+):
     params, x = problem(num_hidden, num_examples)
     choice = ngd.Auto().choose_for(network, params, x, ngd.Gaussian())
     assert isinstance(choice.solver, chosen)
@@ -38,6 +45,10 @@ def test_the_choice_follows_cost_and_memory():
     cheap = ngd.Auto(exactness=0.0, free=0.0)
     assert isinstance(
         cheap.choose_for(network, params, x, ngd.Gaussian()).solver, ngd.CG
+    )
+    few = ngd.Auto(exactness=0.0, free=0.0, share=4.0)  # 64 outputs, 20 parameters
+    assert isinstance(
+        few.choose_for(network, params, x, ngd.Gaussian()).solver, ngd.KFAC
     )
     small = ngd.Auto(memory=100)
     assert isinstance(
@@ -71,16 +82,20 @@ def test_models_that_mix_their_examples_are_solved_like_any_other(x64):
     assert ngd.SolverStatus(int(info.status)) == ngd.SolverStatus.CONVERGED
 
 
-def test_state_and_needs_are_those_of_the_other_solver():
+@pytest.mark.parametrize("share", [0.1, 0.0])
+def test_state_and_needs_are_those_of_the_other_solver(share):
     params, x = problem(400, 64)
-    other = ngd.CG(2, preconditioner=ngd.Kronecker(), warm_start=0.5)
-    auto = ngd.Auto(otherwise=other)
+    factors = ngd.Kronecker(0.5, refresh_every=3, observe_every=2, max_size=100)
+    other = ngd.CG(2, preconditioner=factors, warm_start=0.5)
+    auto = ngd.Auto(otherwise=other, share=share)
     assert auto.warm_start == 0.5
     state = auto.init(params)
     assert jax.tree.structure(state) == jax.tree.structure(other.init(params))
     fisher = ngd.linearize_fisher(network, params, x, ngd.Gaussian())
     rhs = ngd.RightHandSide(jax.tree.map(jnp.ones_like, params))
     ours = ngd.solve_scaled(auto, fisher, rhs, damping=0.1, state=state)
+    if share:  # less than 0.1 outputs for each of 2,000 parameters
+        other = ngd.KFAC(0.5, refresh_every=3, observe_every=2, max_size=100)
     theirs = ngd.solve_scaled(other, fisher, rhs, damping=0.1, state=state)
     for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         np.testing.assert_array_equal(a, b)

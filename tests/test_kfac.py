@@ -864,6 +864,8 @@ def test_pushed_is_the_change_of_the_outputs(has_guess, x64, rng):
     _, jacobian = reference.jacobian(reference.network, params, x)
     expected = np.einsum("nkp,p->nk", jacobian, reference.flat(solution.direction))
     np.testing.assert_allclose(solution.pushed, expected, rtol=1e-9, atol=1e-12)
+    largest = np.max(np.abs(reference.flat(solution.direction)))
+    np.testing.assert_allclose(solution.largest, largest, rtol=1e-14)
 
 
 @pytest.mark.long

@@ -139,14 +139,18 @@ def _inverse_of_one(square: Array, shift: Array) -> Array:
     return _matmul(half.T, half)
 
 
-def _multiply(inverse: Any, values: Array) -> Array:
-    """Inverses times the columns of matrices, `[K, n, n]` times `[K, n, m]`."""
+def _multiply(inverse: Any, values: Array, axis: int) -> Array:
+    """Symmetric inverses `[K, n, n]` times matrices, along their `axis`, 1 or 2."""
     if not isinstance(inverse, LongInverse):
-        return _matmul(inverse, values)
-    solved = inverse.solved[:, :, None]
-    along = jnp.sum(solved * values, axis=1, keepdims=True)
+        # From the right, and not transposed twice: that would be two copies.
+        factors = (inverse, values) if axis == 1 else (values, inverse)
+        return _matmul(*factors)
+    diagonal, solved = (
+        jnp.expand_dims(x, 3 - axis) for x in (inverse.diagonal, inverse.solved)
+    )
+    along = jnp.sum(solved * values, axis=axis, keepdims=True)
     along *= inverse.downdate[:, None, None]
-    return inverse.diagonal[:, :, None] * values - solved * along
+    return diagonal * values - solved * along
 
 
 def inverse_matvec(
@@ -175,8 +179,8 @@ def inverse_matvec(
                 continue
             if group.is_matrices:
                 rows, columns = state.inverses[place]
-                solved = _multiply(rows, _bordered(group, leaves))
-                solved = _multiply(columns, solved.mT).mT
+                solved = _multiply(rows, _bordered(group, leaves), axis=1)
+                solved = _multiply(columns, solved, axis=2)
             else:
                 own = [leaves[b.weight].reshape(-1) for b in group.blocks if b]
                 solved = jnp.stack(own) / diagonals[place]

@@ -83,7 +83,7 @@ class KFAC(Solver):
             precondition = kronecker(fisher, damping)
         else:
             precondition, state = kronecker.prepare(fisher, state, damping)
-        residual, start, pushed = rhs.gradient, None, None
+        residual, start, pushed, largest = rhs.gradient, None, None, None
         if rhs.guess is not None:
             product, pushed = fisher.matvec_and_push(rhs.guess)
             product = tree.axpy(damping, rhs.guess, product)
@@ -96,7 +96,7 @@ class KFAC(Solver):
         direction, is_usable = precondition(residual), jnp.asarray(True)
         if self.exact_length:
             # In units of its largest entry: its square could over- or underflow.
-            direction, _, _ = tree.in_units(direction)
+            direction, unit, largest = tree.in_units(direction)
             along = fisher.pushforward(direction)
             curvature = fisher.inner(along, along)
             curvature += damping * tree.vdot(direction, direction)
@@ -105,11 +105,12 @@ class KFAC(Solver):
             is_usable = ~((curvature <= 0) | (slope <= 0))
             length = jnp.where(is_usable, slope / curvature, 0)
             direction, along = tree.scale(length, (direction, along))
+            largest = length * (largest / unit)
             pushed = along if pushed is None else tree.axpy(1.0, along, pushed)
         else:
             pushed = None
         if start is not None:
-            direction = tree.axpy(1.0, direction, start)
+            direction, largest = tree.axpy(1.0, direction, start), None
         status = jnp.where(is_usable, SolverStatus.UNCHECKED, SolverStatus.BREAKDOWN)
         is_zero = ~is_usable & (rhs.guess is None)
         info = SolverInfo(
@@ -117,4 +118,4 @@ class KFAC(Solver):
             relative_residual=jnp.where(is_zero, 1.0, jnp.inf),
             status=status,
         )
-        return Solution(direction, pushed, info, state)
+        return Solution(direction, pushed, info, state, largest=largest)

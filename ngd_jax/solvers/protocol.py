@@ -149,7 +149,8 @@ class Solution(NamedTuple):
       state: what the solver keeps for the next solve.
       damping: λ, from a solver that chooses it; else None.
       length: the length s of the step, from a solver that chooses it; else None.
-      largest: max |dᵢ|; set by `solve_scaled`, not by the solver.
+      largest: max |dᵢ|, but for its last digits, NaN or infinite where an entry is;
+        from a solver that knows it, else set by `solve_scaled`.
     """
 
     direction: PyTree
@@ -306,7 +307,10 @@ def solve_scaled(
     solution = solver.solve(fisher, scaled, damping=damping, state=state)
 
     direction = tree.scale(unit, solution.direction)
-    largest_direction = tree.max_abs(direction)
+    if solution.largest is None:
+        largest_direction = tree.max_abs(direction)
+    else:
+        largest_direction = unit * solution.largest
     is_sound = is_finite & jnp.isfinite(largest_direction)
     is_solved = largest == 0
     is_taken = is_sound & ~is_solved

@@ -43,7 +43,7 @@ STATIC_ARGS = ("model_fn", "likelihood", "solver", "loss_fn", "accept", "metric"
 """`static_args` of `optax.inject_hyperparams(natural_gradient, static_args=...)`."""
 
 # Exact where that costs little; else few steps of CG, since more of them fit the batch
-# and not what the factors know of the batches before.
+# and not what the factors know of the batches before; or K-FAC's single one.
 _SOLVER = Auto(otherwise=CG(max_steps=3, preconditioner=Kronecker()))
 
 
@@ -95,8 +95,10 @@ def natural_gradient(
         with λ: what the batch says nothing of is taken over from the last direction.
       solver: a solver for (F + λI) d = g: `CG`, `KFAC`, `LSMR`, `SampleSpace`,
         `Cholesky`, `Auto`, one of `contrib`, or your own `Solver`. The default solves
-        exactly where that costs about as much as a dozen gradients, and otherwise takes
-        three steps of CG with Kronecker factors, which the state keeps.
+        exactly where that costs about as much as a dozen gradients. Otherwise it takes
+        three steps of CG with Kronecker factors, which the state keeps, or one step
+        along the factors (`KFAC`) where the batch has fewer than 0.1 outputs for each
+        parameter: more steps would fit the batch.
       loss_fn: (outputs, batch) -> loss, whose gradient is g. Gives solvers in the space
         of outputs (`SampleSpace`, `LSMR`) their right-hand side there, so that small
         damping does not lose it to round-off; and gives rules that weigh the loss
