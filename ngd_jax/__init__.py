@@ -61,7 +61,7 @@ from ngd_jax.trust_region import (
     search_kl_radius,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CG",
