@@ -4,7 +4,8 @@ Every claim about structure is checked against `fisher.matvec`, the definition: 
 found is printed beside the numbers that it was held to.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,12 @@ import optax
 from ngd_jax import dense, kfac, layers, tree
 from ngd_jax.auto import Auto
 from ngd_jax.fisher import Fisher
+from ngd_jax.likelihoods import Gaussian
 from ngd_jax.solvers.protocol import Solver, SolverStatus, random_like
 from ngd_jax.transform import natural_gradient
-from ngd_jax.transform.arguments import split_functions
+from ngd_jax.transform.arguments import Settings, split_functions
 from ngd_jax.transform.step import NaturalGradientStep
-from ngd_jax.types import Array, Batch, MatVec, Params, PyTree
+from ngd_jax.types import Array, Batch, MatVec, Outputs, Params, PyTree, Scalar
 
 __all__ = ["Check", "Description", "describe"]
 
@@ -83,14 +85,22 @@ def describe(
     tx_or_settings: optax.GradientTransformationExtraArgs | Mapping[str, Any],
     params: Params,
     batch: Batch,
+    *,
+    loss_fn: Callable[[Outputs, Batch], Scalar] | None = None,
 ) -> Description:
     """Says what a step will do with a model, and checks it numerically.
+
+    A radius is also given in standard deviations of the predictions: √(2 max_kl) for
+    an example, √(2 max_kl / K) for each of its K outputs. With `Gaussian` and `loss_fn`
+    it says how many such steps the targets are away at least, since √KL is a distance
+    there: √(KL(outputs ‖ targets) / max_kl).
 
     Args:
       tx_or_settings: what `natural_gradient` returned (not a chain around it), or the
         arguments of `natural_gradient` as a dict.
       params: the parameters.
       batch: a batch, as `update` takes it.
+      loss_fn: (outputs, batch) -> loss; that of the settings, if they have one.
 
     Returns:
       The description; print it.
@@ -114,6 +124,7 @@ def describe(
     """
     step = _step_of(tx_or_settings)
     settings = step.settings
+    loss_fn = settings.loss_fn if loss_fn is None else loss_fn
     params, model_from = split_functions(params)
     state = jax.eval_shape(step.init, params)
     model_fn = model_from(settings.model_fn)
@@ -135,12 +146,19 @@ def describe(
         ]
         claims = _claims(solver, fisher)
         found.update(solver=solver, summary=summary, claims=claims)
-        return _errors(fisher, solver)
+        found["outputs"] = dense.real_size(fisher.outputs) / max(1, num_examples)
+        errors = _errors(fisher, solver)
+        if isinstance(settings.likelihood, Gaussian) and loss_fn is not None:
+            cotangents = jax.grad(loss_fn)(fisher.outputs, fisher.batch)
+            residuals = fisher.sqrt_solve(cotangents)
+            errors["distance"] = tree.vdot(residuals, residuals) / 2
+        return errors
 
     errors = errors_of(params, batch)
     leaves = jax.tree.leaves_with_path(params)
+    radius = _radius(settings, found["outputs"], errors.get("distance"))
     return Description(
-        summary=found["summary"],
+        summary=found["summary"] + radius,
         parameters=[
             (
                 jax.tree_util.keystr(path) or "the root",
@@ -168,6 +186,29 @@ def _step_of(tx_or_settings: Any) -> NaturalGradientStep:
             f"of its arguments; got {tx_or_settings!r}."
         )
     return step
+
+
+def _radius(
+    settings: Settings, num_outputs: float, distance: Array | None
+) -> list[str]:
+    """The radius of the first step, in units that a user can judge."""
+    max_kl = settings.max_kl
+    if callable(max_kl):
+        max_kl = max_kl(jnp.zeros((), jnp.int32))
+    if not isinstance(max_kl, int | float | jax.Array):
+        return []
+    max_kl, likelihood = float(max_kl), settings.likelihood
+    words = f"radius: {max_kl:.3g} nats an example"
+    if getattr(likelihood, "kl_curvature", 1.0) == 1.0 and num_outputs > 0:
+        whole = math.sqrt(2 * max_kl)
+        words += f", which is {whole:.2g} standard deviations of its prediction"
+        if num_outputs > 1:
+            each = math.sqrt(2 * max_kl / num_outputs)
+            words += f", or {each:.2g} in each of its {num_outputs:g} outputs"
+    if distance is not None and max_kl > 0:
+        num_steps = math.ceil(math.sqrt(float(distance) / max_kl))
+        words += f"; the targets are at least {num_steps} such steps away"
+    return [words]
 
 
 def _factors_of(solver: Solver) -> kfac.Kronecker | kfac.KFAC | None:

@@ -1,5 +1,7 @@
 """`describe`: what it says of a model, and that it notices what is wrong."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -128,3 +130,30 @@ def test_layers_whose_outputs_come_first_are_checked_too(problem):
     found = ngd.describe(tx, params, batch)
     assert found.parameters[2][2] == "dense 3 → 6 with bias ['b']"
     assert failing(found) == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 77.0])
+def test_the_radius_is_said_in_units_of_predictions_and_targets(scale):
+    # Means of 0 and targets of ±77, so that the distance is 77 / scale.
+    batch = {"x": jnp.ones((6, 2)), "y": 77.0 * jnp.asarray([[1.0, -1.0, 1.0]] * 6)}
+    likelihood = ngd.Gaussian(scale=scale)
+
+    def loss_fn(outputs, batch):
+        return -likelihood.log_prob(outputs, batch["y"]).mean()
+
+    def summary(loss=None, **options):
+        settings = {"learning_rate": 1.0, "likelihood": likelihood, **options}
+        settings["model_fn"] = lambda w, batch: batch["x"] @ w
+        return str(ngd.describe(settings, jnp.zeros((2, 3)), batch, loss_fn=loss))
+
+    text = summary(loss_fn, max_kl=0.1)
+    assert "radius: 0.1 nats an example" in text
+    assert "0.45 standard deviations of its prediction, or 0.26 in each" in text
+    # KL = 3 · 77² / (2 scale²)
+    steps = math.ceil(math.sqrt(1.5 * (77 / scale) ** 2 / 0.1))
+    assert f"at least {steps} such steps away" in text
+    assert "such steps" not in summary(max_kl=lambda count: 0.2 / (1 + count))
+    assert "radius: 0.2 nats" in summary(max_kl=lambda count: 0.2 / (1 + count))
+    assert "radius" not in summary()
+    rule = ngd.contrib.RelativeRadius()
+    assert "radius:" not in summary(max_kl=rule, loss_fn=loss_fn)
