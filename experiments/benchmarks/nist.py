@@ -1,4 +1,4 @@
-"""The nonlinear regression problems of NIST, with certified results and two starts each.
+"""The nonlinear regressions of NIST, with certified results and two starts each.
 
 Statistical Reference Datasets of the National Institute of Standards and Technology,
 in the public domain: 27 problems, of which `nist.json` beside this file has the data,
@@ -127,9 +127,7 @@ _MODELS: dict[str, Callable[..., Any]] = {
     "Lanczos3": _lanczos,
     "MGH09": lambda x, a, b, c, d: a * (x**2 + x * b) / (x**2 + x * c + d),
     "MGH10": lambda x, a, b, c: a * jnp.exp(b / (x + c)),
-    "MGH17": lambda x, *b: (
-        b[0] + b[1] * jnp.exp(-x * b[3]) + b[2] * jnp.exp(-x * b[4])
-    ),
+    "MGH17": lambda x, *b: b[0] + b[1] * jnp.exp(-x * b[3]) + b[2] * jnp.exp(-x * b[4]),
     "Misra1a": _saturation,
     "Misra1b": lambda x, a, b: a * (1 - (1 + b * x / 2) ** -2),
     "Misra1c": lambda x, a, b: a * (1 - (1 + 2 * b * x) ** -0.5),

@@ -199,7 +199,7 @@ def curve_fit(
             "`f` must be hashable, as functions are: hand arrays to it through `xdata` "
             f"or `p0`; got {type(f).__name__}."
         ) from error
-    if not isinstance(p0, list | tuple) and jnp.ndim(p0) != 1:
+    if not isinstance(p0, list | tuple) and getattr(p0, "ndim", 0) != 1:
         raise TypeError(
             "`p0` must be a list or tuple with one entry for each parameter of `f`, or "
             f"an array [P]; got {type(p0).__name__}. For a tree: p0=(tree,)."
@@ -208,6 +208,9 @@ def curve_fit(
     dtype = _common_dtype(p0, ydata)
     p0 = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), p0)
     ydata = ydata.astype(dtype)
+    for name, values in (("p0", p0), ("ydata", ydata)):
+        if tree.size(values) == 0:
+            raise ValueError(f"`{name}` must not be empty.")
     outputs = jax.eval_shape(f, xdata, *p0)
     if getattr(outputs, "shape", None) != ydata.shape:
         raise ValueError(
@@ -216,10 +219,6 @@ def curve_fit(
         )
     if jnp.issubdtype(outputs.dtype, jnp.complexfloating):
         raise TypeError(f"`f` must return real numbers, got {outputs.dtype}.")
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(p0))
-    for name, size in (("p0", num_params), ("ydata", ydata.size)):
-        if size == 0:
-            raise ValueError(f"`{name}` must not be empty.")
     if sigma is not None:
         sigma = _checked_sigma(sigma, ydata)
     tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3) if rtol is None else rtol
@@ -243,7 +242,11 @@ def _checked_sigma(sigma: Any, ydata: Array) -> Array:
     sigma = jnp.asarray(sigma).astype(ydata.dtype)
     if _is_covariance(sigma, ydata):
         return sigma
-    if np.broadcast_shapes(sigma.shape, ydata.shape) != ydata.shape:
+    try:
+        is_fitting = np.broadcast_shapes(sigma.shape, ydata.shape) == ydata.shape
+    except ValueError:
+        is_fitting = False
+    if not is_fitting:
         raise ValueError(
             f"`sigma` must broadcast to the shape {ydata.shape} of `ydata`, or be a "
             f"covariance [M, M] for `ydata` [M]; got {sigma.shape}."
@@ -394,12 +397,12 @@ def _whitener(sigma: Array | None, ydata: Array) -> Callable[[Array], Array]:
 def _offset_and_inverse(local: _Local) -> tuple[Scalar, Array]:
     """‖Uᵀ w‖, and (AᵀA)⁻¹: infinite where A has not the rank of its columns."""
     divisors = jnp.where(local.norms > 0, local.norms, 1)
-    matrix = local.root / divisors
+    matrix = local.root / divisors[None, :]
     is_finite = tree.all_finite(matrix)
     values, rights, along, is_kept = decompose(
         jnp.where(is_finite, matrix, 0), local.coefficients
     )
     along = jnp.where(is_kept, along, 0)
-    rows = rights / jnp.where(is_kept, values, 1)[:, None] / divisors
+    rows = rights / jnp.where(is_kept, values, 1)[:, None] / divisors[None, :]
     has_rank = is_kept.all() & (len(values) == divisors.size) & is_finite
     return tree.norm(along), jnp.where(has_rank, rows.T @ rows, jnp.inf)
