@@ -130,7 +130,7 @@ def _minpack(problem: Regression) -> _Fit:
     jacobian = jax.jit(jax.jacfwd(residuals))
 
     def fit(start: np.ndarray) -> tuple[Any, int]:
-        params, _, info, *_ = leastsq(
+        found: Any = leastsq(
             lambda b: np.asarray(residuals(b)),
             start,
             Dfun=lambda b: np.asarray(jacobian(b)),
@@ -140,7 +140,7 @@ def _minpack(problem: Regression) -> _Fit:
             gtol=_TOLERANCE,
             maxfev=_MAX_STEPS,
         )
-        return params, info["nfev"]
+        return found[0], found[2]["nfev"]
 
     return fit
 

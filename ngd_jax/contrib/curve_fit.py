@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
@@ -29,12 +30,15 @@ from ngd_jax.solvers.protocol import (
     forward_only,
     solve_scaled,
 )
-from ngd_jax.types import Array, PyTree, Scalar
+from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
 __all__ = ["CurveFitResult", "CurveFitStatus", "curve_fit"]
 
 # Round-off of a sum of squares or of a curve, in units of ε.
 _ROUND_OFF = 64.0
+# Steps in a row that lower the sum by no more than round-off. The first of them improve
+# the parameters all the same, whose error is the root of what the sum can show.
+_MAX_IDLE = 20
 
 
 class CurveFitStatus(enum.IntEnum):
@@ -42,7 +46,8 @@ class CurveFitStatus(enum.IntEnum):
 
     Example:
       >>> print(CurveFitStatus(1).message)
-      The step budget was used; the parameters are those of the last step.
+      The step budget was used before the sum of squares was stationary; the parameters
+      are those of the last step.
     """
 
     CONVERGED = 0
@@ -63,7 +68,8 @@ _MESSAGES = {
         "beside the residuals or the round-off of the curve."
     ),
     CurveFitStatus.MAX_STEPS: (
-        "The step budget was used; the parameters are those of the last step."
+        "The step budget was used before the sum of squares was stationary; the "
+        "parameters are those of the last step."
     ),
     CurveFitStatus.STALLED: (
         "No step lowers the sum of squares, or only negligible ones do, and it is not "
@@ -136,11 +142,11 @@ def curve_fit(
     parameter at 0, rms(r) / ‖∂r/∂θᵢ‖ stands for |θᵢ|.
 
     The fit stops after a step by less than `rtol` |θᵢ| in each parameter, or which
-    moves the curve through each by less than `rtol` rms(r); if no step lowers Σ r²; or
-    after `max_steps`. `status` says what that was worth: it is CONVERGED only if the
-    Gauss-Newton step that is left moves the curve by less than ε^⅓ of the residuals
-    (6e-6 in float64, and so the parameters by 6e-6 √(M - P) standard errors), or by
-    less than its round-off.
+    moves the curve through each by less than `rtol` rms(r); if no step lowers Σ r², or
+    twenty only by round-off; or after `max_steps`. `status` says what that was worth:
+    it is CONVERGED only if the Gauss-Newton step that is left moves the curve by less
+    than ε^⅓ of the residuals (6e-6 in float64, and so each parameter by less than
+    6e-6 √(M - P) standard errors), or by less than its round-off.
 
     Works under `jax.jit` and `jax.vmap`, of data, starts and weights. The program is
     compiled once for a function f and the shapes of its arguments. Dense: O(M P²)
@@ -261,11 +267,16 @@ def _is_covariance(sigma: Array, ydata: Array) -> bool:
 
 
 class _Loop(NamedTuple):
-    """θ, what the search keeps, steps so far, and whether the last one was the last."""
+    """θ, what the search keeps, steps so far, and whether the last one was the last.
+
+    `lowest` is the lowest rms(r) but for round-off, and `idle` counts steps since.
+    """
 
     theta: Array
     state: Any
     num_steps: Array
+    lowest: Array
+    idle: Array
     is_done: Array
 
 
@@ -278,18 +289,16 @@ class _Local(NamedTuple):
     norms: Array
 
 
-@functools.partial(
-    jax.jit, static_argnames=("f", "absolute_sigma", "max_steps", "rtol")
-)
+@functools.partial(jax.jit, static_argnames="f")
 def _fit(
     f: Callable[..., Any],
     xdata: PyTree,
     ydata: Array,
     p0: Any,
     sigma: Array | None,
-    absolute_sigma: bool,
-    max_steps: int,
-    rtol: float,
+    absolute_sigma: ArrayLike,
+    max_steps: ArrayLike,
+    rtol: ArrayLike,
 ) -> CurveFitResult:
     start, unravel = ravel_pytree(p0)
     eps = float(jnp.finfo(start.dtype).eps)
@@ -329,22 +338,28 @@ def _fit(
             # The objective is in units of this step.
             state=state._replace(lowest=jnp.full_like(state.lowest, jnp.inf)),
         )
-        update = -scales * solution.direction
+        is_refused = solution.info.status != SolverStatus.CONVERGED
+        # Scales may be what is not finite.
+        update = jnp.where(is_refused, 0, -scales * solution.direction)
         is_small = norms * jnp.abs(update) <= rtol * jnp.maximum(
             norms * jnp.abs(theta), rms
         )
-        is_refused = solution.info.status != SolverStatus.CONVERGED
+        is_lower = rms < (1 - _ROUND_OFF * eps) * loop.lowest
+        idle = jnp.where(is_lower, 0, loop.idle + 1)
         return _Loop(
             theta + update,
             solution.state,
             loop.num_steps + 1,
-            is_refused | jnp.all(is_small),
+            jnp.where(is_lower, rms, loop.lowest),
+            idle,
+            is_refused | jnp.all(is_small) | (idle >= _MAX_IDLE),
         )
 
+    none = jnp.zeros((), jnp.int32)
     loop = jax.lax.while_loop(
         lambda loop: ~loop.is_done & (loop.num_steps < max_steps),
         step,
-        _Loop(start, solver.init(start), jnp.zeros((), jnp.int32), jnp.asarray(False)),
+        _Loop(start, solver.init(start), none, jnp.inf + start[0], none, none > 0),
     )
     local = about(loop.theta)
     rms = tree.norm(local.coefficients)
@@ -356,7 +371,7 @@ def _fit(
     status = jnp.select(
         [
             ~(jnp.isfinite(rms) & tree.all_finite(local.root)),
-            ~loop.is_done,
+            ~is_stationary & ~loop.is_done,
             ~is_stationary,
             ~jnp.isfinite(inverse[0, 0]),
         ],
@@ -369,12 +384,11 @@ def _fit(
         jnp.int32(CurveFitStatus.CONVERGED),
     )
     freedom = ydata.size - start.size
-    variance = 1 / ydata.size if absolute_sigma else rms**2 / max(freedom, 1)
-    if freedom <= 0 and not absolute_sigma:
-        variance = jnp.inf
+    noise = rms**2 / freedom if freedom > 0 else jnp.inf
+    covariance = jnp.where(absolute_sigma, 1 / ydata.size, noise) * inverse
     return CurveFitResult(
         params=unravel(loop.theta),
-        covariance=jnp.where(jnp.isfinite(inverse), variance * inverse, jnp.inf),
+        covariance=jnp.where(jnp.isfinite(covariance), covariance, jnp.inf),
         residual_sum=ydata.size * rms**2,
         relative_offset=offset / jnp.where(rms > 0, rms, 1),
         num_steps=loop.num_steps,
@@ -402,6 +416,7 @@ def _offset_and_inverse(local: _Local) -> tuple[Scalar, Array]:
     values, rights, along, is_kept = decompose(
         jnp.where(is_finite, matrix, 0), local.coefficients
     )
+    assert along is not None
     along = jnp.where(is_kept, along, 0)
     rows = rights / jnp.where(is_kept, values, 1)[:, None] / divisors[None, :]
     has_rank = is_kept.all() & (len(values) == divisors.size) & is_finite
