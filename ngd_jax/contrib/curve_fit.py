@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.scipy.linalg
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
