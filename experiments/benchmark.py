@@ -2,8 +2,8 @@
 
 Ratios to one gradient of the same network, interleaved in one process, as Markdown.
 The tables are products (what runs without a word), solvers, memory, scaling, precision,
-preconditioners, trpo, vmc and price (a step in Adam's: compiling, time and memory);
-`table=all` for all of them.
+preconditioners, trpo, vmc, price (a step in Adam's: compiling, time and memory) and
+nist (curve fits against certified values); `table=all` for all of them.
 The library part is `experiments.benchmarks`; `configs/benchmark.yaml` has the settings.
 """
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated
 
+from experiments.benchmarks.nist import NAMES
 from experiments.running.settings import (
     AT_LEAST_ONE,
     NON_NEGATIVE,
@@ -16,6 +17,7 @@ __all__ = [
     "NETWORKS",
     "TABLES",
     "BenchmarkConfig",
+    "CurveFitsSettings",
     "MemorySettings",
     "PoliciesSettings",
     "PrecisionSettings",
@@ -37,6 +39,7 @@ TABLES = (
     "trpo",
     "vmc",
     "price",
+    "nist",
 )
 
 # Whose steps the table `price` is of; `networks` makes them.
@@ -270,14 +273,27 @@ class PriceSettings:
 
 
 @dataclasses.dataclass
+class CurveFitsSettings:
+    """Settings of the table of curve fits.
+
+    Attributes:
+      problems: names of NIST's problems.
+      repeats: of each fit after the first.
+    """
+
+    problems: Annotated[list[str], one_of(*NAMES)]
+    repeats: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
 class BenchmarkConfig:
     """Settings of `experiments.benchmark`.
 
     Attributes:
       table: which one, or "all".
       output: Markdown file to write; null prints only.
-      products, solvers, memory, scaling, precision, preconditioners, trpo, vmc, price:
-        of each table.
+      products, solvers, memory, scaling, precision, preconditioners, trpo, vmc, price,
+        nist: of each table.
     """
 
     table: Annotated[str, TABLE]
@@ -291,3 +307,4 @@ class BenchmarkConfig:
     trpo: PoliciesSettings
     vmc: WaveFunctionsSettings
     price: PriceSettings
+    nist: CurveFitsSettings

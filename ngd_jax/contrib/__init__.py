@@ -2,12 +2,14 @@
 
 * solvers: `BacktrackingCG` (Hessian-free), `DampingSearch`, `SVD`, `Lineax`;
 * preconditioners of `CG`: `Nystrom`, `Jacobi`, `CholeskyFactor`;
+* `curve_fit`: least squares as in SciPy;
 * rules: `QuadraticModelRate` for the learning rate, `RelativeRadius` for `max_kl`;
 * `presets`: settings under names from the literature.
 """
 
 from ngd_jax.contrib import presets as presets
 from ngd_jax.contrib.backtracking import BacktrackingCG
+from ngd_jax.contrib.curve_fit import CurveFitResult, CurveFitStatus, curve_fit
 from ngd_jax.contrib.damping_search import DampingSearch
 from ngd_jax.contrib.factor import CholeskyFactor
 from ngd_jax.contrib.jacobi import Jacobi
@@ -21,11 +23,14 @@ __all__ = [
     "SVD",
     "BacktrackingCG",
     "CholeskyFactor",
+    "CurveFitResult",
+    "CurveFitStatus",
     "DampingSearch",
     "Jacobi",
     "Lineax",
     "Nystrom",
     "QuadraticModelRate",
     "RelativeRadius",
+    "curve_fit",
     "presets",
 ]

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.benchmarks import precision, solvers
 from experiments.benchmarks.contestants import cast_problem, make_problem
+from experiments.benchmarks.curve_fits import curve_fit_tables
 from experiments.benchmarks.gram import GramCost, gram_table
 from experiments.benchmarks.markdown import Figure, Table
 from experiments.benchmarks.memory import (
@@ -21,6 +22,7 @@ from experiments.benchmarks.memory import (
 from experiments.benchmarks.scaling import fit_slope, scaling_tables
 from experiments.benchmarks.settings import (
     TABLES,
+    CurveFitsSettings,
     MemorySettings,
     PrecisionSettings,
     ScalingSettings,
@@ -181,6 +183,18 @@ def test_tables_of_memory_judge_the_goal():
     assert plan.goals[0].value == pytest.approx(float(plan.rows[0][6]), abs=0.01)
     assert len(plan.rows[0]) == len(plan.head)
     assert list(resident.rows) == []
+
+
+def test_table_of_curve_fits_has_a_row_for_each_start():
+    settings = CurveFitsSettings(problems=["DanWood"], repeats=1)
+    fits, totals = curve_fit_tables(settings)
+    assert [row[:3] for row in fits.rows] == [
+        ["DanWood", "lower", start] for start in "12"
+    ]
+    assert {len(row) for row in fits.rows} == {len(fits.head)}
+    assert [row[:2] for row in totals.rows[:2]] == [["ours", "2"], ["MINPACK", "2"]]
+    assert min(float(row[3]) for row in fits.rows) > 8
+    assert totals.goals[0].is_met
 
 
 @pytest.mark.slow
