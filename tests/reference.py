@@ -209,10 +209,13 @@ def gaussian_kl(p, q, scale=1.0):
 def diagonal_gaussian_kl(p_mean, p_log_scale, q_mean, q_log_scale):
     """E_p[log p - log q] by quadrature."""
     points, masses = _normal_rule()
-    y = p_mean[..., None] + np.exp(p_log_scale)[..., None] * points
 
     def log_density(mean, log_scale):
-        z = (y - mean[..., None]) / np.exp(log_scale)[..., None]
+        # Differences first: scales of 1e30 and 0 overflow only where means differ.
+        moved = p_mean - mean
+        scale = np.exp(np.where(moved == 0, 0.0, log_scale))
+        shift = moved / scale
+        z = shift[..., None] + np.exp(p_log_scale - log_scale)[..., None] * points
         return -(z**2) / 2 - log_scale[..., None]
 
     log_ratio = log_density(p_mean, p_log_scale) - log_density(q_mean, q_log_scale)
