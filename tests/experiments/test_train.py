@@ -1,5 +1,6 @@
 """The program itself: its command line, and real processes that are stopped."""
 
+import dataclasses
 import json
 import os
 import random
@@ -15,7 +16,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import train as program
-from experiments.running.config import read_config
+from experiments.running.config import (
+    CONFIG_DIR,
+    TrainConfig,
+    compose_config,
+    read_config,
+)
 from experiments.running.run_folder import latest_step, read_json_lines
 from experiments.tasks import TASKS
 from experiments.tasks.supervised.digits import DigitsConfig, make_digits
@@ -318,6 +324,22 @@ def test_second_process_on_a_folder_is_refused(command, tmp_path):
     process.wait()
     step = latest_step(folder)
     assert command(f"resume={folder}", f"steps={step}")[0] == 0
+
+
+def test_help_names_every_task_optimizer_and_option(command):
+    status, out, err = command("--help")
+    assert (status, err) == (0, "")
+    words = set(re.findall(r"\w+", out))
+    options = {field.name for field in dataclasses.fields(TrainConfig)}
+    groups = {
+        path.stem
+        for group in ("task", "optimizer", "model")
+        for path in (CONFIG_DIR / group).glob("*.yaml")
+    }
+    assert options | groups <= words
+    for example in re.findall(r"python -m experiments.train(.*)", out):
+        overrides = [word for word in example.split() if word != "--multirun"]
+        read_config(compose_config([word.partition(",")[0] for word in overrides]))
 
 
 def test_run_without_a_step_ends_with_an_error_that_names_the_row(command, monkeypatch):
