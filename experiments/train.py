@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.running.cache import use_cache
 from experiments.running.config import (
     CONFIG_DIR,
     describe_error,
@@ -92,6 +93,7 @@ def _train(tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool)
 
 def main() -> None:
     """Runs the command line."""
+    use_cache()
     OmegaConf.register_new_resolver("run_folder", choose_folder, replace=True)
     OmegaConf.register_new_resolver("plain_name", plain_name, replace=True)
     run_program(train_one)

@@ -51,7 +51,11 @@ def start_program(
     return subprocess.Popen(
         [*within, sys.executable, "-m", module, *overrides],
         cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "NGD_JAX_CACHE": os.environ["NGD_JAX_TESTS_COMPILED"],
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
