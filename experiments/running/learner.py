@@ -81,7 +81,8 @@ class Learner(Protocol):
 
         Args:
           state: the last one.
-          records: the lines of `metrics.jsonl`, one for each step.
+          records: the lines of `metrics.jsonl`, one for each step, and the `seconds` of
+            `timings.jsonl` where they are known.
           folder: of the run.
           title: what the run is, in a few words.
         """

@@ -85,7 +85,8 @@ def _run(
     console: Console,
     stop: StopRequest,
 ) -> Result:
-    title = f"{config.task.name}, {config.optimizer.name}, seed {config.seed}"
+    names = dict.fromkeys((config.task.name, config.optimizer.name))  # "trpo" is both
+    title = f"{', '.join(names)}, seed {config.seed}"
     is_first = jax.process_index() == 0
     checkpoints = Checkpoints(folder / "checkpoints")
     first_state = learner.first_state
@@ -115,6 +116,9 @@ def _run(
         if result.finished:
             write_json(folder / "result.json", summary)
         records = read_json_lines(folder / "metrics.jsonl")
+        timings = read_json_lines(folder / "timings.jsonl")
+        times = {timing["step"]: timing for timing in timings}
+        records = [times.get(record["step"], {}) | record for record in records]
         learner.draw(result.state, records, folder, title)
         if result.finished:
             failure = _find_failure(learner, records, result.metrics)
