@@ -153,7 +153,11 @@ time.sleep(600)
 
 
 def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
-    with locked(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(ConfigError, match="Another process is"),
+        locked(tmp_path),
+    ):
         pass
     command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
