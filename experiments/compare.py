@@ -12,7 +12,6 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 
 from experiments.benchmarks.clocks import use_one_thread
 
@@ -22,13 +21,14 @@ from experiments.race.racing import Race  # noqa: E402
 from experiments.race.report import write_report  # noqa: E402
 from experiments.race.settings import read_compare  # noqa: E402
 from experiments.running.config import CONFIG_DIR, run_program  # noqa: E402
+from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="compare")
 def compare(tree: DictConfig) -> None:
     """Runs the race that the composed configuration `tree` describes."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Terminal(highlight=False, markup=False, soft_wrap=True)
     try:
         config, entrants = read_compare(tree)
         results = Race(config, entrants, console.print).run()

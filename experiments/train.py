@@ -4,29 +4,46 @@ The library part is `experiments.running.loop`; `configs/` has all the settings.
 With `distributed.num_processes` above one, this either starts the others or is one.
 """
 
+import signal
 import sys
 from pathlib import Path
+
+from experiments.running.interruption import EXIT_INTERRUPTED, StopRequest
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    StopRequest("Stopped before the first step.", (signal.SIGINT,)).__enter__()
 
 import hydra
 import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from experiments.running.config import CONFIG_DIR, read_config, run_program
-from experiments.running.distributed import broadcast_text, check_same, connect
-from experiments.running.interruption import EXIT_INTERRUPTED
+from experiments.running.cache import use_cache
+from experiments.running.config import (
+    CONFIG_DIR,
+    describe_error,
+    read_config,
+    run_program,
+)
+from experiments.running.distributed import (
+    EXIT_CONFIG_ERROR,
+    broadcast_text,
+    check_same,
+    connect,
+)
 from experiments.running.launcher import launch
 from experiments.running.loop import describe_result, run_training
 from experiments.running.run_folder import (
     choose_folder,
     config_text,
+    describe_resumption,
     open_run,
     plain_name,
     removed_if_empty,
     shorten,
 )
+from experiments.running.screen import Terminal
 from experiments.running.settings import ConfigError
 
 
@@ -58,14 +75,25 @@ def _train(tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool)
     folder = shorten(Path(broadcast_text(str(folder.absolute()))))
     config = open_run(tree, folder, overrides, is_sweep)
     check_same(config_text(config), "settings")
-    result = run_training(config, folder, Console())
+    console = Terminal(soft_wrap=True, highlight=False, markup=False)
+    try:
+        result = run_training(config, folder, console)
+    except OSError as error:
+        if (message := describe_error(error)) is None:
+            raise
+        resumption = describe_resumption(folder, config.distributed.num_processes)
+        raise ConfigError(f"{message}; to go on: {resumption}") from error
     if jax.process_index() == 0:
-        print(describe_result(result, config, folder))
+        console.print(describe_result(result, config, folder))
+    if result.failure:
+        print(f"error: {result.failure}", file=sys.stderr)
+        return 0 if is_sweep else EXIT_CONFIG_ERROR  # the sweep goes on
     return 0 if result.finished else EXIT_INTERRUPTED
 
 
 def main() -> None:
     """Runs the command line."""
+    use_cache()
     OmegaConf.register_new_resolver("run_folder", choose_folder, replace=True)
     OmegaConf.register_new_resolver("plain_name", plain_name, replace=True)
     run_program(train_one)

@@ -15,7 +15,6 @@ from typing import Annotated
 import hydra
 import jaxlib.version
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from experiments.benchmarks.clocks import use_one_thread
@@ -35,6 +34,7 @@ from experiments.claims.catalog import CLAIMS  # noqa: E402
 from experiments.claims.demonstrations import demonstrate_all  # noqa: E402
 from experiments.claims.report import Outcome, save_plots, write_report  # noqa: E402
 from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
+from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError, one_of  # noqa: E402
 
 
@@ -61,7 +61,7 @@ def claims(tree: DictConfig) -> None:
     except ConfigError as error:
         sys.exit(f"error: {error}")  # Hydra would print a line of its own before
     chosen = list(CLAIMS.values()) if config.claim == "all" else [CLAIMS[config.claim]]
-    console, folder = Console(), Path(config.output)
+    console, folder = Terminal(), Path(config.output)
     outcomes: dict[str, Outcome] = {}
     columns = (*Progress.get_default_columns()[:1], BarColumn(), MofNCompleteColumn())
     with Progress(

@@ -5,6 +5,7 @@ wrong becomes a `ConfigError` of one line that names the setting.
 """
 
 import dataclasses
+import errno
 import os
 import re
 import sys
@@ -108,6 +109,16 @@ class TrainConfig:
     distributed: DistributedConfig
 
 
+CANNOT_WRITE = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
 def compose_config(overrides: list[str]) -> DictConfig:
     """Composes `configs/train.yaml` with command-line overrides, as `train` does."""
     with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
@@ -202,9 +213,12 @@ def merge_resumed(recorded: DictConfig, tree: DictConfig, names: list[str]) -> N
 
 
 def describe_error(error: Exception) -> str | None:
-    """Returns a mistake in the configuration as one line, None for any other error."""
+    """Returns a line on a bad configuration or a disk that takes nothing, or None."""
     if isinstance(error, ConfigError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        where = "" if error.filename is None else f": {error.filename}"
+        return f"{error.strerror}{where}"
     if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(
         error
     ):

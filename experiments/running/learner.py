@@ -46,6 +46,8 @@ class Learner(Protocol):
       first_state: the state before the first step.
       columns: what the screen shows beside the columns of every run: values of
         evaluations, and of steps that are this learner's own.
+      train_data: the training examples along the leading axes of its leaves, where
+        there is such a set; else None.
     """
 
     @property
@@ -53,6 +55,9 @@ class Learner(Protocol):
 
     @property
     def columns(self) -> tuple[Column, ...]: ...  # noqa: D102
+
+    @property
+    def train_data(self) -> Any: ...  # noqa: D102
 
     def start(self, state: Any) -> AbstractContextManager[Advance]:
         """Compiles, and opens what the steps from `state` on need.
@@ -76,7 +81,8 @@ class Learner(Protocol):
 
         Args:
           state: the last one.
-          records: the lines of `metrics.jsonl`, one for each step.
+          records: the lines of `metrics.jsonl`, one for each step, and the `seconds` of
+            `timings.jsonl` where they are known.
           folder: of the run.
           title: what the run is, in a few words.
         """

@@ -4,17 +4,30 @@
 the same bytes as one that was never stopped; the clock goes to `timings.jsonl`.
 """
 
+import contextlib
 import json
 import math
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from tensorboardX.proto.summary_pb2 import (
+    Summary,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
-from experiments.running.run_folder import read_json_lines
+from experiments.running.run_folder import (
+    read_json_lines,
+    set_aside,
+    write_atomically,
+)
 
 __all__ = ["JsonLines", "RunLogs", "plain_number"]
 
@@ -24,12 +37,25 @@ EVALUATIONS = ("train_", "test_")
 class JsonLines:
     """An append-only file of JSON objects, each with its `step`.
 
-    Opening it drops what comes after `last_step`, and a line that was cut short.
+    Opening it drops what comes after `last_step`, and a line that was cut short. Where
+    lines before that cannot be read, the others stay.
+
+    Attributes:
+      notices: a line on those that could not be read, if any.
     """
 
     def __init__(self, path: Path, last_step: int):
         path.touch()
-        os.truncate(path, _length_through(path, last_step))
+        kept, is_damaged = _whole_lines(path, last_step)
+        self.notices: list[str] = []
+        if is_damaged:
+            self.notices.append(
+                f"{path.name} was damaged: it is kept as {set_aside(path)}, and the "
+                f"{len(kept)} lines that can be read are in its place."
+            )
+            write_atomically(path, b"".join(kept))
+        else:
+            os.truncate(path, sum(map(len, kept)))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -43,8 +69,8 @@ class JsonLines:
 
     def close(self) -> None:
         """Writes what is pending and closes the file."""
-        self.sync()
-        self._file.close()
+        with self._file:
+            self.sync()
 
 
 class RunLogs:
@@ -52,19 +78,28 @@ class RunLogs:
 
     Attributes:
       seconds: of training, as last logged.
+      notices: lines on what was damaged.
     """
 
     def __init__(self, folder: Path, last_step: int):
+        self._stack = contextlib.ExitStack()
         self._metrics = JsonLines(folder / "metrics.jsonl", last_step)
+        self._stack.callback(self._metrics.close)
         self._timings = JsonLines(folder / "timings.jsonl", last_step)
-        self._events = SummaryWriter(
-            str(folder / "tensorboard"),
-            # Tells readers to forget what an earlier file says of later steps.
-            purge_step=last_step + 1 if last_step else None,
-            filename_suffix=f".{last_step:08d}",
-        )
+        self._stack.callback(self._timings.close)
+        self.notices = self._metrics.notices + self._timings.notices
         timings = read_json_lines(folder / "timings.jsonl")
-        self.seconds: float = timings[-1]["seconds"] if timings else 0.0
+        self.seconds: float = timings[-1].get("seconds", 0.0) if timings else 0.0
+        # Not `SummaryWriter`, whose thread dies on a full disk and then blocks us.
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(
+            str(folder / "tensorboard" / "events"), f".{last_step:08d}"
+        )
+        self._stack.callback(self._events.close)
+        if last_step:
+            # Tells readers to forget what an earlier file says of later steps.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=last_step + 1, session_log=start))
 
     def __enter__(self) -> Self:
         return self
@@ -75,17 +110,23 @@ class RunLogs:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._metrics.close()
-        self._timings.close()
-        self._events.close()
+        self._stack.close()
 
     def write_step(self, record: dict[str, Any]) -> None:
         """Logs what is known of one step; `record["step"]` says which."""
         self._metrics.write(record)
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                group = "evaluation" if name.startswith(EVALUATIONS) else "step"
-                self._events.add_scalar(f"{group}/{name}", value, record["step"])
+        values = [
+            Summary.Value(tag=f"{_group(name)}/{name}", simple_value=value)
+            for name, value in record.items()
+            if name != "step" and value is not None
+        ]
+        self._events.write_event(
+            Event(
+                wall_time=time.time(),
+                step=record["step"],
+                summary=Summary(value=values),
+            )
+        )
 
     def write_time(self, step: int, seconds: float) -> None:
         """Logs how long the run had trained, without compiling, after `step`."""
@@ -108,16 +149,30 @@ def plain_number(value: Any) -> float | int | None:
     return float(str(scalar)) if math.isfinite(scalar) else None
 
 
-def _length_through(path: Path, last_step: int) -> int:
-    """Returns the length in bytes of the whole lines up to `last_step`."""
-    length = 0
+def _group(name: str) -> str:
+    return "evaluation" if name.startswith(EVALUATIONS) else "step"
+
+
+def _whole_lines(path: Path, last_step: int) -> tuple[list[bytes], bool]:
+    """Returns the whole lines up to `last_step`, and whether others are missing."""
+    kept: list[bytes] = []
+    last_kept, is_broken, is_damaged = 0, False, False
     with path.open("rb") as lines:
         for line in lines:
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                break
-            if step > last_step or not line.endswith(b"\n"):
-                break
-            length += len(line)
-    return length
+            step = _step(line)
+            if step is None:
+                is_broken = True
+            elif step <= last_step:
+                kept.append(line)
+                last_kept, is_damaged = step, is_broken
+    # A kill leaves broken lines too, but after those that a checkpoint promises.
+    return kept, is_damaged or last_kept != last_step
+
+
+def _step(line: bytes) -> int | None:
+    """Returns the step of a whole line, None where it is broken."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) and line.endswith(b"\n") else None

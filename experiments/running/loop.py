@@ -6,6 +6,7 @@ At a checkpoint the logs are on the disk up to that step, so that killing the pr
 any moment loses only steps that a resumed run takes again.
 """
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -14,21 +15,24 @@ from typing import Any
 import jax
 from rich.console import Console
 
+import ngd_jax as ngd
 from experiments.running.checkpoints import Checkpoints
 from experiments.running.config import TrainConfig
-from experiments.running.distributed import any_process
+from experiments.running.distributed import any_process, check_same
 from experiments.running.interruption import StopRequest
 from experiments.running.learner import Learner, Rows, State
 from experiments.running.logs import plain_number
 from experiments.running.report import Report, SilentReport
 from experiments.running.run_folder import (
     describe_resumption,
+    locked,
     read_json_lines,
     write_json,
 )
 from experiments.running.schedule import next_stop
 from experiments.running.settings import ConfigError
 from experiments.tasks.learners import make_learner
+from experiments.tasks.supervised.task import find_non_finite
 
 __all__ = ["Result", "describe_result", "run_training"]
 
@@ -45,6 +49,7 @@ class Result:
       seconds: of training, over all resumptions, without compiling and evaluating.
       compile_seconds: of compiling the training step, this time.
       state: that of the learner after the last step.
+      failure: why nothing was learned, where that is so.
     """
 
     steps: int
@@ -53,6 +58,7 @@ class Result:
     seconds: float
     compile_seconds: float
     state: Any
+    failure: str | None = None
 
 
 def run_training(config: TrainConfig, folder: Path, console: Console) -> Result:
@@ -62,28 +68,44 @@ def run_training(config: TrainConfig, folder: Path, console: Console) -> Result:
       ConfigError: the configuration does not fit the task or the run in the folder.
     """
     precision = getattr(config.task, "precision", "float32")
-    with jax.enable_x64(precision == "float64"):  # of this thread only
-        return _run(config, folder, console)
+    with contextlib.ExitStack() as stack:
+        # Of this thread only.
+        stack.enter_context(jax.enable_x64(precision == "float64"))
+        learner = make_learner(config)
+        if jax.process_index() == 0:
+            stack.enter_context(locked(folder))
+        stop = stack.enter_context(StopRequest())
+        return _run(learner, config, folder, console, stop)
 
 
-def _run(config: TrainConfig, folder: Path, console: Console) -> Result:
-    learner = make_learner(config)
-    title = f"{config.task.name}, {config.optimizer.name}, seed {config.seed}"
+def _run(
+    learner: Learner,
+    config: TrainConfig,
+    folder: Path,
+    console: Console,
+    stop: StopRequest,
+) -> Result:
+    names = dict.fromkeys((config.task.name, config.optimizer.name))  # "trpo" is both
+    title = f"{', '.join(names)}, seed {config.seed}"
     is_first = jax.process_index() == 0
-    with StopRequest() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
-        first_state = learner.first_state
-        state = checkpoints.restore_latest(first_state) or first_state
-        step = int(state.step)
-        if step > config.steps:
-            raise ConfigError(
-                f"`steps` must be at least the {step} steps that the run in {folder} "
-                f"has taken, got {config.steps}."
-            )
-        report = SilentReport()
-        if is_first:
-            report = Report(config, folder, console, step, title, learner.columns)
-        with report:
-            result = _train(learner, config, state, stop, checkpoints, report)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    first_state = learner.first_state
+    state = checkpoints.restore_latest(first_state) or first_state
+    step = int(state.step)
+    check_same(str(step), "checkpoint")
+    if step > config.steps:
+        raise ConfigError(
+            f"`steps` must be at least the {step} steps that the run in {folder} "
+            f"has taken, got {config.steps}."
+        )
+    if jax.process_count() == 1:  # several processes end together, between steps
+        stop.last_line = _describe_stop(step, config, folder)
+    report = SilentReport()
+    if is_first:
+        notices, columns = checkpoints.notices, learner.columns
+        report = Report(config, folder, console, step, title, columns, notices)
+    with report:
+        result = _train(learner, config, state, stop, checkpoints, report)
     summary = {
         "steps": result.steps,
         **result.metrics,
@@ -94,17 +116,20 @@ def _run(config: TrainConfig, folder: Path, console: Console) -> Result:
         if result.finished:
             write_json(folder / "result.json", summary)
         records = read_json_lines(folder / "metrics.jsonl")
+        timings = read_json_lines(folder / "timings.jsonl")
+        times = {timing["step"]: timing for timing in timings}
+        records = [times.get(record["step"], {}) | record for record in records]
         learner.draw(result.state, records, folder, title)
+        if result.finished:
+            failure = _find_failure(learner, records, result.metrics)
+            result = dataclasses.replace(result, failure=failure)
     return result
 
 
 def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
     """Returns the last line of a run: what came out, and where everything is."""
     if not result.finished:
-        return (
-            f"Stopped after step {result.steps} of {config.steps}; to go on: "
-            f"{describe_resumption(folder, config.distributed.num_processes)}"
-        )
+        return _describe_stop(result.steps, config, folder)
     values = ", ".join(
         f"{name.replace('_', ' ').replace('train', 'training')} {_format(name, value)}"
         for name, value in result.metrics.items()
@@ -115,6 +140,30 @@ def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
         f"after {result.steps} steps and {result.seconds:.1f} s of training "
         f"(compiled in {result.compile_seconds:.1f} s). All of it is in {folder}"
     )
+
+
+def _describe_stop(step: int, config: TrainConfig, folder: Path) -> str:
+    return (
+        f"Stopped after step {step} of {config.steps}; to go on: "
+        f"{describe_resumption(folder, config.distributed.num_processes)}"
+    )
+
+
+def _find_failure(
+    learner: Learner, records: Rows, metrics: dict[str, Any]
+) -> str | None:
+    """Returns why nothing was learned, None where something was, or nobody knows."""
+    statuses = [record.get("status") for record in records]
+    is_stuck = bool(statuses) and not any(
+        status is None or ngd.StepStatus(status).is_taken for status in statuses
+    )
+    if not is_stuck and metrics.get("train_loss", 0.0) is not None:
+        return None
+    cause = find_non_finite(learner.train_data)
+    if is_stuck:
+        cause = cause or ngd.StepStatus(statuses[-1]).message.removesuffix(".")
+        return f"No step was taken: {cause}."
+    return cause and f"The loss is not finite: {cause}."
 
 
 def _train(
@@ -132,6 +181,7 @@ def _train(
         started = time.perf_counter()
         with learner.start(state) as advance:
             compile_seconds = time.perf_counter() - started
+            stop.last_line = None
             while step < config.steps and not any_process(stop.requested):
                 num_steps = next_stop(step, config) - step
                 started = time.perf_counter()

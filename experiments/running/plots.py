@@ -1,5 +1,10 @@
-"""The curves of a run as one PNG: loss, a metric, KL and radius, solver steps."""
+"""The curves of a run as one PNG: loss, a metric, KL and radius, solver steps.
 
+All of them over steps, from 0 on, and over the seconds of training above. A panel that
+has nothing to show, or the same all along, is left out.
+"""
+
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from experiments.running.run_folder import write_atomically
 
 __all__ = [
     "CONTRAST",
@@ -16,6 +23,7 @@ __all__ = [
     "plot_curves",
     "save_figure",
     "series",
+    "write_figure",
 ]
 
 Records = list[dict[str, Any]]
@@ -39,28 +47,87 @@ def plot_curves(
       title: what the run is.
       metric: which value is drawn beside the loss, of batches and of the sets.
     """
-    figure = Figure(figsize=(11.0, 7.5), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     figure.suptitle(title)
     _draw_loss(axes[0, 0], records)
-    _draw_metric(axes[0, 1], records, metric)
+    if metric is not None:
+        _draw_metric(axes[0, 1], records, metric)
     draw_kl(axes[1, 0], records)
     _draw_solver(axes[1, 1], records)
-    save_figure(figure, axes, path)
+    save_figure(figure, axes, path, records)
 
 
-def save_figure(figure: Figure, axes: np.ndarray, path: Path) -> None:
-    """Gives all panels a grid and legends, the last row the step, and writes `path`."""
+def save_figure(
+    figure: Figure,
+    axes: np.ndarray,
+    path: Path,
+    records: Records,
+    *,
+    label: str = "step",
+    scale: float = 1.0,
+) -> None:
+    """Writes `path` with the panels that show something, their grids and legends.
+
+    Args:
+      figure: the picture.
+      axes: its panels, over `scale` times the step.
+      path: of the file.
+      records: as of `plot_curves`; `seconds` are those of training until then.
+      label: of the axis of steps.
+      scale: of the axis of steps.
+    """
+    shown = [axis for axis in axes.flat if _has_shape(_panel(axis))] or [axes.flat[0]]
     for axis in axes.flat:
+        for part in _panel(axis) if axis not in shown else ():
+            part.remove()
+    columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure.set_size_inches(5.5 * columns, 3.75 * rows)
+    grid = figure.add_gridspec(rows, columns)
+    steps, seconds = series(records, "seconds")
+    for number, axis in enumerate(shown):
+        for part in _panel(axis):
+            part.set_subplotspec(grid[number])
         axis.grid(visible=True, which="major", alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    # Written aside and renamed: a kill must not leave half a picture.
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=120, format="png")
-    draft.replace(path)
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0.0)
+        if steps.size:
+            _add_seconds(axis, scale * steps, seconds)
+    write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes `path`, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    write_atomically(path, content.getvalue())
+
+
+def _panel(axis: Axes) -> list[Axes]:
+    """Returns `axis` and its twin, if it has one."""
+    place = axis.get_subplotspec()
+    return [part for part in axis.figure.axes if part.get_subplotspec() == place]
+
+
+def _has_shape(panel: list[Axes]) -> bool:
+    """Whether any curve of the panel goes up or down."""
+    curves = [line.get_ydata() for axis in panel for line in axis.get_lines()]
+    finite = [values[np.isfinite(values)] for values in map(np.asarray, curves)]
+    return any(values.size and np.ptp(values) > 0.0 for values in finite)
+
+
+def _add_seconds(axis: Axes, places: np.ndarray, seconds: np.ndarray) -> None:
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in axis.get_xticks() if low <= tick <= min(high, places[-1])]
+    times = np.interp(ticks, [0.0, *places], [0.0, *seconds])
+    top = axis.secondary_xaxis("top")
+    labels = [f"{time:.3g}" if time < 1e3 else f"{time:,.0f}" for time in times]
+    top.set_xticks(ticks, labels=labels, fontsize="small")
+    top.set_xlabel("seconds of training", fontsize="small")
 
 
 def _draw_loss(axis: Axes, records: Records) -> None:
@@ -70,11 +137,7 @@ def _draw_loss(axis: Axes, records: Records) -> None:
     axis.set_yscale("log" if is_positive else "linear")
 
 
-def _draw_metric(axis: Axes, records: Records, metric: str | None) -> None:
-    if metric is None:
-        axis.set_title("Metric")
-        _write_across(axis, "no metric in this task")
-        return
+def _draw_metric(axis: Axes, records: Records, metric: str) -> None:
     name = metric.replace("_", " ")
     axis.set(title=name.capitalize(), ylabel=name)
     if metric != "accuracy":
@@ -92,8 +155,9 @@ def _draw_sets(axis: Axes, records: Records, name: str, scale: float = 1.0) -> b
     """Draws `name` of batches and of both sets; returns whether all is positive."""
     is_positive = True
     for form, style, color, label in SETS:
-        steps, values = series(records, form.format(name))
-        axis.plot(steps, scale * values, style, ms=4, color=color, label=label)
+        steps, values = series(records, form.format(name), is_before=form == "{}")
+        if steps.size:
+            axis.plot(steps, scale * values, style, ms=4, color=color, label=label)
         is_positive &= not np.any(values <= 0.0)
     return is_positive
 
@@ -125,9 +189,6 @@ def _draw_solver(axis: Axes, records: Records) -> None:
             axis.set_ylim(0.0, 1.25 * max(1.0, np.nanmax(values)))
             axis.yaxis.set_major_locator(MaxNLocator(integer=True))
             break
-    else:
-        axis.set(title="Solver")
-        _write_across(axis, "no inner solver")
     steps, damping = series(records, "damping")
     if steps.size:
         twin = axis.twinx()
@@ -136,16 +197,17 @@ def _draw_solver(axis: Axes, records: Records) -> None:
         twin.set_ylabel("damping (dotted)", color=CONTRAST)
 
 
-def _write_across(axis: Axes, text: str) -> None:
-    axis.set_yticks([])
-    axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
+def series(
+    records: Records, name: str, *, is_before: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps after which `name` is known, and its values, NaN where null.
 
-
-def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps at which `name` is known, and its values, NaN where null."""
+    With `is_before` it is of the parameters before its step, so that the first is 0.
+    """
     known = [record for record in records if name in record]
     values = [np.nan if record[name] is None else record[name] for record in known]
-    return np.array([record["step"] for record in known]), np.array(values, float)
+    steps = np.array([record["step"] for record in known], int)
+    return steps - int(is_before), np.array(values, float)
 
 
 def _positive(values: np.ndarray) -> np.ndarray:

@@ -50,7 +50,10 @@ class SilentReport:
 
 
 class Report(SilentReport):
-    """Tells of a run in `folder` and on `console`, from after `step` on."""
+    """Tells of a run in `folder` and on `console`, from after `step` on.
+
+    `notices` are lines to say at the start.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Report(SilentReport):
         step: int,
         title: str,
         columns: tuple[Column, ...],
+        notices: list[str],
     ):
         self._config = config
         self._folder = folder
@@ -67,10 +71,11 @@ class Report(SilentReport):
         self._step = step
         self._title = title
         self._columns = columns
+        self._notices = notices
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        differences = write_environment(self._folder)
+        notices = self._notices + write_environment(self._folder)
         write_config(self._config, self._folder)
         screen = Screen(
             self._console,
@@ -85,8 +90,8 @@ class Report(SilentReport):
         self.seconds = self._logs.seconds
         whence = f"continues after step {self._step}" if self._step else "starts"
         self._screen.say(f"{self._title}: {whence}, in {self._folder}")
-        for difference in differences:
-            self._screen.say(f"Not the environment of before: {difference}.")
+        for notice in notices + self._logs.notices:
+            self._screen.say(notice)
         return self
 
     def __exit__(

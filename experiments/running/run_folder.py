@@ -6,11 +6,16 @@ metrics.jsonl     one line for each step; the same bytes each time a run is repe
 timings.jsonl     one line for each dispatch: seconds of training until then
 result.json       losses and metrics after the last step, and seconds
 curves.png        the curves; tensorboard/ has them too
-checkpoints/      the training state, through Orbax
+checkpoints/      the training state
+.lock             held by the process that trains here
+
+What was damaged by other hands is reported, and kept under its name with `.damaged`.
 """
 
 import contextlib
+import dataclasses
 import datetime as dt
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.running.config import TrainConfig, merge_resumed, read_config
@@ -35,18 +41,21 @@ __all__ = [
     "find_run",
     "hydra_override",
     "latest_step",
+    "locked",
     "open_run",
     "plain_name",
     "read_json_lines",
     "removed_if_empty",
+    "set_aside",
     "shorten",
+    "write_atomically",
     "write_config",
     "write_environment",
     "write_json",
 ]
 
 CONFIG_FILE = "config.yaml"
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
 def choose_folder(
@@ -124,16 +133,47 @@ def open_run(
         return read_config(tree)
     if is_sweep:
         raise ConfigError("`resume` continues one run: leave out --multirun.")
-    recorded = OmegaConf.load(folder / CONFIG_FILE)
-    assert isinstance(recorded, DictConfig)
+    recorded = _load_config(folder / CONFIG_FILE)
     names = [override.lstrip("+~").partition("=")[0] for override in overrides]
     merge_resumed(recorded, tree, names)
     recorded.distributed = tree.distributed
     return read_config(recorded)
 
 
+def _load_config(path: Path) -> DictConfig:
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    with contextlib.suppress(ValueError, OSError, yaml.YAMLError):
+        tree = OmegaConf.load(path)
+        # One that was cut short is without its end of line, or a setting.
+        is_whole = path.read_bytes().endswith(b"\n")
+        if isinstance(tree, DictConfig) and names <= tree.keys() and is_whole:
+            return tree
+    raise ConfigError(
+        f"{path} is damaged. Write it anew by the command of the run, as "
+        f"environment.json has it, with `--cfg job > {path}` at its end."
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds it; a process that dies lets go of it, however it ends.
+
+    Raises:
+      ConfigError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"Another process is training in {folder}.") from None
+        except OSError:
+            pass  # Some network file systems have no locks; training goes on without.
+        yield
+
+
 def latest_step(folder: Path) -> int | None:
-    """Returns the step of the newest whole checkpoint in a run folder, if any."""
+    """Returns the step of the newest checkpoint in a run folder, if any."""
     names = (path.name for path in (folder / "checkpoints").glob("*"))
     return max((int(name) for name in names if name.isdecimal()), default=None)
 
@@ -185,11 +225,11 @@ def config_text(config: TrainConfig) -> str:
 
 def write_config(config: TrainConfig, folder: Path) -> None:
     """Writes the resolved configuration."""
-    _write_atomically(folder / CONFIG_FILE, config_text(config))
+    write_atomically(folder / CONFIG_FILE, config_text(config).encode())
 
 
 def write_environment(folder: Path) -> list[str]:
-    """Writes versions and devices; returns what differs from an earlier write."""
+    """Writes versions and devices; returns lines on what is not as it was written."""
     path = folder / "environment.json"
     environment = {
         "python": platform.python_version(),
@@ -203,21 +243,23 @@ def write_environment(folder: Path) -> list[str]:
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "command": sys.argv,
     }
-    differences = []
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        differences = [
-            f"{name} was {earlier.get(name)}, is {value}"
-            for name, value in environment.items()
-            if name != "command" and earlier.get(name) != value
-        ]
+    notices = []
+    try:
+        earlier = dict(json.loads(path.read_text())) if path.exists() else environment
+    except (ValueError, TypeError):
+        earlier = environment
+        notices = [f"environment.json was damaged: it is kept as {set_aside(path)}."]
     write_json(path, environment)
-    return differences
+    return notices + [
+        f"Not the environment of before: {name} was {earlier.get(name)}, is {value}."
+        for name, value in environment.items()
+        if name != "command" and earlier.get(name) != value
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all."""
-    _write_atomically(path, json.dumps(value, indent=2) + "\n")
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -225,7 +267,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes `data` whole or not at all, even where the power fails meanwhile."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def set_aside(path: Path) -> Path:
+    """Renames what is damaged, and returns its new path."""
+    return path.replace(path.with_name(path.name + ".damaged"))

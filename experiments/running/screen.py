@@ -1,5 +1,7 @@
 """What a run shows: a row for each step, and on a terminal a live progress bar."""
 
+import os
+import sys
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -17,7 +19,7 @@ from rich.text import Text
 
 import ngd_jax as ngd
 
-__all__ = ["Column", "Screen"]
+__all__ = ["Column", "Screen", "Terminal"]
 
 
 class Column(NamedTuple):
@@ -55,6 +57,18 @@ BAR_COLUMNS = (
     Column("search", "linesearch_steps", "d"),
 )
 BAR_WIDTH = 6
+
+
+class Terminal(Console):
+    """A console that falls silent once nobody reads it, such as before `| head`."""
+
+    def on_broken_pipe(self) -> None:
+        """Ends the output, and not the program as `Console` does."""
+        self.quiet = True
+        # What else is printed, and what Python flushes at its end.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 class StepsPerSecond(ProgressColumn):

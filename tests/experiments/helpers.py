@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,22 +45,26 @@ def train_config(config: TrainConfig, folder: Path) -> Result:
 
 
 def start_program(
-    *overrides: str, module: str = "experiments.train"
+    *overrides: str, module: str = "experiments.train", within: tuple[str, ...] = ()
 ) -> subprocess.Popen:
-    """Starts `python -m` a program in the repository root."""
+    """Starts `python -m` a program in the repository root, as a command of `within`."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, *overrides],
+        [*within, sys.executable, "-m", module, *overrides],
         cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "NGD_JAX_CACHE": os.environ["NGD_JAX_TESTS_COMPILED"],
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def run_program(*overrides: str, module: str = "experiments.train") -> tuple[int, str]:
+def run_program(*overrides: str, **arguments: Any) -> tuple[int, str]:
     """Runs the program to its end; returns its exit status and all that it printed."""
-    process = start_program(*overrides, module=module)
+    process = start_program(*overrides, **arguments)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -78,8 +83,7 @@ def first_state(config: TrainConfig) -> TrainState:
 
 
 def last_state(config: TrainConfig, folder: Path) -> TrainState:
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state = checkpoints.restore_latest(first_state(config))
+    state = Checkpoints(folder / "checkpoints").restore_latest(first_state(config))
     assert state is not None
     return state
 

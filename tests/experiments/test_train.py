@@ -1,10 +1,14 @@
 """The program itself: its command line, and real processes that are stopped."""
 
+import dataclasses
 import json
+import os
 import random
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -12,8 +16,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import train as program
-from experiments.running.config import read_config
-from experiments.running.run_folder import read_json_lines
+from experiments.running.config import (
+    CONFIG_DIR,
+    TrainConfig,
+    compose_config,
+    read_config,
+)
+from experiments.running.run_folder import latest_step, read_json_lines
+from experiments.tasks import TASKS
+from experiments.tasks.supervised.digits import DigitsConfig, make_digits
 from tests.experiments.helpers import (
     SMALL,
     assert_same_bits,
@@ -180,7 +191,7 @@ def test_interrupt_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     assert "Traceback" not in output
     last_line = output.splitlines()[-1]
     step = int(re.match(r"Stopped after step (\d+) of 1200", last_line)[1])
-    assert (folder / "checkpoints" / str(step)).is_dir()
+    assert (folder / "checkpoints" / str(step)).is_file()
     assert len(read_json_lines(folder / "metrics.jsonl")) == step
     [resume] = shlex.split(last_line.partition("experiments.train ")[2])
     status, output = run_program(resume)
@@ -210,3 +221,147 @@ def test_process_killed_again_and_again_ends_at_the_same_bits(tmp_path, optimize
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert_same_run(folder, whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["imports", "compiling"])
+def test_interrupt_before_the_first_step_ends_at_once_in_one_line(tmp_path, moment):
+    folder = tmp_path / "run"
+    process = start_program("optimizer=natural_gradient", f"hydra.run.dir={folder}")
+    if moment == "imports":
+        time.sleep(1.0)
+    else:
+        wait_for(folder / "tensorboard", process)  # the last file before it compiles
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == program.EXIT_INTERRUPTED
+    assert "Traceback" not in output
+    last_line = output.splitlines()[-1]
+    if moment == "imports":
+        assert output.splitlines() == ["Stopped before the first step."]
+    else:
+        assert last_line.startswith("Stopped after step 0 of 100; to go on: python -m ")
+        assert last_line.endswith(f"resume={folder}")
+        assert not (folder / "curves.png").exists()  # those of a run that went on
+
+
+@pytest.mark.long
+def test_closed_pipe_ends_the_output_and_not_the_training(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = start_program(*LONG, f"hydra.run.dir={folder}")
+    assert "starts, in" in process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert (folder / "result.json").exists()
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kilobytes", [8, 40])  # for a checkpoint, for the log
+def test_full_disk_ends_in_one_line_and_loses_nothing(
+    uninterrupted, tmp_path, kilobytes
+):
+    folder = tmp_path / "run"
+    limit = ("sh", "-c", f'ulimit -f {2 * kilobytes}; exec "$@"', "sh")
+    status, output = run_program(*LONG, f"hydra.run.dir={folder}", within=limit)
+    assert status == 1
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1
+    last_line = output.splitlines()[-1]
+    assert last_line.startswith("error: File too large")
+    assert last_line.endswith(f"to go on: python -m experiments.train resume={folder}")
+    assert not list(folder.rglob("*.draft"))
+    status, output = run_program(f"resume={folder}")
+    assert status == 0, output
+    assert "damaged" not in output
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.long
+def test_file_system_without_space_ends_in_one_line(tmp_path):
+    """The real thing, in a name space of its own, which may not be allowed."""
+    mount = f'mount -t tmpfs -o size=200k none {tmp_path} && exec "$@"'
+    within = ("unshare", "-rm", "sh", "-c", mount, "sh")
+    if not shutil.which("unshare") or subprocess.call([*within, "true"]):
+        pytest.skip("no mounting here")
+    status, output = run_program(*LONG, f"hydra.run.dir={tmp_path}/run", within=within)
+    assert status == 1
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].startswith("error: No space left on device")
+
+
+@pytest.mark.long
+def test_read_only_folder_is_an_error_of_one_line(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    within = ()
+    if os.geteuid() == 0:  # who may write anywhere, but for this
+        within = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-all")
+        if not shutil.which("setpriv"):
+            pytest.skip("root without setpriv")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in (*before, folder, folder / "checkpoints", folder / "tensorboard"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    for overrides in (f"resume={folder}", "steps=1300"), (f"runs_dir={folder}/new",):
+        status, output = run_program(*overrides, within=within)
+        assert status == 1
+        [line] = output.splitlines()
+        assert line.startswith("error: Permission denied: ")
+    folder.chmod(0o755)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.long
+def test_second_process_on_a_folder_is_refused(command, tmp_path):
+    folder = tmp_path / "run"
+    process = start_program(*LONG, "steps=100000", f"hydra.run.dir={folder}")
+    wait_for(folder / "checkpoints" / "40", process)
+    status, out, err = command(f"resume={folder}")
+    assert (status, out) == (1, "")
+    assert err.splitlines() == ["error: Another process is training in run."]
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    step = latest_step(folder)
+    assert command(f"resume={folder}", f"steps={step}")[0] == 0
+
+
+def test_help_names_every_task_optimizer_and_option(command):
+    status, out, err = command("--help")
+    assert (status, err) == (0, "")
+    words = set(re.findall(r"\w+", out))
+    options = {field.name for field in dataclasses.fields(TrainConfig)}
+    groups = {
+        path.stem
+        for group in ("task", "optimizer", "model")
+        for path in (CONFIG_DIR / group).glob("*.yaml")
+    }
+    assert options | groups <= words
+    for example in re.findall(r"python -m experiments.train(.*)", out):
+        overrides = [word for word in example.split() if word != "--multirun"]
+        read_config(compose_config([word.partition(",")[0] for word in overrides]))
+
+
+def test_run_without_a_step_ends_with_an_error_that_names_the_row(command, monkeypatch):
+    def make_with_a_hole(config):
+        task = make_digits(config)
+        task.train["x"][17, 3] = float("nan")
+        return task
+
+    monkeypatch.setitem(TASKS, "digits", (DigitsConfig, make_with_a_hole))
+    for optimizer in ("natural_gradient", "adam"):
+        status, out, err = command(
+            *SMALL, f"optimizer={optimizer}", "batch_size=null", "steps=2"
+        )
+        assert status == program.EXIT_CONFIG_ERROR
+        assert "training loss not finite" in out
+        [line] = err.splitlines()
+        assert line.endswith(": row 17 of the training data, ['x'], is not finite.")
+
+
+def test_diverging_run_is_no_error(command):
+    status, out, err = command(
+        *SMALL, "optimizer=sgd", "optimizer.learning_rate=1e38", "steps=2"
+    )
+    assert (status, err) == (0, "")
+    assert "training loss not finite" in out

@@ -59,6 +59,8 @@ class PhysicsLearner:
       ConfigError: settings that do not fit each other.
     """
 
+    train_data = None
+
     def __init__(self, config: TrainConfig):
         _check(config)
         task: PhysicsConfig = config.task

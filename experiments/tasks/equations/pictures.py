@@ -12,7 +12,14 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.running.plots import DARK, Records, draw_kl, save_figure, series
+from experiments.running.plots import (
+    DARK,
+    Records,
+    draw_kl,
+    save_figure,
+    series,
+    write_figure,
+)
 from experiments.tasks.equations.derivatives import network
 from experiments.tasks.equations.problems import Problem
 
@@ -27,7 +34,7 @@ _DECADES = 2.0
 
 def draw_curves(records: Records, path: Path, title: str) -> None:
     """Draws loss, L2 error, KL, damping, length of steps and solver steps of a run."""
-    figure = Figure(figsize=(15.0, 7.5), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots(2, 3, sharex=True)
     figure.suptitle(title)
     panels = {
@@ -38,7 +45,7 @@ def draw_curves(records: Records, path: Path, title: str) -> None:
     }
     for name, (axis, heading, label) in panels.items():
         axis.set(title=heading, ylabel=label)
-        steps, values = series(records, name)
+        steps, values = series(records, name, is_before=name == "loss")
         is_positive = values > 0
         if is_positive.any():
             axis.semilogy(steps[is_positive], values[is_positive], ".-", color=DARK)
@@ -47,7 +54,7 @@ def draw_curves(records: Records, path: Path, title: str) -> None:
     steps, values = series(records, "solver_steps")
     axes[1, 2].plot(steps, values, ".-", color=DARK)
     axes[1, 2].yaxis.set_major_locator(MaxNLocator(integer=True))
-    save_figure(figure, axes, path)
+    save_figure(figure, axes, path, records)
 
 
 def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> None:
@@ -79,10 +86,7 @@ def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> N
     for panel in panels:
         panel.set_xlabel("x" if is_in_time else "x₁")
         panel.set_ylabel("t" if is_in_time else "x₂")
-    # Written aside and renamed: a kill must not leave half a picture.
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=120, format="png")
-    draft.replace(path)
+    write_figure(figure, path)
 
 
 def _fields(

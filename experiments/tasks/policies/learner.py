@@ -52,6 +52,8 @@ class PolicyLearner:
       ConfigError: settings that do not fit each other, or gymnax is not there.
     """
 
+    train_data = None
+
     def __init__(self, config: TrainConfig):
         task: PolicyConfig = config.task
         self._config = config

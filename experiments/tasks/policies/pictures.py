@@ -6,18 +6,23 @@ from the lowest to the highest agent where many do.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
+from experiments.running.plots import (
+    CONTRAST,
+    DARK,
+    LIGHT,
+    Records,
+    save_figure,
+    write_figure,
+)
+
 __all__ = ["can_draw", "draw_curves", "draw_frames"]
 
-Records = list[dict[str, Any]]
-
-LIGHT, DARK, CONTRAST = "#9ecae1", "#08519c", "#d94801"
 NUM_FRAMES = 8
 
 
@@ -33,7 +38,7 @@ def draw_curves(
       steps_per_update: environment steps of an agent between two updates.
     """
     curves = _Curves(records, steps_per_update)
-    figure = Figure(figsize=(14.0, 7.5), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots(2, 3, sharex=True)
     figure.suptitle(title)
     _draw_returns(axes[0, 0], curves)
@@ -45,13 +50,9 @@ def draw_curves(
     curves.draw(axes[1, 2], "explained_variance", DARK, "explained variance")
     axes[1, 2].set(title="Value function", ylabel="explained variance of the returns")
     axes[1, 2].set_ylim(-1.0, 1.05)
-    for axis in axes.flat:
-        axis.grid(visible=True, which="major", alpha=0.3)
-        if len(axis.get_legend_handles_labels()[0]) > 1:
-            axis.legend(frameon=False)
-    for axis in axes[1]:
-        axis.set_xlabel("environment steps of an agent (thousands)")
-    _save(figure, path)
+    label = "environment steps of an agent (thousands)"
+    scale = steps_per_update / 1000
+    save_figure(figure, axes, path, records, label=label, scale=scale)
 
 
 class _Curves:
@@ -176,7 +177,7 @@ def draw_frames(name: str, observations: np.ndarray, path: Path, title: str) -> 
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_title(f"step {time}", fontsize=9)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def _paint_cart_pole(axis: Axes, observation: np.ndarray) -> None:
@@ -214,13 +215,6 @@ def _paint_mountain_car(axis: Axes, observation: np.ndarray) -> None:
         Circle((position, np.sin(3 * position) * 0.45 + 0.06), 0.07, color=DARK)
     )
     axis.set(xlim=(-1.25, 0.65), ylim=(-0.6, 0.8))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    # Written aside and renamed: a kill must not leave half a picture.
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=120, format="png")
-    draft.replace(path)
 
 
 PAINTERS: dict[str, Callable[[Axes, np.ndarray], None]] = {

@@ -52,6 +52,7 @@ class SupervisedLearner:
         self._mesh, self._batch_size = mesh, batch_size
         limit = config.stream_above
         self._is_streamed = limit is not None and size_in_mib(task.train) > limit
+        self.train_data = task.train
         self._train, test = task.train, jax.device_put(task.test, replicated(mesh))
         if not self._is_streamed:
             self._train = jax.device_put(task.train, replicated(mesh))

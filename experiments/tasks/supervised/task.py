@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
-__all__ = ["Task", "num_examples"]
+__all__ = ["Task", "find_non_finite", "num_examples"]
 
 PyTree = Any
 
@@ -102,3 +103,14 @@ def num_examples(data: PyTree) -> int:
             f"leading axes {sorted(lengths)}."
         )
     return lengths.pop()
+
+
+def find_non_finite(data: PyTree) -> str | None:
+    """Returns in words where `data` has the first value that is not finite, if any."""
+    for path, leaf in jax.tree.leaves_with_path(data):
+        for row, example in enumerate(leaf):  # a large set may be on the disk
+            values = np.asarray(example)
+            if values.dtype.kind in "fc" and not np.isfinite(values).all():
+                name = jax.tree_util.keystr(path)
+                return f"row {row} of the training data, {name}, is not finite"
+    return None

@@ -67,6 +67,8 @@ class WaveFunctionLearner:
       ConfigError: settings that do not fit each other.
     """
 
+    train_data = None
+
     def __init__(self, config: TrainConfig):
         check(config)
         task: WaveFunctionConfig = config.task

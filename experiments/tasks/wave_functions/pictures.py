@@ -30,19 +30,19 @@ def draw_curves(records: Records, path: Path, title: str, ground: float | None) 
       title: what the run is.
       ground: the exact energy of the ground state for each spin, None where unknown.
     """
-    figure = Figure(figsize=(11.0, 7.5), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     figure.suptitle(title)
     _draw_energy(axes[0, 0], records, ground)
     _draw_error(axes[0, 1], records)
     draw_kl(axes[1, 0], records)
     _draw_residual(axes[1, 1], records)
-    save_figure(figure, axes, path)
+    save_figure(figure, axes, path, records)
 
 
 def _draw_energy(axis: Axes, records: Records, ground: float | None) -> None:
     axis.set(title="Energy", ylabel="energy per spin")
-    steps, energies = series(records, "loss")
+    steps, energies = series(records, "loss", is_before=True)
     axis.plot(steps, energies, color=LIGHT, label="samples of the step")
     if ground is not None:
         axis.axhline(ground, ls="--", color=CONTRAST, label="ground state, exact")
@@ -58,7 +58,7 @@ def _draw_error(axis: Axes, records: Records) -> None:
     steps, errors = series(records, "test_energy_error")
     if steps.size:
         axis.plot(steps, np.abs(errors), "o-", ms=4, color=DARK, label="relative error")
-    steps, variances = series(records, "energy_variance")
+    steps, variances = series(records, "energy_variance", is_before=True)
     axis.plot(
         steps,
         np.where(variances > 0, variances, np.nan),

@@ -19,9 +19,9 @@ LINES = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range
         (LINES, 5, 5),
         (LINES, 3, 3),
         (LINES, 0, 0),
-        (LINES + '{"step": 6, "lo', 7, 5),  # cut short by a kill
-        (LINES + '{"step": 6, "loss": 2.0}', 7, 5),  # cut before its end of line
-        (LINES + "\0\0\0", 7, 5),  # a hole left by a power cut
+        (LINES + '{"step": 6, "lo', 5, 5),  # cut short by a kill
+        (LINES + '{"step": 6, "loss": 2.0}', 5, 5),  # cut before its end of line
+        (LINES + "\0\0\0", 5, 5),  # a hole left by a power cut
     ],
 )
 def test_opening_keeps_the_whole_lines_up_to_the_last_step(
@@ -29,8 +29,40 @@ def test_opening_keeps_the_whole_lines_up_to_the_last_step(
 ):
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    JsonLines(path, last_step).close()
+    lines = JsonLines(path, last_step)
+    lines.close()
+    assert lines.notices == []
     assert path.read_text() == "".join(LINES.splitlines(keepends=True)[:kept])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("start", "damage", "steps"),
+    [
+        (30, b"\0" * 40, [1, 4, 5]),
+        (30, bytes(range(128, 168)), [1, 4, 5]),
+        (0, b"[]\n", [2, 3, 4, 5]),
+        (0, b"", []),
+        (70, b"", [1, 2]),
+    ],
+    ids=["hole", "binary", "another value", "emptied", "cut"],
+)
+def test_damage_before_the_last_step_is_reported_and_nothing_is_lost(
+    tmp_path, start, damage, steps
+):
+    path = tmp_path / "metrics.jsonl"
+    whole = LINES.encode()
+    rest = whole[start + len(damage) :] if damage else b""
+    path.write_bytes(whole[:start] + damage + rest)
+    damaged = path.read_bytes()
+    lines = JsonLines(path, 5)
+    [notice] = lines.notices
+    assert f"{path}.damaged, and the {len(steps)} lines that can be read" in notice
+    lines.write({"step": 6})
+    lines.close()
+    found = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert found == [*steps, 6]
+    assert path.with_name("metrics.jsonl.damaged").read_bytes() == damaged
 
 
 def test_lines_are_appended_after_those_that_were_kept(tmp_path):

@@ -1,7 +1,9 @@
 import matplotlib.image
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from experiments.running.plots import plot_curves
+from experiments.running.plots import plot_curves, save_figure, series
 
 STEP = {"loss": 1.0, "measured_kl": 0.01}
 
@@ -19,12 +21,15 @@ STEP = {"loss": 1.0, "measured_kl": 0.01}
     ],
 )
 def test_curves_of_any_optimizer_and_task_become_one_picture(tmp_path, extra):
-    records = [{"step": step, **STEP, **extra} for step in range(1, 5)]
+    records = [
+        {"step": step, "seconds": 0.1 * step, **STEP, **extra} for step in range(1, 5)
+    ]
     path = tmp_path / "curves.png"
     metric = "rmse" if "rmse" in extra else "accuracy"
     plot_curves(records, path, "a run", metric=metric)
+    # All of them are flat, and the loss stays.
     height, width, _ = matplotlib.image.imread(path).shape
-    assert (width, height) == (1320, 900)
+    assert (width, height) == (660, 450)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -36,3 +41,34 @@ def test_a_run_without_a_step_has_a_picture_too(tmp_path):
 def test_a_task_without_a_metric_has_a_picture_too(tmp_path):
     plot_curves([{"step": 1, **STEP}], tmp_path / "curves.png", "a run", metric=None)
     assert (tmp_path / "curves.png").exists()
+
+
+def test_panels_are_over_steps_from_zero_and_seconds_and_flat_ones_are_left_out(
+    tmp_path,
+):
+    figure = Figure()
+    axes = figure.subplots(2, 2, sharex=True)
+    steps, rising, flat = np.arange(5), np.arange(5.0), np.full(5, 20.0)
+    for axis, values in zip(axes.flat, (rising, flat, flat, flat), strict=True):
+        axis.plot(steps, values)
+    axes[1, 0].twinx().plot(steps, rising)  # a flat panel whose twin is not
+    records = [{"step": step, "seconds": 0.5 * step} for step in range(1, 5)]
+    save_figure(figure, axes, tmp_path / "curves.png", records)
+    assert [axis in figure.axes for axis in axes.flat] == [True, False, True, False]
+    for axis in (axes[0, 0], axes[1, 0]):
+        assert axis.get_xlim()[0] == 0.0
+        [top] = axis.child_axes
+        times = [float(label.get_text()) for label in top.get_xticklabels()]
+        np.testing.assert_allclose(times, 0.5 * top.get_xticks())
+    spots = [axis.get_subplotspec().get_topmost_subplotspec() for axis in figure.axes]
+    assert {(spot.rowspan.start, spot.colspan.start) for spot in spots} == {
+        (0, 0),
+        (0, 1),
+    }
+
+
+def test_what_is_measured_before_a_step_starts_at_zero():
+    records = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 3}]
+    steps, values = series(records, "loss", is_before=True)
+    np.testing.assert_array_equal(steps, [0, 1])
+    np.testing.assert_array_equal(values, [3.0, np.nan])

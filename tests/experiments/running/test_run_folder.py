@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from experiments.running.config import compose_config, read_config
 from experiments.running.run_folder import (
     choose_folder,
     find_run,
+    locked,
     open_run,
     plain_name,
     shorten,
@@ -87,8 +90,83 @@ def test_environment_tells_versions_and_what_has_changed(tmp_path):
     environment = json.loads(path.read_text())
     assert {"python", "jax", "jaxlib", "optax", "backend", "devices"} <= {*environment}
     path.write_text(json.dumps({**environment, "jaxlib": "0.0.1"}))
-    [difference] = write_environment(tmp_path)
-    assert difference.startswith("jaxlib was 0.0.1, is ")
+    [notice] = write_environment(tmp_path)
+    assert notice.startswith("Not the environment of before: jaxlib was 0.0.1, is ")
+
+
+def damage(path, kind):
+    whole = path.read_bytes()
+    damaged = {
+        "emptied": b"",
+        "cut": whole[: len(whole) // 2],
+        "cut within the last number": whole[:-2],
+        "zeros": bytes(len(whole)),
+        "binary": bytes(range(100, 256)),
+        "another value": b"[1, 2]\n",
+    }[kind]
+    path.write_bytes(damaged)
+    return damaged
+
+
+any_damage = pytest.mark.parametrize(
+    "kind",
+    [
+        "emptied",
+        "cut",
+        "cut within the last number",
+        "zeros",
+        "binary",
+        "another value",
+    ],
+)
+
+
+@any_damage
+def test_a_damaged_environment_is_reported_and_kept(tmp_path, kind):
+    write_environment(tmp_path)
+    path = tmp_path / "environment.json"
+    damaged = damage(path, kind)
+    [notice] = write_environment(tmp_path)
+    assert notice == f"environment.json was damaged: it is kept as {path}.damaged."
+    assert path.with_name("environment.json.damaged").read_bytes() == damaged
+    assert write_environment(tmp_path) == []
+
+
+@any_damage
+def test_a_damaged_configuration_is_an_error_of_one_line(tmp_path, kind):
+    write_config(make_config(), tmp_path)
+    path = tmp_path / "config.yaml"
+    damaged = damage(path, kind)
+    overrides = [f"resume={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"config.yaml is damaged. Write it anew by"):
+        open_run(compose_config(overrides), tmp_path, overrides)
+    assert path.read_bytes() == damaged
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(ConfigError, match="Another process is"),
+        locked(tmp_path),
+    ):
+        pass
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="Another process is"), locked(tmp_path):
+            pass
+        holder.kill()
+    with locked(tmp_path):
+        pass
 
 
 def test_plain_names_need_no_quotes():

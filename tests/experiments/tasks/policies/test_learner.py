@@ -61,8 +61,7 @@ def test_run_leaves_logs_and_pictures_and_resumes_to_the_same_bits(tmp_path):
     assert result.metrics == resumed.metrics
     names = {path.name for path in whole.iterdir()}
     assert {"curves.png", "episode.png", "result.json"} <= names
-    with Checkpoints(whole / "checkpoints") as checkpoints:
-        state = checkpoints.restore_latest(fresh_state())
+    state = Checkpoints(whole / "checkpoints").restore_latest(fresh_state())
     assert_same_bits(state, result.state)
     records = read_json_lines(whole / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
@@ -76,10 +75,8 @@ def test_restored_run_goes_on_to_the_same_bits(tmp_path):
     for _ in range(2):
         whole, _ = advance(whole, 2)
     part, _ = advance(fresh_state(), 1)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(part)
-    with Checkpoints(tmp_path) as checkpoints:
-        part = checkpoints.restore_latest(fresh_state())
+    Checkpoints(tmp_path).save(part)
+    part = Checkpoints(tmp_path).restore_latest(fresh_state())
     part, _ = advance(part, 2)
     part, _ = advance(part, 1)
     assert_same_bits(part, whole)
