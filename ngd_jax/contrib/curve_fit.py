@@ -304,7 +304,8 @@ def _fit(
     start, unravel = ravel_pytree(p0)
     eps = float(jnp.finfo(start.dtype).eps)
     whiten = _whitener(sigma, ydata)
-    solver = DampingSearch(slack=1 + _ROUND_OFF * eps)
+    # The greatest reduction wins: small λ pays where residuals tend to zero.
+    solver = DampingSearch(power=0.0, slack=1 + _ROUND_OFF * eps)
 
     def residuals(theta: Array, _batch: Any = ()) -> Array:
         outputs = f(xdata, *unravel(theta)).astype(ydata.dtype)
