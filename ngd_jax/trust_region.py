@@ -141,6 +141,9 @@ def quadratic_step_scale(quadratic: ArrayLike, max_kl: ArrayLike) -> Scalar:
       Schulman et al., Trust region policy optimization, 2015, appendix C.
     """
     quadratic = jnp.asarray(quadratic)
+    # One that has overflowed asks for a short step, and not for none.
+    largest = jnp.finfo(jnp.promote_types(quadratic.dtype, jnp.float32)).max
+    quadratic = jnp.minimum(quadratic, float(largest))
     positive = quadratic > 0
     # Two roots, so that neither quotient nor product leaves the range of float32.
     root = jnp.sqrt(jnp.where(positive, quadratic, 1.0))
@@ -157,6 +160,7 @@ def first_trial(
     single trial there settles it.
     """
     guess = jnp.sqrt(_AIM) * quadratic_step_scale(quadratic, max_kl)
+    guess = jnp.maximum(guess, jnp.finfo(guess.dtype).tiny)  # 0 would be no trial
     return jnp.where(jnp.asarray(upper) <= 2 * guess, upper, guess)
 
 

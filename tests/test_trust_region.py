@@ -428,6 +428,10 @@ def test_quadratic_model_without_curvature_gives_one(quadratic):
     assert float(quadratic_step_scale(quadratic, 1e-2)) == 1.0
 
 
+def test_a_quadratic_model_that_overflows_still_asks_for_a_step():
+    assert 0 < float(quadratic_step_scale(jnp.float32(np.inf), 1e-2)) < 1e-20
+
+
 @pytest.mark.parametrize("quadratic", [2e-38, 1e-20, 1.0, 1e20, 1e38])
 @pytest.mark.parametrize("max_kl", [1e-30, 1e-2, 1e30])
 def test_quadratic_model_gives_the_radius_at_every_scale(quadratic, max_kl):

@@ -378,3 +378,17 @@ def test_leaves_without_entries_are_parameters(solver):
     assert ngd.StepStatus(int(state.info.status)).is_taken
     assert updates["none"].shape == (0, 3)
     assert updates["w"].all()
+
+
+def test_no_zero_step_counts_as_taken_where_products_overflow():
+    # (J d)² overflows in float32, where half a step of 4e-26 is the whole radius.
+    solver = ngd.KFAC(exact_length=False)
+    tx = ngd.natural_gradient(
+        None, lambda w, x: 1e25 * x @ w, ngd.Gaussian(), max_kl=0.1, solver=solver
+    )
+    params, x = jnp.zeros((2, 3)), jnp.ones((4, 2))
+    grads = jnp.ones_like(params)
+    updates, state = tx.update(grads, tx.init(params), params, batch=x)
+    assert np.asarray(updates).any()
+    assert ngd.StepStatus(int(state.info.status)) == ngd.StepStatus.TAKEN
+    assert 0.09 <= float(state.info.measured_kl) <= 0.1
