@@ -30,6 +30,15 @@ def state():
     return first_state(make_config("optimizer=adam"))
 
 
+def test_double_precision_of_this_thread_alone_comes_back(tmp_path, state):
+    with jax.enable_x64(True):
+        third = jax.numpy.full(3, 1 / 3, jax.numpy.float64)
+        saved = state._replace(params={"x": third})
+        Checkpoints(tmp_path).save(saved)
+        template = state._replace(params={"x": 0 * third})
+        assert_same_bits(Checkpoints(tmp_path).restore_latest(template), saved)
+
+
 def test_an_empty_folder_has_no_latest(tmp_path, state):
     assert Checkpoints(tmp_path / "none").restore_latest(state) is None
 
