@@ -1,24 +1,36 @@
-"""Checkpoints of a run: the whole training state in one file, behind its checksum.
+"""Checkpoints of a run: the whole training state, through Orbax, behind checksums.
 
-    SHA-256 of what follows | { path of a leaf: its array } as Flax's MessagePack
+    <step>/  what Orbax writes        <step>.sha256  the checksums of its files
 
-Every process holds the whole state, so a checkpoint does not depend on their number:
-the first one writes, all of them read. A file appears under its final name, which is
-its step, only when all of it is on the disk, so that a process killed while it writes
-leaves the previous one as the latest.
+The checksums, which `sha256sum -c` reads, are written once Orbax has committed the
+step: a process killed before that leaves the previous step as the latest. Orbax would
+not notice every damage, so it is asked to read a step only if they fit.
+
+Every process holds the whole state, so a checkpoint does not depend on their number.
+They save and restore together.
 """
 
+import contextlib
 import hashlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import serialization
+import orbax.checkpoint as ocp
 
+from experiments.running.distributed import check_same
 from experiments.running.learner import State
-from experiments.running.run_folder import set_aside, write_atomically
+from experiments.running.run_folder import (
+    CHECKSUMS,
+    remove,
+    set_aside,
+    write_atomically,
+)
 from experiments.running.settings import ConfigError
 
 __all__ = ["Checkpoints"]
@@ -36,19 +48,41 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self._folder = folder.absolute()  # as Orbax wants it
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self._is_first = jax.process_index() == 0
         self.notices: list[str] = []
 
     def save(self, state: State) -> None:
-        """Saves `state` under its step; once this returns it is on the disk."""
-        if jax.process_index() > 0:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        content = serialization.msgpack_serialize(_arrays(state))
-        checksum = hashlib.sha256(content).digest()
-        write_atomically(self._folder / str(int(state.step)), checksum + content)
-        for path in self._newest_first()[NUM_KEPT:]:
-            path.unlink()
+        """Saves `state` under its step; once this returns it is on the disk.
+
+        Raises:
+          OSError: the disk does not take it.
+        """
+        path = self._folder / str(int(state.step))
+        if self._is_first:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove(path.with_suffix(CHECKSUMS))
+            remove(path)
+        try:
+            with _quiet():
+                self._orbax.save(
+                    path,
+                    args=ocp.args.StandardSave(state),
+                    custom_metadata=_describe(state),
+                )
+            if self._is_first:
+                checksums = _checksums(path, sync=True)
+                write_atomically(path.with_suffix(CHECKSUMS), checksums)
+        except ValueError as error:  # what TensorStore makes of an OSError
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None:
+                raise
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        finally:
+            if self._is_first:
+                self._remove_old()
 
     def restore_latest(self, template: AnyState) -> AnyState | None:
         """Returns the newest state that is whole, or None where none was saved.
@@ -64,77 +98,90 @@ class Checkpoints:
             another kind of state.
         """
         paths = self._newest_first()
-        for number, path in enumerate(paths):
-            arrays = _read(path)
-            if arrays is None:
-                continue
-            state = _like(template, arrays, path)
-            for damaged in paths[:number] if jax.process_index() == 0 else ():
-                self.notices.append(
-                    f"The checkpoint of step {damaged.name} is damaged: it is kept as "
-                    f"{set_aside(damaged)}, and step {path.name} taken instead."
-                )
-            return state
-        if paths:
+        newest = next((path for path in paths if _is_whole(path)), None)
+        # Before Orbax waits for all processes, and the first one renames anything.
+        check_same(str(newest), "checkpoint")
+        if newest is None and paths:
             raise ConfigError(
                 f"None of the checkpoints in {self._folder} can be read: their "
                 "checksums do not fit. Without that folder the run starts again."
             )
-        return None
+        if newest is None:
+            return None
+        try:
+            state = self._read(newest, template)
+        except jax.errors.JaxRuntimeError:  # another process is gone
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{newest} is the checkpoint of another run or version: the names, "
+                "shapes or dtypes of its state are others, or Orbax cannot read it."
+            ) from error
+        for path in paths[: paths.index(newest)] if self._is_first else ():
+            self.notices.append(
+                f"The checkpoint of step {path.name} is damaged: it is kept as "
+                f"{set_aside(path)}, and step {newest.name} taken instead."
+            )
+            set_aside(path.with_suffix(CHECKSUMS))
+        return state
+
+    def _read(self, path: Path, template: AnyState) -> AnyState:
+        # Orbax itself would convert to other dtypes.
+        if self._orbax.metadata(path).custom_metadata != _describe(template):
+            raise ValueError("The state in the checkpoint is of another kind.")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        with _quiet():
+            state = self._orbax.restore(path, args=ocp.args.StandardRestore(abstract))
+        return cast("AnyState", state)
 
     def _newest_first(self) -> list[Path]:
-        found = [path for path in self._folder.glob("*") if path.name.isdecimal()]
+        found = [path.with_suffix("") for path in self._folder.glob("*" + CHECKSUMS)]
+        found = [path for path in found if path.name.isdecimal() and path.exists()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
+    def _remove_old(self) -> None:
+        """Removes all but the newest steps, and what killed processes left."""
+        kept = {path.name for path in self._newest_first()[:NUM_KEPT]}
+        # Checksums before what they are of, for a kill may come between.
+        for path in sorted(self._folder.iterdir(), key=Path.is_dir):
+            if path.suffix != ".damaged" and path.name.split(".")[0] not in kept:
+                with contextlib.suppress(OSError):  # writes that are still under way
+                    remove(path)
 
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    """Returns the arrays of a checkpoint, or None where it is damaged."""
+
+def _is_whole(path: Path) -> bool:
     try:
-        data = path.read_bytes()
+        checksums = path.with_suffix(CHECKSUMS).read_bytes()
+        return bool(checksums) and checksums == _checksums(path)
     except OSError:
-        return None
-    size = hashlib.sha256().digest_size
-    checksum, content = data[:size], data[size:]
-    if hashlib.sha256(content).digest() != checksum:
-        return None
-    arrays: Any = serialization.msgpack_restore(content)
-    # Files may have been exchanged.
-    return arrays if arrays.get(".step") == int(path.name) else None
+        return False
 
 
-def _arrays(state: State) -> dict[str, np.ndarray]:
+def _checksums(path: Path, *, sync: bool = False) -> bytes:
+    """Returns a line for each file in `path`, whose name has the step in it."""
+    lines = []
+    for name in sorted(name for name in path.rglob("*") if not name.is_dir()):
+        with name.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if sync:  # Orbax itself does so for the arrays only
+                os.fsync(file.fileno())
+        lines.append(f"{digest}  {name.relative_to(path.parent)}\n")
+    return "".join(lines).encode()
+
+
+def _describe(state: State) -> dict[str, str]:
     return {
-        jax.tree_util.keystr(path): np.asarray(_raw(leaf))
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 
-def _like(template: AnyState, arrays: dict[str, np.ndarray], path: Path) -> AnyState:
-    """Returns `arrays` as a state with the structure and shardings of `template`."""
-    like = {
-        name: (array.shape, array.dtype) for name, array in _arrays(template).items()
-    }
-    if like != {name: (array.shape, array.dtype) for name, array in arrays.items()}:
-        raise ConfigError(
-            f"{path} is the checkpoint of another run or version: the names, shapes or "
-            "dtypes of its state are others."
-        )
-
-    def place(name: Any, leaf: jax.Array) -> jax.Array:
-        array = arrays[jax.tree_util.keystr(name)]
-        raw = jax.make_array_from_callback(
-            array.shape, _raw(leaf).sharding, lambda index: array[index]
-        )
-        if not _is_key(leaf):
-            return raw
-        return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(leaf))
-
-    return jax.tree_util.tree_map_with_path(place, template)
-
-
-def _raw(leaf: jax.Array) -> jax.Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _is_key(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps off the screen what Orbax says besides what it raises."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    yield
+    # Not after an error: writes that are still under way then end in many more.
+    sys.unraisablehook = hook

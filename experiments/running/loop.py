@@ -18,7 +18,7 @@ from rich.console import Console
 import ngd_jax as ngd
 from experiments.running.checkpoints import Checkpoints
 from experiments.running.config import TrainConfig
-from experiments.running.distributed import any_process, check_same
+from experiments.running.distributed import any_process
 from experiments.running.interruption import StopRequest
 from experiments.running.learner import Learner, Rows, State
 from experiments.running.logs import plain_number
@@ -92,7 +92,6 @@ def _run(
     first_state = learner.first_state
     state = checkpoints.restore_latest(first_state) or first_state
     step = int(state.step)
-    check_same(str(step), "checkpoint")
     if step > config.steps:
         raise ConfigError(
             f"`steps` must be at least the {step} steps that the run in {folder} "

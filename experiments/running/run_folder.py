@@ -6,7 +6,7 @@ metrics.jsonl     one line for each step; the same bytes each time a run is repe
 timings.jsonl     one line for each dispatch: seconds of training until then
 result.json       losses and metrics after the last step, and seconds
 curves.png        the curves; tensorboard/ has them too
-checkpoints/      the training state
+checkpoints/      the training state, through Orbax, with checksums
 .lock             held by the process that trains here
 
 What was damaged by other hands is reported, and kept under its name with `.damaged`.
@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from experiments.running.config import TrainConfig, merge_resumed, read_config
 from experiments.running.settings import ConfigError
 
 __all__ = [
+    "CHECKSUMS",
     "choose_folder",
     "config_text",
     "describe_resumption",
@@ -45,6 +47,7 @@ __all__ = [
     "open_run",
     "plain_name",
     "read_json_lines",
+    "remove",
     "removed_if_empty",
     "set_aside",
     "shorten",
@@ -55,7 +58,8 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.yaml"
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+CHECKSUMS = ".sha256"  # follows the step of a checkpoint, which they make complete
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 
 def choose_folder(
@@ -174,7 +178,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def latest_step(folder: Path) -> int | None:
     """Returns the step of the newest checkpoint in a run folder, if any."""
-    names = (path.name for path in (folder / "checkpoints").glob("*"))
+    names = (path.stem for path in (folder / "checkpoints").glob("*" + CHECKSUMS))
     return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
@@ -283,4 +287,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def set_aside(path: Path) -> Path:
     """Renames what is damaged, and returns its new path."""
-    return path.replace(path.with_name(path.name + ".damaged"))
+    target = path.with_name(path.name + ".damaged")
+    remove(target)
+    return path.replace(target)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it, where it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

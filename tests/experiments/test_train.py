@@ -169,7 +169,7 @@ def assert_same_run(folder, other):
 def test_killed_process_resumes_to_the_same_bits(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = start_program(*LONG, f"hydra.run.dir={folder}")
-    wait_for(folder / "checkpoints" / "40", process)
+    wait_for(folder / "checkpoints" / "40.sha256", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "result.json").exists()
@@ -184,14 +184,14 @@ def test_killed_process_resumes_to_the_same_bits(uninterrupted, tmp_path):
 def test_interrupt_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     folder = tmp_path / "a run, stopped"  # quoted for the shell and for Hydra
     process = start_program(*LONG, f'hydra.run.dir="{folder}"')
-    wait_for(folder / "checkpoints" / "40", process)
+    wait_for(folder / "checkpoints" / "40.sha256", process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == program.EXIT_INTERRUPTED
     assert "Traceback" not in output
     last_line = output.splitlines()[-1]
     step = int(re.match(r"Stopped after step (\d+) of 1200", last_line)[1])
-    assert (folder / "checkpoints" / str(step)).is_file()
+    assert (folder / "checkpoints" / f"{step}.sha256").is_file()
     assert len(read_json_lines(folder / "metrics.jsonl")) == step
     [resume] = shlex.split(last_line.partition("experiments.train ")[2])
     status, output = run_program(resume)
@@ -315,7 +315,7 @@ def test_read_only_folder_is_an_error_of_one_line(uninterrupted, tmp_path):
 def test_second_process_on_a_folder_is_refused(command, tmp_path):
     folder = tmp_path / "run"
     process = start_program(*LONG, "steps=100000", f"hydra.run.dir={folder}")
-    wait_for(folder / "checkpoints" / "40", process)
+    wait_for(folder / "checkpoints" / "40.sha256", process)
     status, out, err = command(f"resume={folder}")
     assert (status, out) == (1, "")
     assert err.splitlines() == ["error: Another process is training in run."]

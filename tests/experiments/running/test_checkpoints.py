@@ -1,5 +1,6 @@
 import random
 import shutil
+import subprocess
 from collections import Counter
 
 import jax
@@ -29,6 +30,15 @@ def state():
     return first_state(make_config("optimizer=adam"))
 
 
+def test_double_precision_of_this_thread_alone_comes_back(tmp_path, state):
+    with jax.enable_x64(True):
+        third = jax.numpy.full(3, 1 / 3, jax.numpy.float64)
+        saved = state._replace(params={"x": third})
+        Checkpoints(tmp_path).save(saved)
+        template = state._replace(params={"x": 0 * third})
+        assert_same_bits(Checkpoints(tmp_path).restore_latest(template), saved)
+
+
 def test_an_empty_folder_has_no_latest(tmp_path, state):
     assert Checkpoints(tmp_path / "none").restore_latest(state) is None
 
@@ -38,21 +48,62 @@ def test_the_newest_few_are_kept(tmp_path, state):
     for step in range(1, NUM_KEPT + 3):
         checkpoints.save(at_step(state, step))
         checkpoints.save(at_step(state, step))  # the same once more
-    steps = sorted(int(path.name) for path in tmp_path.iterdir())
-    assert steps == list(range(3, NUM_KEPT + 3))
+    kept = range(3, NUM_KEPT + 3)
+    names = {name for step in kept for name in (f"{step}", f"{step}.sha256")}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
-@pytest.mark.parametrize("leftover", ["8.draft", "8"])
-def test_a_half_written_checkpoint_is_passed_over_and_replaced(
+def test_checksums_are_those_of_the_usual_program(tmp_path, state):
+    Checkpoints(tmp_path).save(at_step(state, 4))
+    if not shutil.which("sha256sum"):
+        pytest.skip("no sha256sum")
+    subprocess.run(["sha256sum", "-c", "4.sha256"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("leftover", ["8", "8.orbax-checkpoint-tmp", "8.sha256"])
+def test_what_a_killed_process_leaves_is_passed_over_and_replaced(
     tmp_path, state, leftover
 ):
+    """A step without checksums, one that Orbax has not committed, or no step."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(at_step(state, 4))
-    whole = (tmp_path / "4").read_bytes()
-    (tmp_path / leftover).write_bytes(whole[: len(whole) // 2])
+    checkpoints.save(at_step(state, 8))
+    (tmp_path / "8").replace(tmp_path / "between")
+    checksums = (tmp_path / "8.sha256").read_bytes()
+    (tmp_path / "8.sha256").unlink()
+    if leftover == "8.sha256":
+        shutil.rmtree(tmp_path / "between")
+        (tmp_path / leftover).write_bytes(checksums)
+    else:
+        (tmp_path / "between").replace(tmp_path / leftover)
     assert_same_bits(checkpoints.restore_latest(state), at_step(state, 4))
+    assert checkpoints.notices == []
     checkpoints.save(at_step(state, 8))
     assert_same_bits(checkpoints.restore_latest(state), at_step(state, 8))
+    names = {"4", "4.sha256", "8", "8.sha256"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_what_was_left_half_written_is_removed_by_a_later_step(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (4, 8):
+        checkpoints.save(at_step(state, step))
+    (tmp_path / "8.sha256").unlink()
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    checkpoints.save(at_step(state, 12))
+    names = {"4", "4.sha256", "12", "12.sha256"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_step_that_is_damaged_twice_is_set_aside_twice(tmp_path, state):
+    for _ in range(2):
+        checkpoints = Checkpoints(tmp_path)
+        for step in (4, 8):
+            checkpoints.save(at_step(state, step))
+        delete(tmp_path / "8" / "_METADATA", None)
+        assert_same_bits(checkpoints.restore_latest(state), at_step(state, 4))
+        assert len(checkpoints.notices) == 1
+    assert (tmp_path / "8.damaged").is_dir()
 
 
 def test_the_checkpoint_of_another_run_is_an_error_and_stays(tmp_path, state):
@@ -63,9 +114,16 @@ def test_the_checkpoint_of_another_run_is_an_error_and_stays(tmp_path, state):
     assert (tmp_path / "0").exists()
 
 
+def test_the_checkpoint_of_other_dtypes_is_an_error(tmp_path, state):
+    Checkpoints(tmp_path).save(state)
+    other = state._replace(step=state.step.astype(jax.numpy.int16))
+    with pytest.raises(ConfigError, match="of another run or version"):
+        Checkpoints(tmp_path).restore_latest(other)
+
+
 def test_where_all_are_damaged_it_is_an_error_and_they_stay(tmp_path, state):
     Checkpoints(tmp_path).save(state)
-    (tmp_path / "0").write_bytes(b"")
+    (tmp_path / "0" / "_METADATA").write_bytes(b"")
     with pytest.raises(ConfigError, match="None of the checkpoints"):
         Checkpoints(tmp_path).restore_latest(state)
     assert (tmp_path / "0").exists()
@@ -106,11 +164,8 @@ def make_a_folder_of_it(path, draws):
     path.mkdir()
 
 
-def swap_with_the_one_before(path, draws):
-    other, between = path.with_name("8"), path.with_name("between")
-    path.replace(between)
-    other.replace(path)
-    between.replace(other)
+def add_another(path, draws):
+    path.with_name("another").write_bytes(draws.randbytes(9))
 
 
 DAMAGES = (
@@ -120,31 +175,51 @@ DAMAGES = (
     put_garbage,
     delete,
     make_a_folder_of_it,
-    swap_with_the_one_before,
+    add_another,
 )
 
 
-def test_whatever_happens_to_the_newest_it_is_right_or_left_behind(tmp_path, state):
-    whole, folder = tmp_path / "whole", tmp_path / "damaged"
+def swap(path, other):
+    between = path.with_name("between")
+    path.replace(between)
+    other.replace(path)
+    between.replace(other)
+
+
+def contents(folder):
+    """Every file of the newest step and its checksums."""
+    paths = [folder / "12.sha256", *(folder / "12").rglob("*")]
+    return {
+        path.relative_to(folder): path.read_bytes() for path in paths if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, state):
+    folder = tmp_path_factory.mktemp("whole")
     for step in (4, 8, 12):
-        Checkpoints(whole).save(at_step(state, step))
-    newest = (whole / "12").read_bytes()
+        Checkpoints(folder).save(at_step(state, step))
+    return folder
+
+
+@pytest.mark.parametrize("number", [20, pytest.param(130, marks=pytest.mark.long)])
+def test_whatever_happens_to_the_newest_it_is_right_or_left_behind(
+    whole, tmp_path, state, number
+):
+    folder = tmp_path / "damaged"
+    as_saved = contents(whole)
     draws, counts = random.Random(0), Counter()
-    for number in range(130):
+    for index in range(number):
         shutil.copytree(whole, folder)
-        damage = DAMAGES[number % len(DAMAGES)]
-        damage(folder / "12", draws)
-        path = folder / "12"
-        is_as_before = path.is_file() and path.read_bytes() == newest
-        has_newest = path.exists()
+        damage = DAMAGES[index % len(DAMAGES)]
+        name = "12.sha256" if index % 5 == 0 else draws.choice(sorted(as_saved))
+        damage(folder / name, draws)
+        is_as_saved = contents(folder) == as_saved
+        has_checksums = (folder / "12.sha256").exists()
         checkpoints = Checkpoints(folder)
         restored = checkpoints.restore_latest(state)
-        if is_as_before:  # zeros upon zeros
-            step, reported = 12, 0
-        elif damage is swap_with_the_one_before:
-            step, reported = 4, 2
-        else:
-            step, reported = 8, int(has_newest)
+        step = 12 if is_as_saved else 8  # zeros upon zeros
+        reported = int(has_checksums and not is_as_saved)
         assert_same_bits(restored, at_step(state, step))
         assert len(checkpoints.notices) == reported
         assert (folder / "12.damaged").exists() == bool(reported)
@@ -154,5 +229,34 @@ def test_whatever_happens_to_the_newest_it_is_right_or_left_behind(tmp_path, sta
         assert_same_bits(again.restore_latest(state), restored)
         assert again.notices == []
         shutil.rmtree(folder)
-    assert counts.total() == 130
-    assert counts[8] >= 100
+    assert counts.total() == number
+    assert counts[8] >= 0.8 * number
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("",),
+        (".sha256",),
+        ("", ".sha256"),
+        ("/_CHECKPOINT_METADATA",),
+        ("/manifest.ocdbt",),
+    ],
+)
+def test_exchanged_files_are_damage(whole, tmp_path, state, names):
+    folder = tmp_path / "exchanged"
+    shutil.copytree(whole, folder)
+    for name in names:
+        swap(folder / f"12{name}", folder / f"8{name}")
+    checkpoints = Checkpoints(folder)
+    assert_same_bits(checkpoints.restore_latest(state), at_step(state, 4))
+    assert len(checkpoints.notices) == 2
+
+
+def test_without_the_newest_folder_the_one_before_is_taken(whole, tmp_path, state):
+    folder = tmp_path / "deleted"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "12")
+    checkpoints = Checkpoints(folder)
+    assert_same_bits(checkpoints.restore_latest(state), at_step(state, 8))
+    assert checkpoints.notices == []

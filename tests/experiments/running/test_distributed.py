@@ -161,7 +161,7 @@ def test_two_processes_go_on_where_one_was_stopped(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     for step in ("1100", "1200"):
-        (folder / "checkpoints" / step).unlink()
+        (folder / "checkpoints" / f"{step}.sha256").unlink()
     status, output = run_program(f"resume={folder}", TWO)
     assert status == 0, output
     assert "continues after step 1000," in output
@@ -172,7 +172,7 @@ def stop_two_processes(folder, stop):
     """Starts a long run, calls `stop(launcher, workers)`; returns status and output."""
     launcher = start_program(*LONG, TWO, f"hydra.run.dir={folder}")
     try:
-        wait_for(folder / "checkpoints" / "100", launcher)
+        wait_for(folder / "checkpoints" / "100.sha256", launcher)
         pids = worker_pids(folder)
         assert len(pids) == 2
         stop(launcher.pid, pids)
@@ -186,7 +186,7 @@ def stop_two_processes(folder, stop):
 
 
 def assert_one_process_finishes(folder, step, uninterrupted):
-    assert (folder / "checkpoints" / str(step)).is_file()
+    assert (folder / "checkpoints" / f"{step}.sha256").is_file()
     assert not (folder / "result.json").exists()
     train_config(recorded_config(folder), folder)
     assert_same_numbers(folder, uninterrupted, rtol=1e-3)
@@ -236,7 +236,7 @@ def test_stopping_one_stops_all_at_one_step(uninterrupted, tmp_path, number, tar
 def test_processes_stop_when_their_launcher_is_killed(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     launcher = start_program(*LONG, TWO, f"hydra.run.dir={folder}")
-    wait_for(folder / "checkpoints" / "100", launcher)
+    wait_for(folder / "checkpoints" / "100.sha256", launcher)
     launcher.kill()
     # The pipe closes once the workers, who write to it, have ended.
     output, _ = launcher.communicate(timeout=300)

@@ -106,7 +106,7 @@ class TestEveryOptimizer:
         config, folder, result = run
         resumed = tmp_path / "resumed"
         shutil.copytree(folder, resumed)
-        (resumed / "checkpoints" / "6").unlink()
+        (resumed / "checkpoints" / "6.sha256").unlink()
         metrics = resumed / "metrics.jsonl"
         metrics.write_bytes(metrics.read_bytes()[:-10])
         assert_same_bits(train_config(config, resumed).state, result.state)

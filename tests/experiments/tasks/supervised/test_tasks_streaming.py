@@ -122,8 +122,8 @@ class TestRuns:
         config, folder, result = streamed
         resumed = tmp_path / "resumed"
         shutil.copytree(folder, resumed)
-        for path in (resumed / "checkpoints").iterdir():
-            if int(path.name) >= step:
+        for path in (resumed / "checkpoints").glob("*.sha256"):
+            if int(path.stem) >= step:
                 path.unlink()
         assert_same_bits(train_config(config, resumed).state, result.state)
         metrics = (resumed / "metrics.jsonl").read_bytes()

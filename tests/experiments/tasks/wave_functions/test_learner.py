@@ -76,7 +76,7 @@ def test_resumes_to_the_same_bits(tmp_path, overrides):
     whole = train(tmp_path / "whole", "model=rbm", *overrides)
     folder = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole", folder)
-    (folder / "checkpoints" / str(whole.steps)).unlink()
+    (folder / "checkpoints" / f"{whole.steps}.sha256").unlink()
     again = train(folder, "model=rbm", *overrides)
     assert_same_bits(again.state, whole.state)
     metrics = (folder / "metrics.jsonl").read_bytes()
