@@ -120,7 +120,7 @@ class Auto(Solver):
             solver = Cholesky()
         elif num_outputs < self.share * num_params:
             solver = _along_factors(self.otherwise)
-            reason += f" There are fewer than {self.share:g} outputs for a parameter."
+            reason += f" There are fewer than {self.share:g} outputs per parameter."
         else:
             solver = self.otherwise
         return Choice(solver, f"{type(solver).__name__}, {reason}")

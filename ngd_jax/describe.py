@@ -14,8 +14,9 @@ import optax
 
 from ngd_jax import dense, kfac, layers, tree
 from ngd_jax.auto import Auto
+from ngd_jax.damping import CovariantDamping
 from ngd_jax.fisher import Fisher
-from ngd_jax.likelihoods import Gaussian
+from ngd_jax.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from ngd_jax.solvers.protocol import Solver, SolverStatus, random_like
 from ngd_jax.transform import natural_gradient
 from ngd_jax.transform.arguments import Settings, split_functions
@@ -139,19 +140,27 @@ def describe(
             solver, reason = solver.choose(fisher)
         num_examples = sum(mu.size for mu in fisher.measure)
         sizes = f"{num_params} parameters, {dense.real_size(fisher.outputs)} outputs"
+        examples = "1 example" if num_examples == 1 else f"{num_examples} examples"
         summary = [
-            f"{sizes} of {num_examples} examples, {settings.likelihood!r}",
+            f"{sizes} of {examples}, {settings.likelihood!r}",
+            *_doubts(fisher),
             f"solver: {solver!r}",
             *([f"chosen by Auto: {reason}"] if reason else []),
         ]
         claims = _claims(solver, fisher)
         found.update(solver=solver, summary=summary, claims=claims)
         found["outputs"] = dense.real_size(fisher.outputs) / max(1, num_examples)
-        errors = _errors(fisher, solver)
-        if isinstance(settings.likelihood, Gaussian) and loss_fn is not None:
-            cotangents = jax.grad(loss_fn)(fisher.outputs, fisher.batch)
-            residuals = fisher.sqrt_solve(cotangents)
-            errors["distance"] = tree.vdot(residuals, residuals) / 2
+        finite = {"finite": tree.all_finite((fisher.params, fisher.outputs))}
+        errors = finite | _errors(fisher, solver)
+        errors["damping"] = _relative_damping(step, fisher, params)
+        is_natural = isinstance(settings.likelihood, _NATURAL)
+        if is_natural and fisher.kind == "exact" and loss_fn is not None:
+            ratio = _relative_curvature(loss_fn, fisher)
+            errors["loss"] = jnp.abs(ratio - 1)
+            if isinstance(settings.likelihood, Gaussian):
+                cotangents = jax.grad(loss_fn)(fisher.outputs, fisher.batch)
+                residuals = fisher.sqrt_solve(tree.divide(cotangents, ratio))
+                errors["distance"] = tree.vdot(residuals, residuals) / 2
         return errors
 
     errors = errors_of(params, batch)
@@ -188,6 +197,42 @@ def _step_of(tx_or_settings: Any) -> NaturalGradientStep:
     return step
 
 
+def _relative_damping(
+    step: NaturalGradientStep, fisher: Fisher, params: Params
+) -> Array:
+    """λ of the first step / tr F, by one random vector for which E‖Aᵀu‖² = tr F."""
+    rule = step.settings.damping
+    if isinstance(rule, CovariantDamping):
+        fisher = rule.coordinates(fisher)
+    damping = step.damping(step.init(params), fisher)
+    like = jax.eval_shape(fisher.metric.sqrt_matvec, fisher.outputs)
+    signs = random_like(jax.random.rademacher, jax.random.key(3), like)
+    root = fisher.sqrt_rmatvec(signs)
+    trace = tree.vdot(root, root)
+    return jnp.where(trace > 0, damping / jnp.where(trace > 0, trace, 1), 0)
+
+
+def _doubts(fisher: Fisher) -> list[str]:
+    """What is legal, and may not be what is meant."""
+    leading = {jnp.shape(x)[0] for x in jax.tree.leaves(fisher.batch) if jnp.ndim(x)}
+    examples = {mu.shape[:1] for mu in fisher.measure}
+    if not leading or any(size and size[0] in leading for size in examples):
+        return []
+    note = (
+        "note: no leaf of the batch has that many examples in front; is their number "
+        "right? See `event_ndims` of the likelihood, and the axes of the outputs."
+    )
+    return [note]
+
+
+def _relative_curvature(loss_fn: Callable, fisher: Fisher) -> Array:
+    """tᵀ (∂²loss) t / tᵀ μ H t for random tangents t of the outputs: 1 for -log p."""
+    tangents = optax.tree.cast_like(_random(4, fisher.outputs), fisher.outputs)
+    slope = jax.grad(lambda outputs: loss_fn(outputs, fisher.batch))
+    bend = jax.jvp(slope, (fisher.outputs,), (tangents,))[1]
+    return tree.vdot(tangents, bend) / fisher.inner(tangents, tangents)
+
+
 def _radius(
     settings: Settings, num_outputs: float, distance: Array | None
 ) -> list[str]:
@@ -198,7 +243,7 @@ def _radius(
     if not isinstance(max_kl, int | float | jax.Array):
         return []
     max_kl, likelihood = float(max_kl), settings.likelihood
-    words = f"radius: {max_kl:.3g} nats an example"
+    words = f"radius: {max_kl:.3g} nats per example"
     if getattr(likelihood, "kl_curvature", 1.0) == 1.0 and num_outputs > 0:
         whole = math.sqrt(2 * max_kl)
         words += f", which is {whole:.2g} standard deviations of its prediction"
@@ -208,6 +253,8 @@ def _radius(
     if distance is not None and max_kl > 0:
         num_steps = math.ceil(math.sqrt(float(distance) / max_kl))
         words += f"; the targets are at least {num_steps} such steps away"
+    elif isinstance(likelihood, Gaussian):
+        words += "; `loss_fn=` of describe tells how far the targets are"
     return [words]
 
 
@@ -225,9 +272,20 @@ def _claims(solver: Solver, fisher: Fisher) -> list[str]:
     return [words] * len(jax.tree.leaves(fisher.params))
 
 
+# With outputs whose curvature of -log p does not depend on the targets: it is H.
+_NATURAL = (Bernoulli, Categorical, Gaussian, Poisson)
 # What the checks below hold, and what to do if they do not.
 _LIKELIHOOD = "Correct `kl` of the likelihood."
 _BUG = "This is a bug of ngd_jax: please report it."
+_SCALE = (
+    "The loss is on another scale than the likelihood (a sum over the batch, a mean "
+    "over the outputs, no factor ½, another event_ndims), by a factor of 1 + the error "
+    "or 1 - it. See the page on loss and likelihood."
+)
+_DROWNED = (
+    "Damping drowns F: the step is a short one along the plain gradient. Give less "
+    "damping or a RelativeDamping; a likelihood with a scale s divides F by s²."
+)
 _CLAIMS = {
     "symmetry": ("F is symmetric", _BUG),
     "zero": ("the KL of equal outputs is 0", _LIKELIHOOD),
@@ -236,6 +294,14 @@ _CLAIMS = {
     "sign": ("the KL of a short step is not negative", _LIKELIHOOD),
     "layers": ("the layers found add up to the gradient", _BUG),
     "factors": ("M of the Kronecker factors is symmetric and positive", _BUG),
+    "loss": (
+        "the loss has the curvature of the mean of -log p in the outputs",
+        _SCALE,
+    ),
+    "damping": (
+        "λ is below the sum of all eigenvalues of F, as λ / tr F",
+        _DROWNED,
+    ),
 }
 
 
@@ -297,16 +363,26 @@ def _error_of_layers(fisher: Fisher) -> Array:
 
 
 def _checks(errors: dict[str, Array], params: Params, solver: Solver) -> list[Check]:
+    if not errors["finite"]:
+        claim = "the parameters and the outputs on this batch are finite"
+        advice = (
+            "Look for NaN in the batch and in the parameters; nothing else was checked."
+        )
+        return [Check(claim, float("inf"), 0.0, advice)]
     eps = float(jnp.finfo(tree.accumulator_dtype(params)).eps)
     checks = [
-        Check(claim, float(errors[name]), eps**0.5, advice)
+        Check(
+            claim, float(errors[name]), 1.0 if name == "damping" else eps**0.5, advice
+        )
         for name, (claim, advice) in _CLAIMS.items()
         if name in errors
     ]
     if "status" in errors:
         status = SolverStatus(int(errors["status"]))
         is_refused = status.name in ("NOT_SEPARABLE", "NON_FINITE", "BREAKDOWN")
-        claim = f"{type(solver).__name__} solves a random system: {status.name}"
+        claim = f"{type(solver).__name__} on a random system: {status.name}"
+        if status == SolverStatus.MAX_STEPS:
+            claim += ", its budget, as intended"
         tolerance = -1.0 if is_refused else float("inf")
         error = float(errors["solve"])
         checks.append(Check(claim, error, tolerance, status.message))

@@ -10,6 +10,7 @@ Knows models and likelihoods, and nothing of solvers, steps or Optax.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, Unpack, cast, get_args
 
@@ -548,7 +549,7 @@ def linearize_fisher(
         outputs = map_microbatches(lambda b: model_fn(params, b), batch, chunks)
     if kind == "sampled":
         targets = likelihood.sample(cast("KeyArray", key), outputs)
-    return Fisher(
+    fisher = Fisher(
         model_fn=model_fn,
         params=params,
         batch=batch,
@@ -563,6 +564,23 @@ def linearize_fisher(
         linearization=linearization,
         chunks=chunks,
     )
+    _warn_of_one_example(fisher)
+    return fisher
+
+
+def _warn_of_one_example(fisher: Fisher) -> None:
+    """Outputs `[N]` of one example are legal, and seldom what is meant."""
+    sizes = {jnp.shape(leaf) for leaf in jax.tree.leaves(fisher.outputs)}
+    is_one = all(mu.shape == () for mu in fisher.measure) and len(sizes) == 1
+    (size,) = sizes if is_one else ((),)
+    leaves = jax.tree.leaves(fisher.batch)
+    if len(size) == 1 and size[0] > 1 and any(jnp.shape(x)[:1] == size for x in leaves):
+        warnings.warn(
+            f"Outputs of shape {size} are one example of {size[0]} numbers for "
+            f"{fisher.likelihood!r}. If they are {size[0]} examples of one number "
+            f"each, give it event_ndims=0; a Categorical needs logits [N, K].",
+            stacklevel=3,
+        )
 
 
 def fisher_vector_product(

@@ -147,13 +147,101 @@ def test_the_radius_is_said_in_units_of_predictions_and_targets(scale):
         return str(ngd.describe(settings, jnp.zeros((2, 3)), batch, loss_fn=loss))
 
     text = summary(loss_fn, max_kl=0.1)
-    assert "radius: 0.1 nats an example" in text
+    assert "radius: 0.1 nats per example" in text
     assert "0.45 standard deviations of its prediction, or 0.26 in each" in text
     # KL = 3 · 77² / (2 scale²)
     steps = math.ceil(math.sqrt(1.5 * (77 / scale) ** 2 / 0.1))
     assert f"at least {steps} such steps away" in text
     assert "such steps" not in summary(max_kl=lambda count: 0.2 / (1 + count))
     assert "radius: 0.2 nats" in summary(max_kl=lambda count: 0.2 / (1 + count))
+    assert "`loss_fn=` of describe" in summary(max_kl=0.2)
     assert "radius" not in summary()
     rule = ngd.contrib.RelativeRadius()
     assert "radius:" not in summary(max_kl=rule, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("scale", "damping", "holds"),
+    [
+        (1.0, 1e-3, True),
+        (1e4, 1e-3, False),
+        (1e4, ngd.RelativeDamping(1e-3), True),
+        (1e4, ngd.CovariantDamping(1e-3, jnp.full((2, 3), 1e4)), True),
+        (1e4, ngd.LevenbergMarquardt(initial=1.0), False),
+    ],
+)
+def test_damping_that_drowns_the_metric_is_noticed(scale, damping, holds):
+    settings = {
+        "learning_rate": 1.0,
+        "model_fn": lambda w, batch: batch @ w,
+        "likelihood": ngd.Gaussian(scale=scale),
+        "damping": damping,
+    }
+    if isinstance(damping, ngd.LevenbergMarquardt):
+        settings["loss_fn"] = lambda outputs, _: jnp.mean(outputs**2)
+    found = ngd.describe(settings, jnp.zeros((2, 3)), jnp.ones((6, 2)))
+    (check,) = (check for check in found.checks if "tr F" in check.claim)
+    assert check.holds == holds
+
+
+def check_of(found, words):
+    (check,) = (check for check in found.checks if words in check.claim)
+    return check
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "loss", "factor"),
+    [
+        (ngd.Gaussian(), lambda z, y: optax.l2_loss(z, y).sum(-1).mean(), 1),
+        (ngd.Gaussian(), lambda z, y: ((z - y) ** 2).mean(), 2 / 3),
+        (ngd.Gaussian(), lambda z, y: optax.l2_loss(z, y).sum(), 6),
+        (ngd.Bernoulli(), lambda z, _: jax.nn.softplus(z).sum(-1).mean(), 1),
+        (ngd.Categorical(), lambda z, _: jax.nn.logsumexp(z, -1).mean(), 1),
+        (ngd.Categorical(), lambda z, _: jax.nn.logsumexp(z, -1).sum(), 6),
+    ],
+)
+def test_a_loss_on_another_scale_than_the_likelihood_is_noticed(
+    likelihood, loss, factor
+):
+    keys = jax.random.split(jax.random.key(0), 3)
+    batch = {k: jax.random.normal(keys[i], (6, 3)) for i, k in enumerate("xy")}
+    settings = {
+        "learning_rate": 1.0,
+        "model_fn": lambda w, batch: batch["x"] @ w,
+        "likelihood": likelihood,
+    }
+    w = jax.random.normal(keys[2], (3, 3))
+    found = ngd.describe(
+        settings, w, batch, loss_fn=lambda z, batch: loss(z, batch["y"])
+    )
+    check = check_of(found, "curvature of the mean")
+    assert check.error == pytest.approx(abs(factor - 1), abs=1e-5)
+    assert check.holds == (factor == 1)
+
+
+def test_what_is_not_finite_is_said_first(problem):
+    params, batch = problem
+    settings = {"learning_rate": 1.0, "model_fn": network}
+    settings["likelihood"] = ngd.Gaussian()
+    batch = {"x": batch["x"].at[0, 0].set(jnp.nan)}
+    (check,) = ngd.describe(settings, params, batch).checks
+    assert not check.holds
+    assert "finite" in check.claim
+
+
+@pytest.mark.parametrize(
+    "likelihood", [ngd.Gaussian(), ngd.Bernoulli(), ngd.Categorical()]
+)
+def test_a_batch_that_counts_as_one_example_is_noticed(likelihood):
+    settings = {
+        "learning_rate": 1.0,
+        "model_fn": lambda w, x: x @ w,
+        "likelihood": likelihood,
+    }
+    with pytest.warns(UserWarning, match="are one example of 6 numbers"):
+        found = ngd.describe(settings, jnp.ones(2), jnp.ones((6, 2)))
+    assert "6 outputs of 1 example, " in found.summary[0]
+    assert "no leaf of the batch" in found.summary[1]
+    settings["model_fn"] = lambda w, x: (x @ w)[:, None] * jnp.ones(3)
+    found = ngd.describe(settings, jnp.ones(2), jnp.ones((6, 2)))
+    assert not any("note" in line for line in found.summary)

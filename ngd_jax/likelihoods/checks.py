@@ -104,7 +104,11 @@ def check_number(
 ) -> None:
     """Raises unless `value` is finite, of `kind` or int, and not below (or at) zero."""
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        what = "an integer" if kind is int else "a Python number (it is static)"
+        what = (
+            "an integer"
+            if kind is int
+            else "a Python number (it is static: float(x) makes one)"
+        )
         raise TypeError(f"`{name}` must be {what}, got {describe(value)}.")
     if not math.isfinite(value) or value < 0 or (is_positive and value == 0):
         rule = "must be positive" if is_positive else "must not be negative"

@@ -97,6 +97,13 @@ class Settings:
     def _check_types(self) -> None:
         if not callable(self.model_fn):
             raise TypeError(f"`model_fn` must be callable, got {type(self.model_fn)}.")
+        origins = {base.__module__ for base in type(self.model_fn).__mro__}
+        for library in ("linen", "nnx"):
+            if any(origin.startswith(f"flax.{library}.") for origin in origins):
+                raise TypeError(
+                    f"`model_fn` must be a function (params, batch) -> outputs, got a "
+                    f"module of Flax: wrap it in ngd_jax.flax.{library}_model_fn."
+                )
         is_likelihood = hasattr(self.likelihood, "kl")
         if isinstance(self.likelihood, type) or not is_likelihood:
             raise TypeError(

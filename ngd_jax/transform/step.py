@@ -97,8 +97,9 @@ class NaturalGradientStep:
             if given is None:
                 raise ValueError(
                     f"`{name}` is missing: call tx.update(grads, state, params, "
-                    f"batch=batch) with the batch that the gradient was taken on. The "
-                    f"metric is that of the model at its parameters, on that batch."
+                    f"batch=batch), or optimizer.update(model, grads, batch=batch) of "
+                    f"nnx.Optimizer, with the batch that the gradient was taken on. "
+                    f"The metric is that of the model at its parameters, on that batch."
                 )
         params, model_from = split_functions(params)
         check_params(params)
@@ -274,7 +275,7 @@ class NaturalGradientStep:
             params_from = settings.damping.params_from
             fisher = settings.damping.coordinates(fisher)  # checks the scales
             gradient = adjoint(params_from, gradient)(gradient)
-        damping = self._damping(state, fisher)
+        damping = self.damping(state, fisher)
         damping = damping.astype(tree.accumulator_dtype(gradient))
 
         pulled, pulled_pushed, guess, coefficients = None, None, None, rhs_of_outputs
@@ -332,7 +333,8 @@ class NaturalGradientStep:
         # JAX's gradient of a complex output is the conjugate of the steepest ascent.
         return fisher.sqrt_solve(jax.tree.map(jnp.conj, cotangents))
 
-    def _damping(self, state: NaturalGradientState, fisher: Fisher) -> Array:
+    def damping(self, state: NaturalGradientState, fisher: Fisher) -> Array:
+        """λ of a step, in the coordinates of `fisher`."""
         rule = self.settings.damping_rule
         if isinstance(rule, LevenbergMarquardt):
             return state.damping

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 import ngd_jax as ngd
 from tests.transform.problems import make_problem, model_fn
@@ -37,6 +39,11 @@ CONSTRUCTION = {
     ),
     "name for likelihood": ({"likelihood": "categorical"}, "`likelihood` must be"),
     "model that is none": ({"model_fn": {}}, "`model_fn` must be callable"),
+    "module of linen": ({"model_fn": nn.Dense(1)}, "wrap it in .*linen_model_fn"),
+    "module of nnx": (
+        {"model_fn": nnx.Linear(1, 1, rngs=nnx.Rngs(0))},
+        "wrap it in .*nnx_model_fn",
+    ),
     "solver that is none": (
         {"solver": "cg"},
         r"`solver` must be an ngd_jax\.Solver such as ngd_jax\.CG\(\), got 'cg'",
