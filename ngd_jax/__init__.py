@@ -3,8 +3,8 @@
     import ngd_jax as ngd
     tx = ngd.natural_gradient(1.0, model_fn, ngd.Categorical(), max_kl=0.1)
 
-`ngd_jax.flax` holds the adapters for Flax, `ngd_jax.contrib` what the core can do
-without; both are imported when they are first used.
+`ngd_jax.flax` holds the adapters for Flax, `ngd_jax.contrib` the optional parts; both
+are imported on first use.
 """
 
 import importlib

@@ -3,8 +3,8 @@
     λ = ratio · tr F / P,    λ by actual against predicted reduction,    λD for λI
 
 λ is in units of F as this library defines it, a mean over examples without a factor ½.
-A library that sums over N examples needs N times the number, one whose matrix is half
-or twice ours half or twice.
+A library that sums over N examples needs N times the number; one whose matrix is half
+or twice ours needs half or twice the number.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class RelativeDamping:
     """λ = ratio · tr(F) / P: damping in units of the mean eigenvalue of F.
 
     Follows the scale of the model, so that one number serves outputs in any units.
-    The trace is exact, so a step costs about as many more backward passes as an
-    example has outputs; see `fisher_diagonal`.
+    The trace is exact, so a step costs about one more backward pass for each output of
+    an example; see `fisher_diagonal`.
 
     Attributes:
       ratio: positive.
@@ -64,8 +64,8 @@ class LevenbergMarquardt:
         ρ = (f(θ) - f(θ + δ)) / (-gᵀδ - ½ δᵀFδ)
 
     λ grows by `increase` where ρ < `low` (or is not a number) and shrinks by `decrease`
-    where ρ > `high`. The tests are written without the division, so that NaN counts as
-    the worst outcome. A step with ρ < `reject` is refused: parameters stay, λ grows.
+    where ρ > `high`. The tests are written without division, so that NaN counts as the
+    worst outcome. A step with ρ < `reject` is refused: parameters stay, λ grows.
 
     Attributes:
       initial: λ of the first step.
@@ -76,7 +76,8 @@ class LevenbergMarquardt:
       reject: ρ below which the step is refused; minus infinity refuses none.
       minimum: λ never falls below.
       maximum: λ never rises above.
-      every: λ is adapted at every so many steps taken, and at refused ones.
+      every: the number of steps taken between changes of λ; a refused step also changes
+        it.
 
     Example:
       >>> rule = LevenbergMarquardt(initial=1.0)
@@ -130,7 +131,7 @@ class LevenbergMarquardt:
           predicted: -gᵀδ - ½ δᵀFδ.
         """
         actual, predicted = jnp.asarray(actual), jnp.asarray(predicted)
-        # A step so long that the model itself predicts a rise was too long.
+        # If even the model predicts a rise, the step was too long.
         grow = ~(actual >= self.low * predicted) | (predicted < 0)
         shrink = actual > self.high * predicted
         factor = jnp.where(grow, self.increase, jnp.where(shrink, self.decrease, 1.0))
@@ -150,9 +151,10 @@ class CovariantDamping:
         (F + λD) d = g,    D = S⁻ᵀ S⁻¹,    S = diag(scales), or any linear map
 
     λI treats all parameters as if they were measured in one unit, and so depends on how
-    the network is written. With D you say what a change of size one is: the damping
-    treats the coordinates φ with θ = S φ as equal. Write the network anew as θ' = T θ,
-    take S' = T S, and the step is the same function of the inputs, exactly.
+    the network is parametrised. With D you say what a change of size one is: the
+    damping treats the coordinates φ, with θ = S φ, as equal. Reparametrise the network
+    as θ' = T θ with S' = T S, and the step changes the network's function in exactly
+    the same way.
 
     Attributes:
       damping: λ: a number, a schedule, a `RelativeDamping` or a `LevenbergMarquardt`.
@@ -201,13 +203,13 @@ class CovariantDamping:
         """The Fisher in the coordinates φ, in which this damping is λI.
 
         Raises:
-          ValueError: at trace time, if the scales have another structure than the
-            parameters or do not broadcast to them.
+          ValueError: at trace time, if the structure of the scales differs from that of
+            the parameters, or they do not broadcast to them.
         """
         wide = tree.zeros_like_wide(fisher.params)
         scales = None if callable(self.scales) else self.scales
         if scales is not None:
-            # Scales broadcast, so only the structure is theirs to match.
+            # Scales broadcast, so only their structure has to match.
             structures = (jax.tree.map(lambda _: 0, one) for one in (scales, wide))
             tree.check_like(*structures, name="scales", like_name="params")
         moved = jax.eval_shape(self.params_from, wide)

@@ -2,10 +2,10 @@
 
     A = [√μₙ Bₙᵀ Jₙ]ₙ,    F = Aᵀ A,    diag F = Σ (rows of A)²
 
-Made of the rows of single examples where these are rows of A: what is made of rows is
-held against `fisher.sqrt_matvec`, which is right for every model, and where it differs,
-columns and products take its place. All in real coordinates. Sits above `Fisher`, and
-knows nothing of solvers.
+Built from the rows of single examples where these are rows of A: results from rows are
+checked against `fisher.sqrt_matvec`, which is right for every model, and if they
+differ, columns and products are used instead. All in real coordinates. Sits above
+`Fisher`, and knows nothing of solvers.
 """
 
 from collections.abc import Callable
@@ -43,12 +43,12 @@ _FEW_ROWS = 4
 
 
 def dense_root(fisher: Fisher) -> Float[Array, "M P"]:
-    """A, what `fisher.sqrt_matvec` multiplies by: F = Aᵀ A.
+    """A, the matrix of `fisher.sqrt_matvec`: F = Aᵀ A.
 
-    The condition number of A is the square root of that of F, so that what is solved
-    with A keeps the digits that F has lost. Made of rows, one backward pass for each
-    coefficient of an example; for a model that mixes its examples, of columns, one
-    `jvp` for each parameter.
+    The condition number of A is the square root of that of F, so solutions with A keep
+    the digits that F has lost. Built from rows, one backward pass for each coefficient
+    of an example; for a model that mixes its examples, from columns, one `jvp` for each
+    parameter.
     """
 
     def put(matrix: Array, rows: Array, place: Array, _is_new: Array) -> Array:
@@ -70,8 +70,9 @@ def dense_root(fisher: Fisher) -> Float[Array, "M P"]:
 def dense(fisher: Fisher) -> Float[Array, "P P"]:
     """F as a matrix, in real coordinates of the parameters (see `ravel_real`).
 
-    Made of rows, block by block of examples, where an example has at most four; else,
-    and for a model that mixes its examples, of one product for each parameter.
+    Built from rows, one block of examples at a time, if an example has at most four;
+    otherwise, and for a model that mixes its examples, from one product for each
+    parameter.
     """
 
     def from_products() -> Array:
@@ -96,8 +97,8 @@ def dense(fisher: Fisher) -> Float[Array, "P P"]:
 def diagonal(fisher: Fisher) -> Float[Array, " P"]:
     """The diagonal of F, in real coordinates of the parameters (see `ravel_real`).
 
-    Made of rows, of which one for each of a few examples is in memory; for a model that
-    mixes its examples, of one `jvp` for each parameter.
+    Built from rows, with one row for each of a few examples in memory; for a model that
+    mixes its examples, from one `jvp` for each parameter.
     """
 
     def squares(
@@ -124,7 +125,7 @@ def diagonal(fisher: Fisher) -> Float[Array, " P"]:
 
 
 def trace(fisher: Fisher) -> Scalar:
-    """The trace of F, at the price of its diagonal."""
+    """The trace of F, at the cost of its diagonal."""
     return jnp.sum(diagonal(fisher))
 
 
@@ -169,7 +170,7 @@ def fisher_diagonal(
     """diag(F), exact, in the order of `jax.flatten_util.ravel_pytree(params)`.
 
     Costs a backward pass for each output of an example, or a forward pass for each
-    parameter of a model that mixes its examples. Arguments and order as of
+    parameter of a model that mixes its examples. Arguments and order as in
     `dense_fisher`.
 
     Example:
@@ -221,11 +222,11 @@ def _from_rows(
     count: int | None = None,
     most: int | None = None,
 ) -> Array:
-    """A sum over the rows of all examples where there are any that are right.
+    """A sum over the rows of all examples, if these rows are right.
 
-    Rows are right if A v is the same from them as from `fisher.sqrt_matvec`, to
-    round-off, for a v with random signs. Nothing is asked of the values of outputs:
-    those of a model that mixes its examples can be the same for one example alone.
+    Rows are right if they give the same A v as `fisher.sqrt_matvec`, to round-off, for
+    a v with random signs. The values of outputs are not compared: a model that mixes
+    its examples can give the same ones for one example alone.
 
     Args:
       fisher: the Fisher.
@@ -238,7 +239,8 @@ def _from_rows(
       otherwise: the same without rows, for any model.
       finish: what to do with the sum, and the `order_of` its rows.
       count: examples in a block; None for `BLOCK_ROWS` rows.
-      most: rows of an example with which it is still worth it; None for any.
+      most: the most rows of an example for which this is worthwhile; None for any
+        number.
     """
     try:
         groups = per_example.groups_of(fisher)
@@ -291,7 +293,7 @@ def _probe(fisher: Fisher) -> PyTree:
     )
     largest = tree.max_abs(sizes)
     largest = jnp.where(largest > 0, largest, 1)
-    # One that is round-off, or zero, may not outweigh all others.
+    # A leaf whose sensitivity is round-off, or zero, must not outweigh all others.
     least = float(jnp.finfo(dtype).eps) ** 0.25
     return jax.tree.map(
         lambda size, signs: tree.scale(1 / jnp.maximum(size / largest, least), signs),

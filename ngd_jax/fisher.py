@@ -5,8 +5,8 @@
 J is the Jacobian of the outputs with respect to the parameters, H the Fisher of the
 output distribution with respect to the outputs. A product costs one `jvp` and one `vjp`
 of the linearised model, 4/3 of a gradient; the quadratic form needs the `jvp` only.
-`Fisher.matvec` is the definition that every shortcut in this library is held against.
-Knows models and likelihoods, and nothing of solvers, steps or Optax.
+`Fisher.matvec` is the definition that every shortcut in this library is checked
+against. Knows models and likelihoods, and nothing of solvers, steps or Optax.
 """
 
 import dataclasses
@@ -75,9 +75,9 @@ class Linearization(NamedTuple):
 def linearize(model_fn: ModelFn, params: Params, batch: Batch) -> Linearization:
     """Runs the model once; see `Linearization`.
 
-    Parameters narrower than float32 are cast inside of the differentiated function:
-    the model computes what it always does, and the vectors that a solver iterates on
-    keep float32.
+    Parameters narrower than float32 are cast inside the differentiated function: the
+    model computes what it always does, and the vectors that a solver iterates on keep
+    float32.
     """
 
     def wide_model_fn(wide_params: Params) -> Outputs:
@@ -239,21 +239,21 @@ def model_on(
 class Fisher:
     """The Fisher of a model at `params` on `batch`; made by `linearize_fisher`.
 
-    Lives inside of one trace: it holds closures, so it is neither an argument nor a
-    result of a jitted function.
+    Lives inside one trace: it holds closures, so it is neither an argument nor a result
+    of a jitted function.
 
     Attributes:
       model_fn: the model.
       params: where it was linearised.
-      batch: on what.
+      batch: the batch it was linearised on.
       likelihood: what the outputs mean.
       metric: the metric μ H of the outputs.
       kind: "exact", "sampled" or "empirical".
-      linearization: J and Jᵀ, kept between products; None with microbatches, which make
-        them anew in each product.
+      linearization: J and Jᵀ, kept between products; None with microbatches, which
+        recompute them in each product.
       chunks: the microbatches, or None.
-      scales: in the coordinates of a `CovariantDamping` with a scale for every
-        parameter those scales; else None.
+      scales: those of a `CovariantDamping` that has one for every parameter, in its
+        coordinates; else None.
       origin: the Fisher before its coordinates were changed; None if they were not.
     """
 
@@ -296,7 +296,7 @@ class Fisher:
         return self.matvec_and_push(vector)[0]
 
     def matvec_and_push(self, vector: PyTree) -> tuple[PyTree, PyTree]:
-        """F v, as of `matvec`, and J v, as of `pushforward`, at the price of F v."""
+        """F v, as from `matvec`, and J v, as from `pushforward`, at the cost of F v."""
         pushed = self.pushforward(vector)
         product = self.pullback(self.metric.matvec(pushed))
         return optax.tree.cast_like(product, vector), pushed
@@ -387,7 +387,7 @@ class Fisher:
 
         With c = ∂loss/∂outputs this is the gradient Jᵀ c in the space where solvers on
         the square root of F work without squaring its condition number. Any part of c
-        outside of the range of the output metric is left out, so that
+        outside the range of the output metric is left out, so that
         Jᵀ c = Aᵀ u + Jᵀ rest; the rest is zero for a loss that is the negative
         log-likelihood, or any other function of the output distribution alone.
 
@@ -402,12 +402,12 @@ class Fisher:
         """Sᵀ F S: the same model in coordinates φ, at parameters θ + S φ with φ = 0.
 
         A solver that damps by λI there damps by λ S⁻ᵀ S⁻¹ here: with the coordinates,
-        the metric of the damping is a choice, and any solver serves for it.
+        the metric of the damping is a choice, and works with any solver.
 
         Args:
           params_from: S, a linear map from trees of the structure and shapes of
             `params`, float32 or wider, to such trees.
-          scales: where S multiplies every parameter by a positive number, those.
+          scales: the factors, if S multiplies every parameter by a positive number.
         """
         if scales is not None and self.origin is not None:
             # Scales of scales multiply; those of any other coordinates are no scales.
@@ -480,14 +480,14 @@ def linearize_fisher(
     * "sampled": s sᵀ with s = ∂ log p(y) / ∂ outputs for one y drawn from the model;
       unbiased, with a relative error above 1 in a product at one draw.
     * "empirical": s sᵀ at the data's own targets. This is not the Fisher: it shrinks
-      with the residuals, so that the step grows where the fit is good, and it can point
-      away from the natural direction (Kunstner et al. 2019). For comparison only.
+      with the residuals, so the step grows where the fit is good, and it can point away
+      from the natural direction (Kunstner et al. 2019). For comparison only.
 
     Args:
       model_fn: a pure function (params, batch) -> outputs.
       params: any tree of floating point or complex arrays. F acts on the real and the
         imaginary parts of complex ones: it is linear over the real numbers.
-      batch: any tree, handed to `model_fn` untouched. With `microbatch_size` its leaves
+      batch: any tree, passed to `model_fn` unchanged. With `microbatch_size` its leaves
         whose leading axis is as long as the outputs' are split along it.
       likelihood: what the outputs mean.
       kind: see above.
@@ -569,7 +569,7 @@ def linearize_fisher(
 
 
 def _warn_of_one_example(fisher: Fisher) -> None:
-    """Outputs `[N]` of one example are legal, and seldom what is meant."""
+    """Outputs `[N]` of one example are legal, but rarely what is meant."""
     sizes = {jnp.shape(leaf) for leaf in jax.tree.leaves(fisher.outputs)}
     is_one = all(mu.shape == () for mu in fisher.measure) and len(sizes) == 1
     (size,) = sizes if is_one else ((),)

@@ -20,7 +20,7 @@ from ngd_jax.types import Array, Float, Params
 
 __all__ = ["gram"]
 
-# What rows may take in memory where nobody says how many to hold, in bytes.
+# Memory for rows where no number of them is given, in bytes.
 _MEMORY = 512 * 2**20
 # Weights as small as this are cheaper as ordinary rows: M² entries of a product cost
 # another pass over the Gram matrix, which is worth as many operations on each entry.
@@ -35,7 +35,7 @@ def gram(fisher: Fisher, block_size: int | None = None) -> Float[Array, "M M"]:
 
     Args:
       fisher: the Fisher of a model that does not mix its examples. This is not
-        verified: whoever solves with the matrix verifies the solution.
+        verified: whoever solves with the matrix must verify the solution.
       block_size: examples in a block. None takes the rows of dense layers as outer
         products, of all examples at once, if they fit into half a GiB.
 
@@ -58,7 +58,7 @@ def gram(fisher: Fisher, block_size: int | None = None) -> Float[Array, "M M"]:
 def _by_blocks(groups: list[per_example.Group], count: int | None) -> Array:
     """A Aᵀ by pairs of blocks of examples, in the order of the groups.
 
-    The rows of the second block are made again for every first one: with m rows in a
+    The rows of the second block are recomputed for every first one: with m rows in a
     block that costs about 4mP against the 2m²P of the product.
     """
     dtype = per_example.working_dtype(groups[0].fisher)
@@ -123,7 +123,7 @@ def _by_layers(fisher: Fisher, groups: list[per_example.Group]) -> Array | None:
     """A Aᵀ without the rows of dense layers, which are outer products.
 
     Returns:
-      None where rows are no such products, or do not fit into memory.
+      None if rows are not such products, or do not fit into memory.
     """
     leaves = jax.tree.leaves((fisher.params, fisher.outputs))
     is_complex = any(map(jnp.iscomplexobj, leaves))
@@ -163,8 +163,8 @@ def _factored_rows(
       layers: takes the layers that are found.
 
     Returns:
-      For each layer its inputs a `[N, m]`, with a one in front where it has a bias, and
-      δ `[N, K, n]`; and all other entries of the rows, `[N·K, rest]`.
+      For each layer its inputs a `[N, m]`, with a 1 in front if it has a bias, and δ
+      `[N, K, n]`; and all other entries of the rows, `[N·K, rest]`.
     """
     data, dtype = fisher.metric.data, per_example.working_dtype(fisher)
 
@@ -198,7 +198,7 @@ def _factored_rows(
 
         return jax.vmap(rest)(units)
 
-    # The mean comes off later, where there is one.
+    # The mean is subtracted later, if there is one.
     terms = tuple(term._replace(means=()) for term in group.terms)
     whole = dataclasses.replace(group, terms=terms)
     return outer, per_example.flat_rows(whole.map(rest_of, 0, group.size)[2])
@@ -210,7 +210,7 @@ def _factored_gram(
     """A Aᵀ, `[N·K, N·K]`, of the rows that `_factored_rows` returns.
 
     Args:
-      outer, rest: the rows of A itself, or of √μ J where F is a covariance: less their
+      outer, rest: the rows of A itself, or of √μ J where F is a covariance: minus their
         mean they are the rows of A, aᵢ = rowᵢ - √μᵢ Σⱼ √μⱼ rowⱼ / Σ μ.
       root: √μ, `[N·K]`, where F is a covariance; else None.
     """
@@ -239,8 +239,8 @@ def _factored_gram(
 def _centred_products(a: Array, delta: Array, root: Array) -> Array:
     """⟨rowᵢ - √μᵢ c, rowⱼ - √μⱼ c⟩ of rows aᵢ ⊗ δᵢ, `[M, M]`, for a certain c.
 
-    The mean row may be far longer than what the rows have beside it, and subtracted
-    from their products it would cost digits. c = ā ⊗ δ̄ is most of it, with the weighted
+    The mean row may be far longer than the rows' deviations from it, and subtracting it
+    from their products would cost digits. c = ā ⊗ δ̄ is most of it, with the weighted
     means ā = Σ μ a / Σ μ and δ̄ = Σ √μ δ / Σ μ. With x = a - ā and y = δ - √μ δ̄,
 
         a ⊗ δ - √μ ā ⊗ δ̄ = x ⊗ δ + ā ⊗ y,

@@ -3,9 +3,9 @@
     y = x W + b:    ∂/∂W = Σₜ aₜ ⊗ δₜ,    ∂/∂b = Σₜ δₜ
 
 aₜ is the input of the layer (for a convolution a patch of its images), δₜ the cotangent
-of its output, and t counts examples and, where a layer is used at several places of an
-example, places. Owns everything that looks into a traced program; a layer is claimed
-only where the program proves the formula. Knows nothing of metrics or solvers.
+of its output, and t runs over examples and, if a layer is used at several positions of
+an example, over positions. Owns everything that looks into a traced program; a layer is
+claimed only where the program proves the formula. Knows nothing of metrics or solvers.
 """
 
 import functools
@@ -28,11 +28,12 @@ class Layer(NamedTuple):
     """A dense layer or a convolution; hashable and static.
 
     Attributes:
-      weight: the place of W among the leaves of the parameters.
-      bias: the place of b; None if there is none, or if it is shared.
-      inputs_first: whether W counts inputs by its first axes and outputs by its last
-        ones, or the other way round.
-      split: the axis of W's shape where the two part: shape[:split] | shape[split:].
+      weight: the index of W among the leaves of the parameters.
+      bias: the index of b; None if there is none, or if it is shared.
+      inputs_first: whether the first axes of W are inputs and the last ones outputs, or
+        the other way round.
+      split: the axis of W's shape that separates the two: shape[:split] |
+        shape[split:].
       num_inputs: the length of a.
       num_outputs: the length of δ.
       is_convolution: whether a is a patch.
@@ -51,8 +52,8 @@ class LayerValues(NamedTuple):
     """The terms of a layer's gradient, float32 or wider.
 
     Attributes:
-      inputs: aₜ, `[T, m]`, with the first axis that is summed over slowest, which is
-        that of the examples in models that keep them first.
+      inputs: aₜ, `[T, m]`, with the first summed axis varying slowest, which is that of
+        the examples in models that keep them first.
       cotangents: δₜ, `[T, n]`, in the same order.
     """
 
@@ -73,7 +74,8 @@ def backward_pass(
       pull: linear, from cotangents of the outputs to the gradient of all parameters.
       cotangents: of the outputs of the whole batch.
       params: a tree of the structure and shapes of what `pull` returns.
-      keep_terms: returns those gradients that are nothing but a sum, by its terms.
+      keep_terms: whether to return gradients that are nothing but a sum as separate
+        terms.
 
     Returns:
       The layers, the values of each, and `pull(cotangents)`. With `keep_terms`, a leaf
@@ -159,7 +161,7 @@ def _find_layers(program: "_Program", shapes: list[tuple[int, ...]]) -> list[_Fo
     ]
     found = [one for one in candidates if one is not None]
 
-    # A bias is that of a layer if its gradient is the sum of exactly the numbers that
+    # A bias belongs to a layer if its gradient is the sum of exactly the numbers that
     # the layer has for δ, and neither has a competitor for them: two weights that feed
     # one sum (an LSTM cell) have the same δ, and none of them owns the bias.
     weights = {one.layer.weight for one in found}
@@ -180,7 +182,7 @@ def _find_layers(program: "_Program", shapes: list[tuple[int, ...]]) -> list[_Fo
 def _outer_products(
     program: "_Program", place: int, gradient: Any, shape: tuple[int, ...]
 ) -> _Found | None:
-    """What the gradient of a matrix is the sum of; None where that is not certain."""
+    """The terms whose sum is the gradient of a matrix; None if that is not certain."""
     source, axes = program.layout(gradient)
     operation = program.source(source)
     if operation is None or jnp.iscomplexobj(source.aval):
@@ -217,7 +219,7 @@ def _of_product(
         for x, axes in zip(operation.invars, free, strict=True)
     ]
     m, n = sizes[still], sizes[1 - still]
-    # The product counts what is free of its left factor by its first axes.
+    # The first axes of the product are the free axes of its left factor.
     by_rows, by_columns = (sizes[0], sizes[1]), (sizes[1], 1)
     if ranges == join([by_rows, by_columns]):
         inputs_first = still == 0
@@ -225,7 +227,7 @@ def _of_product(
         inputs_first = still == 1
     else:
         return None
-    if 1 in (m, n):  # no order can be told from the other
+    if 1 in (m, n):  # the two orders cannot be told apart
         inputs_first = shape[-1] == n
     first = m if inputs_first else n
     splits = [k for k in range(1, len(shape)) if math.prod(shape[:k]) == first]
@@ -305,7 +307,7 @@ def _of_convolution(
 def _permutation(
     layout: list[list["Range"]], shape: tuple[int, ...]
 ) -> list[int] | None:
-    """Which axis of an array of that shape each axis is, if it is one and no other."""
+    """Which axis of an array of that shape each axis is, if that is unambiguous."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     whole = [join([one]) for one in zip(shape, strides, strict=True)]
     axes = []
@@ -321,11 +323,11 @@ def _wide_matrix(values: Array, columns: int) -> Array:
 
 # --- Programs: what is computed from what, and where its numbers lie
 
-# Of the places in an array that is laid out flat: how many, and how far apart. Of
-# several ranges every sum is a place, and the last range goes fastest.
+# Positions in an array that is laid out flat: how many, and how far apart. With several
+# ranges every sum is a position, and the last range varies fastest.
 Range = tuple[int, int]
 
-# What only changes how an array is laid out, placed or rounded.
+# Operations that only change how an array is laid out, placed or rounded.
 _LAYOUT = (
     "convert_element_type",
     "copy",
@@ -392,7 +394,7 @@ class _Program:
         return variable, [[one] for one in zip(shape, strides, strict=True)]
 
     def sum_of(self, gradient: Any) -> Any:
-        """The sum that a gradient is, in the same order; None if it is none."""
+        """The sum that a gradient equals, in the same order; None if there is none."""
         while (equation := self.source(gradient)) is not None:
             if not _is_layout(equation) or equation.primitive.name == "transpose":
                 break
@@ -401,7 +403,7 @@ class _Program:
         return equation if is_sum and self.is_moving(gradient) else None
 
     def summands(self, gradient: Any) -> tuple[Any, list[Range]]:
-        """What a gradient is the sum of, and which numbers of it go to each entry."""
+        """The value that a gradient sums, and which of its numbers go to each entry."""
         total = self.sum_of(gradient)
         if total is None:  # of a single example
             return self.kept(gradient, range(len(gradient.aval.shape)))
@@ -410,7 +412,7 @@ class _Program:
         return self.kept(terms, axes)
 
     def kept(self, variable: Any, axes: Sequence[int]) -> tuple[Any, list[Range]]:
-        """Where a value comes from, and the places there that some axes go along."""
+        """Where a value comes from, and the positions there that axes run along."""
         source, layout = self.layout(variable)
         return source, join(one for axis in axes for one in layout[axis])
 
@@ -455,7 +457,7 @@ def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
 
 
 def join(ranges: Iterable[Range]) -> list[Range]:
-    """The same places, in the same order, by as few ranges as can be."""
+    """The same positions, in the same order, in as few ranges as possible."""
     found: list[Range] = []
     for size, stride in ranges:
         if size == 1:
@@ -499,7 +501,7 @@ def _is_variable(value: Any) -> bool:
     return isinstance(value, core.Var)
 
 
-# --- Whether this JAX is one whose programs can be read
+# --- Whether the programs of this version of JAX can be read
 
 
 @functools.cache

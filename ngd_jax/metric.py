@@ -2,10 +2,10 @@
 
     Σₙ μₙ Hₙ,    μₙ = wₙ / Σ w,    H = B Bᵀ,    A = √μ Bᵀ J,    F = Aᵀ A
 
-A likelihood is a list of terms: one, unless it is a `Product`. Each term has examples
-of its own, and so weights μ of its own, into which the weight of its block is folded.
-Everything downstream is then a plain sum over terms and examples. Owns the products
-with H and its root, and the mean KL; knows nothing of models or parameters.
+A likelihood is a list of terms: one, unless it is a `Product`. Each term has its own
+examples, and so its own weights μ, which include the weight of its block. Everything
+downstream is then a plain sum over terms and examples. Owns the products with H and its
+root, and the mean KL; knows nothing of models or parameters.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def check_count(name: str, value: Any, hint: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Metric:
-    """What the metric of a step is taken of; the defaults suit most uses.
+    """The kind of Fisher of a step, and its data; the defaults suit most uses.
 
     Attributes:
       kind: "exact", "sampled" (needs `key`) or "empirical" (needs `targets_fn`); see
@@ -73,8 +73,8 @@ class Metric:
       microbatch_size: examples in memory at once, for the metric and for the KL.
 
     Raises:
-      ValueError, TypeError: where an argument is missing for its kind, or is given for
-        another one.
+      ValueError, TypeError: if the kind needs an argument that is missing, or does not
+        use one that is given.
 
     Example:
       >>> import ngd_jax as ngd
@@ -115,15 +115,15 @@ def take_examples(batch: Batch, count: int, size: int | None = None) -> Batch:
     """The first `count` examples of a batch; scalars and keys stay as they are.
 
     Args:
-      batch: any tree. Leaves with the leading axis of the examples are cut, all others
+      batch: any tree. Leaves whose leading axis counts the examples are cut; all others
         stay whole.
-      count: how many examples to take; all where there are no more.
-      size: the number of examples in `batch`. None where every leaf with an axis counts
-        examples by its first one.
+      count: how many examples to take; all if there are no more.
+      size: the number of examples in `batch`. None if the first axis of every leaf that
+        has one counts the examples.
 
     Raises:
-      ValueError: without `size`, where the leaves disagree on how many examples there
-        are (as with running statistics in the batch), naming them; and where no leaf
+      ValueError: if `size` is not given and the leaves disagree on the number of
+        examples (as with running statistics in the batch), naming them; or if no leaf
         has a leading axis of `size`.
 
     Example:
@@ -182,7 +182,7 @@ def split(likelihood: Likelihood, values: PyTree) -> list[PyTree]:
 
 def join(likelihood: Likelihood, parts: Iterable[PyTree]) -> PyTree:
     """Inverse of `split`."""
-    parts = iter(parts)  # the same one at every level
+    parts = iter(parts)  # one iterator for all levels
     if not isinstance(likelihood, Product):
         return next(parts)
     return {name: join(block, parts) for name, block in likelihood.blocks.items()}
@@ -206,7 +206,7 @@ class OutputMetric:
 
     Attributes:
       likelihood: what the outputs mean.
-      outputs: where the metric is taken.
+      outputs: the outputs at which the metric is taken.
       measure: for each term the weight μₙ of every example; they add up to one (to the
         weight of its block in a `Product`).
       scores: None for H in closed form; else ∂ log p(targets) / ∂ outputs, shaped like
@@ -283,7 +283,7 @@ class OutputMetric:
         return self._map(product, tree.widen(cotangents))
 
     def kl(self, new_outputs: Outputs) -> Scalar:
-        """Σ μₙ KL(pₙ ‖ p'ₙ) in nats; an example of weight 0 counts not even as NaN."""
+        """Σ μₙ KL(pₙ ‖ p'ₙ) in nats; an example of weight 0 is ignored, even if NaN."""
         total = jnp.zeros((), tree.accumulator_dtype((self.outputs, self.measure)))
         new = split(self.likelihood, new_outputs)
         for (term, _), (p, mu, _), q in zip(
@@ -317,7 +317,7 @@ def output_metric(
 
     Args:
       likelihood: what the outputs mean.
-      outputs: of the model on the batch.
+      outputs: the model's outputs on the batch.
       weights: None, an array that broadcasts against the shape of the examples, or for
         a `Product` also a dict with an entry (array or None) for each block.
       targets: None for H in closed form, else the targets of the scores in H = s sᵀ.
@@ -351,7 +351,7 @@ def output_metric(
 
 
 def _spread(likelihood: Likelihood, values: PyTree | None) -> list[Any]:
-    """What each term has of the weights: that of its block, or what all share."""
+    """The weights of each term: those of its block, or those that all share."""
     if not isinstance(likelihood, Product):
         return [values]
     if not isinstance(values, dict):
@@ -394,7 +394,7 @@ def _normalise(
 def _without(along: Array, weights: Array, values: Array) -> Array:
     """Subtracts a mean: values - along ⟨weights, values⟩ / ⟨weights, along⟩.
 
-    Twice: where the mean is large the first pass leaves the round-off of it.
+    Done twice: if the mean is large, the first pass leaves its round-off.
     """
     for _ in range(2):
         mean = jnp.sum(weights * values) / jnp.sum(weights * along)
@@ -413,7 +413,7 @@ def _weigh(mu: Array, values: PyTree) -> PyTree:
 
 
 def _inner(a: PyTree, b: PyTree, like: Array) -> Array:
-    """⟨aₙ, bₙ⟩ over all that belongs to example n, of the shape and dtype of `like`."""
+    """⟨aₙ, bₙ⟩ over all entries of example n, in the shape and dtype of `like`."""
     total = jnp.zeros(like.shape, like.dtype)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         event_axes = tuple(range(like.ndim, x.ndim))

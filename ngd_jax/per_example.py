@@ -2,9 +2,9 @@
 
     row of A for the coefficient e of example n:    Jₙᵀ (√μₙ Bₙ e)
 
-less √μₙ J̄ᵀ e where F is a covariance. A row is a backward pass through the model on
+minus √μₙ J̄ᵀ e where F is a covariance. A row is a backward pass through the model on
 example n alone, which is a row of A only if the model does not mix its examples; so
-whatever is made of rows has to be verified. All in real coordinates, in which real,
+everything built from rows has to be verified. All in real coordinates, in which real,
 complex and mixed trees are one case. Sits above `Fisher`, and knows no matrices.
 """
 
@@ -105,7 +105,7 @@ def real_parts(leaf: Array) -> tuple[Array, ...]:
 
 
 def real_size(like: PyTree) -> int:
-    """The length of the vector that `ravel_real` makes of such a tree."""
+    """The length of the vector that `ravel_real` makes from such a tree."""
     return sum(
         math.prod(leaf.shape) * (1 + jnp.issubdtype(leaf.dtype, jnp.complexfloating))
         for leaf in jax.tree.leaves(like)
@@ -139,7 +139,7 @@ class Term(NamedTuple):
     """One term of the likelihood.
 
     Attributes:
-      place: its place among all terms.
+      place: its index among all terms.
       likelihood: its likelihood.
       data: the outputs, weights μ and scores (or None) of all its examples.
       unit: shapes and dtypes of the coefficients of one example, with leading axis 1.
@@ -169,11 +169,11 @@ Row = Callable[[Array], Params]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Terms whose examples are equally many, and the way to the rows of each example.
+    """Terms with equally many examples, and the way to the rows of each example.
 
-    To run the model on example n, all leaves of the batch whose leading axis counts as
-    many are cut to it, and all others stay whole. So blocks of a `Product` may have
-    batches of their own.
+    To run the model on example n, all leaves of the batch whose leading axis has that
+    length are cut to it, and all others stay whole. So blocks of a `Product` may have
+    their own batches.
 
     Attributes:
       fisher: the Fisher.
@@ -202,13 +202,13 @@ class Group:
         return jnp.eye(self.rows_per_example, dtype=working_dtype(self.fisher))
 
     def blocks(self, count: int | None, num_rows: int = BLOCK_ROWS) -> tuple[int, int]:
-        """Examples in a block, at most `count` and as many in each, and the blocks.
+        """The number of examples in every block, at most `count`, and of blocks.
 
         The last one overlaps its neighbour, so that there is one loop body to compile.
 
         Args:
           count: None for as many as have `num_rows` rows.
-          num_rows: see there.
+          num_rows: see `count`.
         """
         count = count or max(1, num_rows // max(1, self.rows_per_example))
         num_blocks = -(-self.size // count)
@@ -257,8 +257,8 @@ class Group:
     def _row(self, pull: Callable, data: Sequence[Any], unit: Array) -> Params:
         cotangents = self.cotangents(data, unit)
         row = pull(cotangents)
-        # Row by row: from a product of rows the mean would come off as a difference of
-        # large numbers.
+        # Row by row: subtracting the mean from a product of rows would be a difference
+        # of large numbers.
         for term, cotangent in zip(self.terms, cotangents, strict=True):
             if term.means:
                 total = jnp.sum(tree.widen(cotangent))
@@ -269,7 +269,7 @@ class Group:
 
 
 def groups_of(fisher: Fisher) -> list[Group]:
-    """The examples by their number, with all that their rows depend on.
+    """The terms by their number of examples, with all that their rows depend on.
 
     Raises:
       NoRowsError: at trace time, where the model cannot be run on single examples.

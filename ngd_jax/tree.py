@@ -48,7 +48,7 @@ _SMALL = 2**16
 
 
 def wide_dtype(leaf: ArrayLike) -> jnp.dtype:
-    """The dtype of a leaf, float32 where that is narrower."""
+    """The dtype of a leaf, or float32 if that is wider."""
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
@@ -95,10 +95,10 @@ def vdot(a: PyTree, b: PyTree) -> Scalar:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         wide = jnp.promote_types(wide_dtype(x), wide_dtype(y))
         x, y = jnp.conj(jnp.asarray(x, wide)), jnp.asarray(y, wide)
-        # A CPU adds up a sum into one number one entry after the other. Long sums are
-        # therefore taken by columns first, which the barrier keeps the compiler from
-        # merging again; short ones are one contraction, which is less to compile.
-        # Nothing is flattened, since that would move the data of a sharded array.
+        # A CPU adds up a sum into one number one entry at a time. Long sums are
+        # therefore taken by columns first (the barrier keeps the compiler from merging
+        # them again); short ones are one contraction, which compiles faster. Nothing is
+        # flattened, since that would move the data of a sharded array.
         if _is_split(x) or _is_split(y):
             product = jnp.sum(x * y)
         elif x.ndim > 1 and x.size >= _SMALL:
@@ -112,7 +112,7 @@ def vdot(a: PyTree, b: PyTree) -> Scalar:
 
 
 def norm(x: PyTree) -> Scalar:
-    """The Euclidean norm √⟨x, x⟩; its derivative at 0 is 0, where it would be NaN."""
+    """The Euclidean norm √⟨x, x⟩; its derivative at 0 is 0 instead of NaN."""
     square = vdot(x, x)
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
@@ -121,8 +121,8 @@ def norm(x: PyTree) -> Scalar:
 def contract(a: Array, b: Array, axes_a: Sequence[int], axes_b: Sequence[int]) -> Array:
     """Sums a·b over pairs of axes at full precision; the free axes of a come first.
 
-    With explicit mesh axes JAX asks where the result shall lie: here its axes lie as
-    those of the operands do, and what was summed over is on every device.
+    With explicit mesh axes JAX asks how to place the result: here its axes are placed
+    like those of the operands, and it is replicated over the axes that were summed.
     """
     dimensions = ((tuple(axes_a), tuple(axes_b)), ((), ()))
     highest = jax.lax.Precision.HIGHEST
@@ -224,8 +224,8 @@ def pack(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
 def max_abs(tree: PyTree) -> Scalar:
     """The largest absolute value in `tree`; 0 without entries, NaN if one is NaN.
 
-    So one reduction tells both the scale of a tree and whether all of it is finite. Its
-    derivative is zero: it is a unit to measure in.
+    So one reduction gives both the scale of a tree and whether all of it is finite. Its
+    derivative is zero, since it serves as a unit.
     """
     dtype = accumulator_dtype(tree)
     integer = jnp.int64 if dtype == jnp.float64 else jnp.int32
@@ -305,8 +305,8 @@ def select(predicate: ArrayLike, on_true: PyTree, on_false: PyTree) -> PyTree:
 def all_finite(tree: PyTree) -> Array:
     """Whether every entry of every leaf is finite, as a boolean scalar.
 
-    By a sum of small multiples, which no finite entries can make overflow: a product is
-    a fraction of a logical reduction to compile.
+    By a sum of small multiples, which no finite entries can make overflow: a product
+    compiles in a fraction of the time of a logical reduction.
     """
     total = jnp.zeros((), accumulator_dtype(tree))
     for leaf in pack(tree)[0]:

@@ -2,10 +2,10 @@
 
     ½ s² dᵀFd = max_kl    gives the first guess    s = √(2·max_kl / dᵀFd)
 
-The guess is right where the quadratic model is, and a thousand times too long where F
-is nearly singular along d. So the promise is about the KL as *measured*, by a search
-over s with one forward pass for each trial. Owns that search and the rule of sufficient
-decrease; knows nothing of Optax.
+The guess is as good as the quadratic model, and can be a thousand times too long where
+F is nearly singular along d. The guarantee is therefore about the KL as *measured*, by
+a search over s with one forward pass for each trial. Owns that search and the rule of
+sufficient decrease; knows nothing of Optax.
 """
 
 import abc
@@ -32,16 +32,16 @@ __all__ = [
 # A trial is good enough above this fraction of the radius; trials aim between it and 1.
 _FILL = 0.92
 _AIM = 0.965
-# What is said to fill the radius.
+# A step above this fraction of the radius is said to fill it.
 _SHORT = 0.9
 # The slopes of log KL over log s assumed beyond the trials so far. To shrink, between
 # the 2 of short steps and the 1 of long ones, where outputs saturate; to grow, 2, and
-# no more than fourfold: a KL that has stopped growing does not ask for a huge step.
+# no more than fourfold: a KL that has stopped growing does not justify a huge step.
 _SHRINKING_SLOPE = 1.5
 _LEAST_SLOPE = 0.05
 _LARGEST_SHRINK = 1e-3
 _LARGEST_GROWTH = 4.0
-# Trials between two others keep off both by this part of their logarithmic distance.
+# A trial between two others keeps this part of their logarithmic distance from both.
 _MARGIN = 0.05
 _MAX_EVALUATIONS = 10
 
@@ -54,8 +54,8 @@ class TrustRegionResult(NamedTuple):
       kl: the KL measured there, in nats per example.
       num_kl_evaluations: int32, forward passes spent.
       found: whether a step within the radius was found.
-      filled: whether it is as long as it may be: its KL is at least 0.9 of the radius,
-        or s is the longest step allowed.
+      filled: whether it is as long as allowed: its KL is at least 0.9 of the radius, or
+        s is the longest step allowed.
     """
 
     scale: Scalar
@@ -75,7 +75,7 @@ class SearchLine(NamedTuple):
       slope: gᵀd.
       quadratic: dᵀFd.
       kl_curvature: the Hessian of the KL in units of F.
-      upper: no longer step is tried; infinite for no limit, 0 for no step.
+      upper: the longest step to try; infinite for no limit, 0 for no step.
     """
 
     kl_fn: Callable[[Scalar], Scalar]
@@ -88,7 +88,7 @@ class SearchLine(NamedTuple):
 
 
 class RadiusRule(abc.ABC):
-    """As `max_kl`: a rule that finds the length of a step by its KL and its loss."""
+    """A rule given as `max_kl`: finds the length of a step from its KL and its loss."""
 
     @abc.abstractmethod
     def search(self, line: SearchLine) -> TrustRegionResult:
@@ -96,10 +96,10 @@ class RadiusRule(abc.ABC):
 
 
 class RateRule(abc.ABC):
-    """As `learning_rate`: a rule that chooses the step itself from the direction.
+    """A rule given as `learning_rate`: chooses the step itself from the direction.
 
     Attributes:
-      uses_previous: whether `combine` has a use for the last step.
+      uses_previous: whether `combine` uses the last step.
     """
 
     uses_previous = True
@@ -130,7 +130,7 @@ def quadratic_step_scale(quadratic: ArrayLike, max_kl: ArrayLike) -> Scalar:
     """The scale s = √(2·max_kl / q) with ½ s² q = max_kl; 1 where q is not positive.
 
     Args:
-      quadratic: q = dᵀFd, or its multiple that the KL really grows with.
+      quadratic: q = dᵀFd, or the multiple of it with which the KL actually grows.
       max_kl: the radius, in nats per example.
 
     Example:
@@ -141,7 +141,7 @@ def quadratic_step_scale(quadratic: ArrayLike, max_kl: ArrayLike) -> Scalar:
       Schulman et al., Trust region policy optimization, 2015, appendix C.
     """
     quadratic = jnp.asarray(quadratic)
-    # One that has overflowed asks for a short step, and not for none.
+    # A q that has overflowed calls for a short step, not for none.
     largest = jnp.finfo(jnp.promote_types(quadratic.dtype, jnp.float32)).max
     quadratic = jnp.minimum(quadratic, float(largest))
     positive = quadratic > 0
@@ -154,10 +154,10 @@ def quadratic_step_scale(quadratic: ArrayLike, max_kl: ArrayLike) -> Scalar:
 def first_trial(
     quadratic: ArrayLike, max_kl: ArrayLike, upper: ArrayLike = jnp.inf
 ) -> Scalar:
-    """Where to start `search_kl_radius`: just inside of the radius by the model.
+    """Where to start `search_kl_radius`: just inside the radius by the model.
 
-    It starts at `upper` if the quadratic model says that it is within reach, since a
-    single trial there settles it.
+    It starts at `upper` if that is within the radius by the quadratic model, since a
+    single trial there settles the search.
     """
     guess = jnp.sqrt(_AIM) * quadratic_step_scale(quadratic, max_kl)
     guess = jnp.maximum(guess, jnp.finfo(guess.dtype).tiny)  # 0 would be no trial
@@ -165,11 +165,11 @@ def first_trial(
 
 
 class _Search(NamedTuple):
-    """The trial to come, and the trials closest to the radius from both sides.
+    """The next trial, and the trials closest to the radius on either side.
 
     `low_excess` and `high_excess` are log(KL / aim) there, as Anderson and Björck
-    weigh them; `last_inside` says on which side the last trial was, and `slope` what
-    is assumed of log KL over log s if none was inside.
+    weigh them; `last_inside` says on which side the last trial was, and `slope` is that
+    assumed for log KL over log s if none was inside.
     """
 
     scale: Scalar
@@ -196,16 +196,16 @@ def search_kl_radius(
 
     The result is the longest trial whose KL was within the radius, and so never above
     it. NaN and infinity count as outside. log KL is nearly linear in log s (slope 2 for
-    short steps, towards 1 for long ones), so that secants in logarithms, weighed after
-    Anderson and Björck where they approach from one side only, take two or three
-    trials on a smooth model.
+    short steps, towards 1 for long ones), so secants in logarithms, weighted as by
+    Anderson and Björck where they approach from one side only, need two or three trials
+    on a smooth model.
 
     Args:
       kl_fn: s -> measured mean KL of the step of length s, 0 at s = 0.
-      start: the first trial; 0 asks for no step and no trial.
+      start: the first trial; 0 means no step and no trial.
       max_kl: the radius, in nats per example.
-      upper: no longer step is tried.
-      max_evaluations: trials at most.
+      upper: the longest step to try.
+      max_evaluations: the most trials to make.
 
     Example:
       >>> result = search_kl_radius(lambda s: 3.0 * s**2, start=1.0, max_kl=0.01)
@@ -235,8 +235,8 @@ def search_kl_radius(
         before = jnp.where(inside, state.low_excess, state.high_excess)
         weight = 1 - excess / before
         weight = jnp.where(again, jnp.where(weight > 0, weight, 0.5), 1.0)
-        # As measured between two trials outside: on a plateau just beyond the radius
-        # the assumed slope would make the trials creep.
+        # The slope between two trials outside: on a plateau just beyond the radius the
+        # assumed one would make the trials creep.
         slope = (state.high_excess - excess) / jnp.log(state.high / s)
         slope = jnp.clip(slope, _LEAST_SLOPE, _SHRINKING_SLOPE)
         new = _Search(
@@ -300,20 +300,21 @@ def _next_trial(state: _Search) -> Scalar:
 
 @dataclasses.dataclass(frozen=True)
 class SufficientDecrease:
-    """Takes a step only if the loss falls by a part of what the gradient promises.
+    """Takes a step only if the loss falls by a fraction of what the gradient promises.
 
         f(θ) - f(θ - s d) ≥ c · s gᵀd
 
-    A step that fails is halved, and its KL measured anew, until one does not; after
-    `max_halvings` it is refused. The quadratic model promises less than the gradient,
-    f being curved, but its curvature is that of the metric: for a loss with another one
-    (the surrogate of a policy gradient, whose Hessian is not F) it may predict a rise
-    where there is none. Written without a division, so that NaN fails.
+    A step that fails is halved, and its KL measured again, until one passes; after
+    `max_halvings` it is refused. The quadratic model allows for curvature and so
+    promises less than the gradient, but its curvature is that of the metric: for a loss
+    with a different one (the surrogate of a policy gradient, whose Hessian is not F),
+    it may predict a rise where there is none. Written without a division, so that NaN
+    fails.
 
     Attributes:
       fraction: c in [0, 1): the least part of the promised decrease.
-      max_halvings: 0 refuses a step that fails as it is, so that every step taken keeps
-        the KL that was asked for.
+      max_halvings: 0 refuses a failing step at once, so that every step taken has the
+        KL that was asked for.
 
     Example:
       >>> rule = SufficientDecrease(fraction=0.1)
@@ -355,7 +356,7 @@ class SufficientDecrease:
           max_kl: the radius in nats per example, infinite for none.
 
         Returns:
-          The step, and whether it is accepted; a step that is not is the shortest one.
+          The step, and whether it is accepted; a step that fails is the shortest.
         """
         before = line.loss_here()
 

@@ -1,4 +1,4 @@
-"""Aliases and protocols: what flows through the library, and who may plug in.
+"""Aliases and protocols: what flows through the library, and what may plug in.
 
 Nothing here computes. `Params`, `Batch` and `Outputs` are arbitrary pytrees; the
 protocols say what a model, a matrix, a likelihood and a solver must be callable with.
@@ -30,7 +30,7 @@ if TYPE_CHECKING or importlib.util.find_spec("jaxtyping") is not None:
 else:
 
     class Float:
-        """Stands in for `jaxtyping.Float`, which only the tests need to be real."""
+        """Stands in for `jaxtyping.Float`, which only the tests need."""
 
         def __class_getitem__(cls, item: Any) -> Any:
             """Forgets the shape and keeps the array type."""

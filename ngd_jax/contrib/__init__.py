@@ -1,4 +1,4 @@
-"""What the core can do without; each module stands alone.
+"""Optional parts that the core does not need; each module stands alone.
 
 * solvers: `BacktrackingCG` (Hessian-free), `DampingSearch`, `SVD`, `Lineax`;
 * preconditioners of `CG`: `Nystrom`, `Jacobi`, `CholeskyFactor`;

@@ -1,11 +1,11 @@
-"""Conjugate gradients that stop and step back as Martens' Hessian-free ones do.
+"""Conjugate gradients that stop and backtrack as in Martens' Hessian-free method.
 
     φ(x) = ½ xᵀ(F + λI)x - gᵀx
 
-Two rules for large batches and many steps. The residual may still be large when φ,
-which is what the step is taken for, has long stopped improving: then stop. And late
-iterates fit φ on this batch ever better, and the loss no longer: then go back to an
-earlier one. Knows how to watch `CG`, not how it works.
+Two rules for large batches and many steps. φ, which the step is meant to lower, may
+stop improving while the residual is still large: then stop. And late iterates may still
+lower φ on this batch but no longer the loss: then go back to an earlier one. Knows how
+to watch `CG`, not how it works.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class BacktrackingCG(CG):
     """CG with the rule of progress and the backtracking of Martens 2010.
 
     Attributes:
-      max_steps, rtol, preconditioner, warm_start: as of `CG`.
+      max_steps, rtol, preconditioner, warm_start: as in `CG`.
       progress_tol: ε; stops also at the first step i > k = max(10, ⌈0.1 i⌉) with
         φᵢ < 0 and (φᵢ - φᵢ₋ₖ) / φᵢ < k ε. None: never.
       backtracking: whether to keep the iterates of steps ⌈1.3ʲ⌉ and the last, and to
@@ -43,7 +43,7 @@ class BacktrackingCG(CG):
         memory, 20 for 250 steps, and at most as many evaluations of the loss.
 
     Raises:
-      ValueError: on a `progress_tol` that is not positive, and as `CG`.
+      ValueError: for a `progress_tol` that is not positive, and as in `CG`.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -101,10 +101,10 @@ class BacktrackingCG(CG):
 
 
 class _Seen(NamedTuple):
-    """What is carried from step to step.
+    """The state carried from step to step.
 
     Attributes:
-      models: `[window + 1]`, φ after step i in the place i modulo its length.
+      models: `[window + 1]`, φ after step i, at index i modulo its length.
       iterates: packed, with a leading axis of checkpoints; () if none are kept.
       residuals: `[checkpoints]`, ‖g - (F + λI) x‖ of each.
     """
@@ -116,7 +116,7 @@ class _Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Watch:
-    """The `Observer` of CG; options as of `BacktrackingCG`."""
+    """The `Observer` of CG; options as in `BacktrackingCG`."""
 
     max_steps: int
     progress_tol: float | None
@@ -158,7 +158,7 @@ class _Watch:
         """Writes the iterate of a step into the slot of the next checkpoint.
 
         Later steps overwrite it up to that checkpoint, so no test is needed, and the
-        last iterate is there whatever its number.
+        last iterate is kept whatever its number.
         """
         slot = self.slot_of(num_steps)
         iterates = jax.tree.map(
@@ -176,7 +176,7 @@ class _Watch:
 def _step_back(
     solution: Solution, seen: _Seen, rhs: RightHandSide, watch: _Watch
 ) -> Solution:
-    """The iterate that is reached from the last while the objective falls."""
+    """The iterate reached by going back from the last while the objective falls."""
     gradient, unpack = tree.pack(rhs.gradient)
     objective: Any = rhs.objective
     norm = tree.norm(gradient)

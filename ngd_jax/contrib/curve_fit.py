@@ -37,13 +37,13 @@ __all__ = ["CurveFitResult", "CurveFitStatus", "curve_fit"]
 
 # Round-off of a sum of squares or of a curve, in units of ε.
 _ROUND_OFF = 64.0
-# Steps in a row that lower the sum by no more than round-off. The first of them improve
-# the parameters all the same, whose error is the root of what the sum can show.
+# Steps in a row that lower the sum by no more than round-off. The first of them still
+# improve the parameters, whose error is the square root of what the sum can show.
 _MAX_IDLE = 20
 
 
 class CurveFitStatus(enum.IntEnum):
-    """How a fit ended; `message` says it in words.
+    """How a fit ended; `message` puts it into words.
 
     Example:
       >>> print(CurveFitStatus(1).message)
@@ -59,7 +59,7 @@ class CurveFitStatus(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """One sentence for a person."""
+        """The status as a sentence."""
         return _MESSAGES[self]
 
 
@@ -89,7 +89,7 @@ _MESSAGES = {
 
 
 class CurveFitResult(NamedTuple):
-    """What a fit found.
+    """The result of a fit.
 
     Attributes:
       params: θ, in the structure of `p0`.
@@ -97,8 +97,8 @@ class CurveFitResult(NamedTuple):
         it cannot be estimated.
       residual_sum: Σ r², with r in units of `sigma`.
       relative_offset: ‖Uᵀ r‖ / ‖r‖, with U an orthonormal basis of the columns of J:
-        the length of the step that is left in units of the residuals; 0 where the sum
-        of squares is stationary.
+        the length of the remaining step in units of the residuals; 0 where the sum of
+        squares is stationary.
       num_steps: int32, steps that were tried.
       status: int32, a `CurveFitStatus`.
     """
@@ -132,37 +132,37 @@ def curve_fit(
         min_θ Σ r²,    r = (f(xdata, *θ) - ydata) / sigma
 
     Each step is one of `DampingSearch`: many λ and lengths are tried, along paths bent
-    by the second derivative of f, and none is taken that raises Σ r² by more than
-    round-off. λ damps parameter i in units of
+    by the second derivative of f, and no step that raises Σ r² by more than round-off
+    is taken. λ damps parameter i in units of
 
         √(|θᵢ| / ‖∂r/∂θᵢ‖)
 
-    as they are in this step, so that no scales need to be given: the geometric mean of
-    |θᵢ|, with which a parameter to which the curve is too sensitive runs away, and of
-    MINPACK's 1 / ‖∂r/∂θᵢ‖, with which one runs away that the curve does not feel. For a
-    parameter at 0, rms(r) / ‖∂r/∂θᵢ‖ stands for |θᵢ|.
+    evaluated at each step, so that no scales need to be given: the geometric mean of
+    |θᵢ|, with which a parameter runs away if the curve is too sensitive to it, and of
+    MINPACK's 1 / ‖∂r/∂θᵢ‖, with which one runs away if it hardly affects the curve. For
+    a parameter at 0, rms(r) / ‖∂r/∂θᵢ‖ stands for |θᵢ|.
 
-    The fit stops after a step by less than `rtol` |θᵢ| in each parameter, or which
+    The fit stops after a step that changes each parameter by less than `rtol` |θᵢ|, or
     moves the curve through each by less than `rtol` rms(r); if no step lowers Σ r², or
-    twenty only by round-off; or after `max_steps`. `status` says what that was worth:
-    it is CONVERGED only if the Gauss-Newton step that is left moves the curve by less
-    than ε^⅓ of the residuals (6e-6 in float64, and so each parameter by less than
-    6e-6 √(M - P) standard errors), or by less than its round-off.
+    twenty only by round-off; or after `max_steps`. `status` says how good the result
+    is: it is CONVERGED only if the remaining Gauss-Newton step moves the curve by less
+    than ε^⅓ of the residuals (6e-6 in float64, and so each parameter by less than 6e-6
+    √(M - P) standard errors), or by less than its round-off.
 
-    Works under `jax.jit` and `jax.vmap`, of data, starts and weights. The program is
+    Works under `jax.jit` and `jax.vmap`, over data, starts and weights. The program is
     compiled once for a function f and the shapes of its arguments. Dense: O(M P²)
     operations for each step, some dozen passes through f, and M·P memory.
 
     Args:
       f: a JAX function (xdata, *params) -> `[...]` like `ydata`; hashable.
-      xdata: any tree of arrays, handed to f as it is.
+      xdata: any tree of arrays, passed to f unchanged.
       ydata: M real numbers, in an array of any shape.
       p0: the start, a list or tuple with one entry for each further argument of f: a
         number, an array or any tree of them. Or an array `[P]`, one number for each.
       sigma: standard deviations of ydata, which broadcast to it, or for ydata `[M]` the
         covariance `[M, M]`; None for 1.
-      absolute_sigma: whether `sigma` is meant absolutely. Else only its ratios matter,
-        and the covariance is multiplied by Σ r² / (M - P).
+      absolute_sigma: whether `sigma` is absolute. Otherwise only its ratios matter, and
+        the covariance is multiplied by Σ r² / (M - P).
       max_steps: at least 1.
       rtol: in [0, 1), or None for ε^⅔: 4e-11 in float64, 2e-5 in float32.
 
@@ -172,7 +172,7 @@ def curve_fit(
 
     Raises:
       TypeError: for parameters or data that are not real, half precision, an f that is
-        not hashable, a p0 that is no list, tuple or array `[P]`.
+        not hashable, a p0 that is not a list, a tuple or an array `[P]`.
       ValueError: for shapes that do not fit, a `sigma` that is known and not positive,
         a `max_steps` or `rtol` out of range.
 
@@ -268,9 +268,9 @@ def _is_covariance(sigma: Array, ydata: Array) -> bool:
 
 
 class _Loop(NamedTuple):
-    """θ, what the search keeps, steps so far, and whether the last one was the last.
+    """θ, the state of the search, steps so far, and whether the fit has ended.
 
-    `lowest` is the lowest rms(r) but for round-off, and `idle` counts steps since.
+    `lowest` is the lowest rms(r) up to round-off, and `idle` counts steps since.
     """
 
     theta: Array
@@ -312,8 +312,8 @@ def _fit(
         return jnp.ravel(whiten(outputs - ydata))
 
     def about(theta: Array) -> _Local:
-        # Without a batch that could be cut, the root is made of columns: one derivative
-        # in forward mode for each of a few parameters.
+        # With no batch to cut, the root is built from columns: one forward-mode
+        # derivative for each of a few parameters.
         fisher = linearize_fisher(residuals, theta, (), Gaussian(event_ndims=0))
         root = dense_root(fisher)
         unit = tree.usable_unit(jnp.max(jnp.abs(root)))
@@ -366,7 +366,7 @@ def _fit(
     local = about(loop.theta)
     rms = tree.norm(local.coefficients)
     offset, inverse = _offset_and_inverse(local)
-    # Neither the data nor the parameters are known better than to round-off.
+    # Neither the data nor the parameters are known to better than round-off.
     size = tree.norm(whiten(ydata)) / ydata.size**0.5
     size += jnp.sum(local.norms * jnp.abs(loop.theta))
     is_stationary = offset <= eps ** (1 / 3) * rms + _ROUND_OFF * eps * size
@@ -399,7 +399,7 @@ def _fit(
 
 
 def _whitener(sigma: Array | None, ydata: Array) -> Callable[[Array], Array]:
-    """What makes the noise of the residuals white, and of size 1."""
+    """The map that whitens the noise of the residuals and gives it size 1."""
     if sigma is None:
         return lambda residuals: residuals
     if not _is_covariance(sigma, ydata):
@@ -411,7 +411,7 @@ def _whitener(sigma: Array | None, ydata: Array) -> Callable[[Array], Array]:
 
 
 def _offset_and_inverse(local: _Local) -> tuple[Scalar, Array]:
-    """‖Uᵀ w‖, and (AᵀA)⁻¹: infinite where A has not the rank of its columns."""
+    """‖Uᵀ w‖, and (AᵀA)⁻¹: infinite if A does not have full column rank."""
     divisors = jnp.where(local.norms > 0, local.norms, 1)
     matrix = local.root / divisors[None, :]
     is_finite = tree.all_finite(matrix)

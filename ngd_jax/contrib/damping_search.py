@@ -4,7 +4,7 @@
     d = s v + ½ s² q    of the λ and s with the least  f(θ - d) λ^power / s^length_power
 
 One factorisation of the square root A of F, F = Aᵀ A, serves all λ, and a trial costs
-one pass through the model: to weigh a dozen of them is cheaper than one more step.
+one pass through the model: comparing a dozen is cheaper than one more step.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _MAX_ROUNDS = 6
 
 
 class DampingSearchState(NamedTuple):
-    """What the next search starts from.
+    """Where the next search starts.
 
     Attributes:
       damping: λ of the last step, in units of F; 0 before the first.
@@ -55,18 +55,18 @@ class DampingSearch(Solver):
 
         d = s v + ½ s² q,    (F + λI) v = g,    (F + λI) q = Jᵀ H ∂²outputs[v, v],
 
-    v the damped natural gradient and q what keeps the outputs on the straight line that
-    v sends them along, up to third order. Of the trials that lower the loss f, or keep
-    it below `slack` times the lowest so far, the one with the least
+    where v is the damped natural gradient and q keeps the outputs on the straight line
+    that v sends them along, up to third order. Of the trials that lower the loss f, or
+    keep it below `slack` times the lowest so far, the one with the least
     f λ^power / s^length_power is taken; if there is none, λ is multiplied and the
     search goes into another round.
 
     With `power` = 0 the greatest reduction wins, and the search settles into the first
-    narrow valley, at a λ where it no longer moves. The power pays for small λ, which
+    narrow valley, at a λ where it no longer moves. The power rewards small λ, which
     give directions that only a nearly singular F can tell apart, down to residuals at
-    round-off. The length in the score keeps λ from falling further, to where only
-    short steps lower the loss. A slack above 1 lets the loss rise on the way: it may
-    end lower from parameters of which little can be told apart at first, and else costs
+    round-off. The length in the score keeps λ from falling further, to where only short
+    steps lower the loss. A slack above 1 lets the loss rise on the way: it may end
+    lower if few of the parameters can be told apart at first, and otherwise costs
     steps.
 
     Dense, by singular values as in `SVD`: O(M P²) operations and M·P memory for M real
@@ -75,21 +75,21 @@ class DampingSearch(Solver):
 
     Args:
       power: what a factor of λ is worth in factors of the loss, at least 0.
-      slack: at least 1, and 1 in float32, whose round-off small λ would amplify, and
-        where the loss can vanish between the points that it is taken at.
+      slack: at least 1. Use 1 in float32, whose round-off small λ would amplify, and
+        where the loss can vanish between the points at which it is evaluated.
       factors: λ to try, in units of the last one, in rising order.
       lengths: s to try, positive.
       max_curvature: q is left out where |s q| is above this times |v|: there the path
-        bends more than its second derivative can tell; 0 leaves it out always.
+        bends more than its second derivative can describe; 0 always leaves it out.
       initial: λ of the first search, in units of the largest eigenvalue of F.
       length_power: what a factor of the length is worth in factors of the loss, at
         least 0. With 0 a tenth of a step at λ/27 beats a whole step at λ: λ falls to
         1e-25, where the search creeps for a hundred steps or more until it breaks
-        through, at a step that hangs on the last digits. Where it does, it may end some
+        through, at a step that depends on the last digits. If it does, it may end some
         decades lower.
 
-    `damping` of `solve` is the least λ; below (ε max σ)², which nothing can tell from
-    zero, none is tried either way.
+    The `damping` of `solve` is the least λ. No λ below (ε max σ)², which cannot be told
+    from zero, is tried in any case.
 
     Raises:
       ValueError: for values outside of these ranges.
@@ -186,7 +186,7 @@ class DampingSearch(Solver):
 
         before = loss_of(jnp.zeros_like(gradient))
         lowest = jnp.minimum(before, known.lowest.astype(before.dtype))
-        # On another batch even the loss as it is may be above the slack.
+        # On another batch, even the present loss may be above the slack.
         highest = jnp.maximum(before, self.slack * lowest)
         search = self._search(system, loss_of, highest, last, least)
 
@@ -209,7 +209,7 @@ class DampingSearch(Solver):
             )
             state = optax.tree.cast_like(new, state)
         used = jnp.where(search.found, search.damping, last)
-        # What is not finite is reported by `solve_scaled`.
+        # Values that are not finite are reported by `solve_scaled`.
         nothing = jnp.where(system.is_finite, 0.0, jnp.nan)
         direction = jax.tree.map(lambda x: x + nothing.astype(x.dtype), direction)
         return Solution(direction, pushed, info, state, used, search.length)
@@ -320,7 +320,7 @@ def _make_system(fisher: Any, rhs: RightHandSide) -> _System:
         size = jnp.linalg.norm(rest) + largest * jnp.linalg.norm(w)
         rest = rest - matrix.T @ w
         rest = jnp.where(negligible(rest, size), 0.0, rest)
-    # v is in units of the right-hand side, and its square is not.
+    # v is in units of the right-hand side, but its square is not.
     unit = jnp.asarray(rhs.unit).astype(matrix.dtype)
 
     def bend(v: Array) -> Array:

@@ -2,8 +2,8 @@
 
     F + λI ≈ L Lᵀ in float32,    M⁻¹ = L⁻ᵀ L⁻¹
 
-Conjugate gradients on products with F in float64 then need few steps to the accuracy of
-a factorisation in float64, at half of its price.
+Conjugate gradients on products with F in float64 then need few steps to reach the
+accuracy of a float64 factorisation, at half its cost.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ class CholeskyFactor:
 
         F + λI ≈ L Lᵀ,    M⁻¹ = L⁻ᵀ L⁻¹
 
-    Makes F as a matrix (see `ngd_jax.dense.dense`), P² memory, in every step. For λ far
-    below 1e-6 of the largest eigenvalue the factor says little, and CG needs many
+    Builds F as a matrix (see `ngd_jax.dense.dense`), in P² memory, at every step. For λ
+    far below 1e-6 of the largest eigenvalue the factor helps little, and CG needs many
     steps: `Cholesky` is then cheaper.
 
     Args:
-      dtype: in which to factorise, `jnp.float32` or `jnp.float64`.
+      dtype: the dtype to factorise in, `jnp.float32` or `jnp.float64`.
 
     Raises:
       TypeError: for another dtype.
@@ -68,8 +68,8 @@ class CholeskyFactor:
         """The map v -> M⁻¹ v; the identity where there is no factor."""
         matrix = dense(fisher).astype(self.dtype)
         system = make_positive_definite(matrix, damping)
-        # The least that this precision can tell from nothing, so that there is a factor
-        # of a singular F as well.
+        # The least number that this precision can tell from zero, so that a singular F
+        # has a factor too.
         jitter = len(matrix) * float(jnp.finfo(matrix.dtype).eps)
         factor, exists = factorise(system, jitter)
 

@@ -20,7 +20,7 @@ __all__ = ["Jacobi", "JacobiState"]
 
 
 class JacobiState(NamedTuple):
-    """What `Jacobi` keeps.
+    """The state of `Jacobi`.
 
     Attributes:
       num_builds: int32, attempts to build the diagonal.
@@ -38,18 +38,18 @@ class JacobiState(NamedTuple):
 class Jacobi:
     """The diagonal of F: M = (diag F + λ)^power, its largest entry scaled to 1.
 
-    For parameters that have units of their own, as with inputs that are not
-    standardised. On the raw wine data (condition number 1e9) ten steps bring 0.90 of
-    the decrease of the quadratic model, and 0.72 without. Meanwhile the norm of the
-    residual, which adds up quantities of different units, may well be larger: use it
-    with a step budget, or with the rule of progress of `BacktrackingCG`.
+    For parameters with units of their own, as with inputs that are not standardised. On
+    the raw wine data (condition number 1e9) ten steps give 0.90 of the decrease of the
+    quadratic model, against 0.72 without it. The norm of the residual, which adds up
+    quantities of different units, may still be larger: use it with a step budget, or
+    with the rule of progress of `BacktrackingCG`.
 
     The exact diagonal costs a backward pass for each output. `num_probes` estimates it
     from that many backward passes in all, by diag F = E[(Aᵀu)²] with F = AᵀA and random
     signs u in the space of outputs: never negative, with a relative standard deviation
     of at most √(2 / num_probes). (Signs v in the space of parameters, diag F = E[v∘Fv],
-    cost a product each, and their error grows with the off-diagonal of F instead: a
-    relative deviation of 15 in the median on a small autoencoder, against 1.4.)
+    cost a product each, and their error grows with the off-diagonal part of F instead:
+    a relative deviation of 15 in the median on a small autoencoder, against 1.4.)
 
     Attributes:
       power: 1, or less to trust the diagonal less. 0.75 is from Martens 2010, and took
@@ -59,8 +59,8 @@ class Jacobi:
       refresh_every: the number of steps from one build to the next.
 
     Raises:
-      ValueError, TypeError: on numbers out of range, on probes without a key, and on a
-        key without probes.
+      ValueError, TypeError: for numbers out of range, for probes without a key, and for
+        a key without probes.
 
     Example:
       >>> import jax, jax.numpy as jnp, ngd_jax as ngd
@@ -78,7 +78,7 @@ class Jacobi:
       Martens 2010, section 4.7 (the power). Chapelle and Erhan, Improved
       preconditioner for Hessian free optimization, 2011 (the probes). Bekas,
       Kokiopoulou and Saad, An estimator for the diagonal of a matrix, 2007 (the other
-      ones).
+      estimate).
     """
 
     power: float = 0.75
@@ -97,7 +97,7 @@ class Jacobi:
             raise ValueError("`key` is for the probes: give `num_probes` too.")
 
     def init(self, params: Params) -> JacobiState:
-        """The state before anything is built, with which M = I."""
+        """The state before anything is built; M is then I."""
         return JacobiState(
             num_builds=jnp.zeros((), jnp.int32),
             age=jnp.asarray(self.refresh_every, jnp.int32),
@@ -161,7 +161,7 @@ def _square_parts(leaf: Array) -> Array:
 
 
 def _mean_of_parts(leaf: Array) -> Array:
-    """The mean of the real and the imaginary part of a complex leaf; a real one."""
+    """The mean of the real and the imaginary part of a complex leaf; or a real leaf."""
     is_complex = jnp.iscomplexobj(leaf)
     return (jnp.real(leaf) + jnp.imag(leaf)) / 2 if is_complex else leaf
 

@@ -28,8 +28,8 @@ __all__ = ["Lineax"]
 class Lineax(Solver):
     """Solves (F + λI) d = g with a solver of the Lineax library.
 
-    The operator is not built, unless by a dense solver of Lineax. The reported residual
-    is the true one, at the cost of one product.
+    The operator is not built as a matrix, except by dense solvers of Lineax. The
+    reported residual is the true one, at the cost of one product.
 
     Attributes:
       solver: a `lineax.AbstractLinearSolver`, say `lineax.GMRES(1e-6, 1e-6)`.

@@ -26,7 +26,7 @@ _SMALLEST_RATIO = 10.0
 
 
 class NystromState(NamedTuple):
-    """What `Nystrom` keeps.
+    """The state of `Nystrom`.
 
     Attributes:
       num_builds: int32, attempts to build the approximation.
@@ -46,14 +46,14 @@ class NystromState(NamedTuple):
 class Nystrom:
     """A low-rank F: M⁻¹ = I - U (I - (λᵣ + λ)(Λ + λ)⁻¹) Uᵀ with F ≈ U Λ Uᵀ.
 
-    The r products with random vectors find the r largest eigenvalues, roughly, and M
-    brings them down to the smallest of them. The choice if the spectrum of F falls
-    fast, in whatever basis: the expected condition number is below 28 if r is more than
-    twice the effective dimension tr(F (F + λI)⁻¹).
+    Products with r random vectors find roughly the r largest eigenvalues, and M brings
+    them down to the smallest of these. A good choice if the spectrum of F falls fast,
+    in whatever basis: the expected condition number is below 28 if r is more than twice
+    the effective dimension tr(F (F + λI)⁻¹).
 
-    It ages with F: on a small autoencoder, while training made large steps, one of rank
-    20 saved half of the products when new, and a third when two steps old. With a
-    condition number above 1e8 an old one can cost more products than none.
+    It goes stale as F changes: on a small autoencoder, while training made large steps,
+    one of rank 20 saved half of the products when new, and a third when two steps old.
+    With a condition number above 1e8 an old one can cost more products than none.
 
     Attributes:
       rank: r, cut to the number of parameters. A build costs r products, and about
@@ -62,7 +62,7 @@ class Nystrom:
       refresh_every: the number of steps from one build to the next.
 
     Raises:
-      ValueError, TypeError: on numbers out of range, or a key that is not a typed one.
+      ValueError, TypeError: for numbers out of range, or a key that is not typed.
 
     Example:
       >>> import jax, jax.numpy as jnp, ngd_jax as ngd
@@ -91,7 +91,7 @@ class Nystrom:
         check_key(self.key, "Nystrom")
 
     def init(self, params: Params) -> NystromState:
-        """The state before anything is built, with which M = I."""
+        """The state before anything is built; M is then I."""
         rank = self._rank(params)
 
         def zeros(leaf: ArrayLike) -> Array:
@@ -163,7 +163,7 @@ class Nystrom:
         unit = tree.usable_unit(tree.max_abs(products))
         products = tree.divide(products, unit)
 
-        # 3-4. Shifted, so that what F does not see is small and not singular.
+        # 3-4. Shifted, so that directions F does not see are small and not singular.
         shift = eps * jnp.sqrt(tree.vdot(products, products))
         products = tree.axpy(shift, test, products)
 
@@ -205,7 +205,7 @@ def _combine(matrix: Array, vectors: PyTree) -> PyTree:
 def _orthonormalize(vectors: PyTree) -> PyTree:
     """A basis of about the same span, by r × r Gram matrices and no QR of P × r.
 
-    Directions that round-off cannot tell from none stay shorter than 1.
+    Directions that round-off cannot tell from zero stay shorter than 1.
     """
 
     def once(_: Array, vectors: PyTree) -> PyTree:
@@ -215,11 +215,11 @@ def _orthonormalize(vectors: PyTree) -> PyTree:
         scale = jnp.maximum(values, floor)[None] ** -0.5
         return _combine(rotation * scale, vectors)
 
-    # Each time takes √ε off the condition number; the third is for nearly singular F.
+    # Each pass takes √ε off the condition number; the third is for nearly singular F.
     return jax.lax.fori_loop(0, 3, once, vectors)
 
 
 def _contract(vectors: PyTree) -> PyTree:
-    """Shortened where needed for a norm ‖U‖ of at most 1."""
+    """Shortened, where needed, to a norm ‖U‖ of at most 1."""
     largest = jnp.linalg.eigvalsh(_gram(vectors, vectors))[-1]
     return tree.divide(vectors, jnp.sqrt(jnp.maximum(largest, 1.0)))

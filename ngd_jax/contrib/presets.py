@@ -4,9 +4,9 @@
         model_fn=model_fn, likelihood=ngd.Categorical(), **ngd.contrib.presets.trpo()
     )
 
-Each is a plain dict, made anew by every call: print it, change an entry, pass it on.
-What a preset takes from its source and what it does otherwise is said in its docstring.
-λ is in units of F as defined here, a mean over examples.
+Each call returns a new plain dict: print it, change an entry, pass it on. Each
+docstring says what the preset takes from its source and what it does differently. λ is
+in units of F as defined here, a mean over examples.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,10 @@ __all__ = ["hessian_free", "kfac", "pascanu_bengio", "trpo"]
 def trpo() -> dict[str, Any]:
     """Trust region policy optimization: KL radius 0.01, 10 CG steps, λ = 1e-3.
 
-    The gradient is that of the surrogate, and `update` needs it as `value_fn` too: as
-    in the original, a step is halved, at most 10 times, until the surrogate gains a
-    tenth of what its gradient promises. It starts from the measured radius, where the
-    original starts from the quadratic model's and halves for the KL too.
+    The gradient is that of the surrogate, and `update` needs the surrogate as
+    `value_fn` too: as in the original, a step is halved, at most 10 times, until the
+    surrogate gains a tenth of what its gradient promises. It starts from the measured
+    radius; the original starts from the quadratic model's, and halves for the KL too.
 
     References:
       Schulman et al., Trust region policy optimization, 2015, appendix C, and its
@@ -51,7 +51,7 @@ def hessian_free() -> dict[str, Any]:
 
     λ·3/2 where ρ < 1/4, λ·2/3 where ρ > 3/4; CG from 0.95 times the last solution,
     until the model gains less than 5e-4 of its value in a step, with the diagonal to
-    the power 3/4 as preconditioner, and a way back over its iterates while the loss
+    the power 3/4 as preconditioner, and backtracking over its iterates while the loss
     falls. `update` needs `value_fn`, unless `loss_fn` is given.
 
     The diagonal is that of the exact Fisher; the original takes the squared gradients
@@ -76,15 +76,16 @@ def hessian_free() -> dict[str, Any]:
 
 
 def kfac() -> dict[str, Any]:
-    """K-FAC: factored blocks of F give the direction, the exact F rate and momentum.
+    """K-FAC: factored blocks of F give the direction, exact F the rate and momentum.
 
     λ₀ = 150 by Levenberg-Marquardt every 5 steps with ω = (19/20)⁵, factors averaged
     with a decay of 0.95, inverses every 5 steps. `update` needs `value_fn`, unless
-    `loss_fn` is given. λ₀ = 150 was not raced: our own races ended
-    at constants of 1e-6 to 0.1.
+    `loss_fn` is given. λ₀ = 150 was not tuned here: our own tuning ended at constants
+    of 1e-6 to 0.1.
 
-    The original adapts the λ of the factors apart from that of the model, and draws
-    targets from the model where this takes random signs in the exact output metric.
+    The original adapts the λ of the factors separately from that of the model, and
+    draws targets from the model where this preset takes random signs in the exact
+    output metric.
 
     References:
       Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate
@@ -106,8 +107,8 @@ def pascanu_bengio(batch_fn: Callable[[Batch], Batch]) -> dict[str, Any]:
     `update` needs `value_fn`, unless `loss_fn` is given.
 
     Args:
-      batch_fn: batch -> the batch of the metric, other examples than those of
-        the gradient; unlabelled ones do.
+      batch_fn: batch -> the batch of the metric, with examples other than those of the
+        gradient; they need no labels.
 
     References:
       Pascanu and Bengio, Revisiting natural gradient for deep networks, 2014, section

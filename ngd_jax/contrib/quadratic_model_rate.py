@@ -21,12 +21,13 @@ __all__ = ["QuadraticModelRate", "minimize_quadratic_model"]
 
 @dataclasses.dataclass(frozen=True)
 class QuadraticModelRate(RateRule):
-    """As `learning_rate`: rate and momentum that minimise the quadratic model.
+    """A rule for `learning_rate`: rate and momentum that minimise the quadratic model.
 
     Costs two more `jvp`s of the model.
 
     Attributes:
-      momentum: whether the last step is the second variable; else the rate alone.
+      momentum: whether the last step is the second variable; else only the rate is
+        chosen.
 
     Example:
       >>> import ngd_jax as ngd
@@ -84,7 +85,7 @@ def minimize_quadratic_model(
       push_fn: v -> J v.
       gradient: g.
       direction: d.
-      previous: p, or None for D = α d. Where it adds nothing to d, β is 0.
+      previous: p, or None for D = α d. If it adds nothing to d, β is 0.
       damping: λ.
       pushed: J d, if it is known.
       inner: ⟨·, ·⟩ of tangents of the outputs, with ⟨J v, J v⟩ = vᵀFv.
@@ -121,7 +122,7 @@ def minimize_quadratic_model(
     p, _, _ = tree.in_units(previous)
     p_pushed = tree.widen(push_fn(p))
     p_curvature = form(p, p_pushed)
-    # What is left of p after d, as vectors: differences of curvatures would lose it.
+    # The part of p beyond d, as vectors: differences of curvatures would lose it.
     overlap = inner(pushed, p_pushed) + damping * tree.vdot(d, p)
     share = -jnp.where(curvature > 0, overlap / curvature, 0.0)
     rest, rest_pushed = tree.axpy(share, d, p), tree.axpy(share, pushed, p_pushed)

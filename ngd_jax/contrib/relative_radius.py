@@ -26,25 +26,26 @@ __all__ = ["RelativeRadius"]
 
 @dataclasses.dataclass(frozen=True)
 class RelativeRadius(RadiusRule):
-    """As `max_kl`: a radius that follows the loss, except for steps that prove good.
+    """A `max_kl` rule: a radius that follows the loss, but for steps that prove good.
 
         1. s = rate, rate/2, ..., rate/2^max_halvings:  take the first with
            f(θ) - f(θ - s d) ≥ sufficient · (s gᵀd - ½ s² dᵀFd),
         2. else the longest s ≤ rate whose measured KL is within fraction · f(θ).
 
     Far from a solution the second rule acts, and the loss need not fall: a descent that
-    must fall in each step creeps along the first narrow valley that it meets, where a
-    path of bounded speed, that of the Gauss-Newton flow, goes on to where the metric
-    has more rank. Close to a solution the first rule acts, and steps are whole ones.
+    must lower the loss in every step creeps along the first narrow valley that it
+    meets, whereas a path of bounded speed, that of the Gauss-Newton flow, goes on to
+    where the metric has a higher rank. Close to a solution the first rule acts, and
+    steps are full steps.
 
-    So the KL of a step is at most fraction · f(θ) only if the first rule found none.
+    So the KL of a step is at most fraction · f(θ) only if the first rule found no step.
 
     Attributes:
       fraction: the radius in units of f(θ), which must be positive: a squared error,
-        or another loss whose least value is zero. With ½ mean r² as the loss, as it
-        belongs to `Gaussian`, 0.01 lets the residuals change by a tenth.
-      sufficient: in (0, 1], or infinity to have the second rule alone.
-      max_halvings: shorter steps that the first rule looks at.
+        or another loss whose least value is zero. With ½ mean r² as the loss, as suits
+        `Gaussian`, 0.01 lets the residuals change by a tenth.
+      sufficient: in (0, 1], or infinity for the second rule alone.
+      max_halvings: the number of shorter steps that the first rule tries.
 
     Example:
       >>> import ngd_jax as ngd

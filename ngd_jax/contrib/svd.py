@@ -2,8 +2,8 @@
 
     A = U σ Vᵀ,    d = V σ/(σ² + λ) Uᵀ w    for g = Aᵀ w,    where σ > rcond · max σ
 
-Dense in the space of parameters, as `Cholesky` is, but without the square: what A knows
-of a direction is lost at σ = ε, what F knows of it at σ = √ε.
+Dense in the space of parameters, as `Cholesky` is, but without the square: A loses a
+direction at σ = ε, F already at σ = √ε.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
 __all__ = ["SVD", "SingularRoot", "decompose", "known_coefficients", "negligible"]
 
-# How long a rest g - Aᵀ w may be, in round-off of its terms, and still be nothing.
+# How long a rest g - Aᵀ w may be, in round-off of its terms, to count as zero.
 _ROUND_OFF = 64.0
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -33,8 +33,8 @@ class SVD(Solver):
 
     Solves (F + λI) d = g with F = Aᵀ A, `[M, P]` for M real outputs of all examples and
     P real parameters, in O(M P²) operations (O(M² P) for M < P) and M·P memory. Made
-    for some hundred parameters whose F is singular to working precision at once, at
-    λ = 0 or next to it: physics-informed networks above all.
+    for a few hundred parameters whose F is singular to working precision from the
+    start, with λ = 0 or close to it: above all, physics-informed networks.
 
     Directions whose singular value is at most `rcond` times the largest one are left
     out of A, where λI would only shrink them. Of what is left,
@@ -43,15 +43,15 @@ class SVD(Solver):
       a `loss_fn`, d = V σ/(σ² + λ) Uᵀ w + r/λ: relative errors are of the order of
       ε/rcond;
     * with g alone, d = V 1/(σ² + λ) Vᵀ g + r/λ with r = g - V Vᵀ g: the round-off in g
-      comes back times 1/rcond².
+      is multiplied by 1/rcond².
 
     r is dropped at λ = 0, which gives the shortest of all minimisers, and where it is
-    not longer than the round-off of what it is made of.
+    no longer than the round-off of its terms.
 
     Args:
       rcond: in [0, 1), or None for ε·max(M, P). It regularises as damping does: in
         float64 1e-8 is about right for zero-residual problems.
-      verify: whether to hold the solution against the operator, at the price of one
+      verify: whether to check the solution against the operator, at the cost of one
         product with F; see `Cholesky`.
 
     Raises:
@@ -73,8 +73,8 @@ class SVD(Solver):
       energy natural gradient descent, 2023, for the systems that need it.
 
     Note:
-      `relative_residual` is of the system asked for, with all directions in it, so that
-      it shows what truncation left out.
+      `relative_residual` refers to the system asked for, with all its directions, so it
+      shows what truncation left out.
     """
 
     rcond: float | None = None
@@ -109,7 +109,8 @@ class SVD(Solver):
         root = decompose(matrix, w, self.rcond)
         d = _solve(root, matrix, g, w, shift)
         residual = g - (matrix.T @ (matrix @ d) + shift * d)
-        # What is not finite is reported by `solve_scaled`, and never decomposed.
+        # Values that are not finite are reported by `solve_scaled`, and never
+        # decomposed.
         d = jnp.where(is_finite, d / unit / unit, jnp.nan)
         return direct_solution(
             fisher,
@@ -124,7 +125,7 @@ class SVD(Solver):
 
 
 def known_coefficients(fisher: Any, rhs: RightHandSide) -> Array | None:
-    """The coefficients of the right-hand side as a vector; None without.
+    """The coefficients of the right-hand side as a vector; None if there are none.
 
     Raises:
       ValueError: for coefficients unlike what `fisher.sqrt_matvec` returns.
@@ -155,7 +156,7 @@ class SingularRoot(NamedTuple):
 def decompose(
     matrix: Array, w: Array | None, rcond: float | None = None
 ) -> SingularRoot:
-    """The singular values of a finite A, `[M, P]`, and what w is made of."""
+    """The singular values of a finite A, `[M, P]`, and the components of w."""
     num_rows, num_columns = matrix.shape
     if num_rows > num_columns:
         # The triangular factor has all that is needed, and w in its last column

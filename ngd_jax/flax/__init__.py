@@ -2,10 +2,10 @@
 
     outputs = model_fn(params, batch),    d = (F + λI)⁻¹ g at params on that very batch
 
-`model_fn` is a pure function, so all that changes in training besides the parameters
-travels in `batch`: inputs, running statistics, dropout keys. What a module writes
-during the call (new running statistics, counters) is thrown away: it belongs to the
-loss, which is evaluated once, and not to the metric, which is evaluated many times.
+`model_fn` is a pure function, so everything besides the parameters that changes in
+training travels in `batch`: inputs, running statistics, dropout keys. Whatever a module
+writes during the call (new running statistics, counters) is discarded: it belongs to
+the loss, which is evaluated once, and not to the metric, which is evaluated many times.
 Knows nothing of solvers or of steps. Not imported by `ngd_jax` itself.
 """
 

@@ -1,4 +1,4 @@
-"""What both adapters ask of a call, and the errors that say what is missing in it."""
+"""Checks of a call that both adapters share, with errors that say what is missing."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

@@ -30,7 +30,7 @@ def linen_model_fn(
     method: Callable[..., Any] | str | None = None,
     **kwargs: Any,
 ) -> ModelFn:
-    """Makes `model_fn(params, batch)` of a linen module.
+    """Makes `model_fn(params, batch)` from a linen module.
 
         model_fn(params, batch) = module.apply(
             {"params": params, "batch_stats": batch["batch_stats"], ...},
@@ -40,7 +40,7 @@ def linen_model_fn(
         )
 
     Args:
-      module: the module; stays as it is.
+      module: the module; it is not changed.
       inputs_fn: batch -> the input of the module, or a tuple of its positional
         arguments. By default `batch["x"]`.
       collections: names of the variable collections besides "params", each read from
@@ -49,16 +49,16 @@ def linen_model_fn(
       rngs: names of the random streams, such as "dropout", whose keys are read from
         `batch["rngs"]`. The same key gives the same mask: in the gradient, in every
         product with the metric and in the measured KL.
-      method: the method to call, itself or its name; `__call__` by default.
-      **kwargs: handed to every call, such as `train=True` or `deterministic=False`.
+      method: the method to call, or its name; `__call__` by default.
+      **kwargs: passed to every call, such as `train=True` or `deterministic=False`.
 
     Returns:
       `model_fn`, to be given to `natural_gradient` and used in the loss as well.
       `params` are `variables["params"]`.
 
     Raises:
-      TypeError: where `module` is no linen module, or takes no argument of a name in
-        `kwargs`.
+      TypeError: if `module` is not a linen module, or does not take an argument named
+        in `kwargs`.
       ValueError: when `model_fn` is traced, where `batch` lacks an entry, or the module
         reads a collection or a stream that is not named here.
 

@@ -1,7 +1,7 @@
 """An nnx module as `model_fn(params, batch)`: split once, merged anew in every call.
 
 Every call makes a new module with new variables, so that nothing that it writes or
-traces gets out.
+traces escapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,17 +33,17 @@ def nnx_model_fn(
     method: Callable[..., Any] | str | None = None,
     **kwargs: Any,
 ) -> ModelFn:
-    """Makes `model_fn(params, batch)` of an nnx module.
+    """Makes `model_fn(params, batch)` from an nnx module.
 
         model_fn(params, batch) = merge(graphdef, params, state)(batch["x"], **kwargs)
 
     The module is split here, once. Its structure, its mode (`model.train()` and
-    `model.eval()`) and the variables that are neither selected by `wrt` nor by `state`
-    are those of this moment; the module itself is never touched again.
+    `model.eval()`) and the variables selected by neither `wrt` nor `state` are fixed at
+    that moment; the module itself is never touched again.
 
     Args:
       model: the module.
-      wrt: an nnx filter, the one that `nnx.Optimizer` has.
+      wrt: an nnx filter, the one given to `nnx.Optimizer`.
       inputs_fn: batch -> the input of the module, or a tuple of its positional
         arguments. By default `batch["x"]`.
       state: an nnx filter of the variables that are read from `batch["state"]`, such as
@@ -53,19 +53,19 @@ def nnx_model_fn(
         `nnx.Rngs(params=0, dropout=1)`; "default" for all those of `nnx.Rngs(0)`. The
         module is reseeded with them (`nnx.reseed`) before every call. For the same
         masks in the gradient, call `model_fn` there, or reseed the module likewise.
-      method: the method to call, itself or its name; `__call__` by default.
-      **kwargs: handed to every call, such as `deterministic=False`.
+      method: the method to call, or its name; `__call__` by default.
+      **kwargs: passed to every call, such as `deterministic=False`.
 
     Returns:
       `model_fn`, to be given to `natural_gradient`. `params` are an `nnx.State` of
       variables or of arrays, or a dict of that structure.
 
     Raises:
-      TypeError: where `model` is no nnx module, or takes no argument of a name in
+      TypeError: if `model` is not an nnx module, or does not take an argument named in
         `kwargs`.
       ValueError: where `wrt` selects nothing, or `rngs` names a stream that the model
-        has not; when `model_fn` is traced, where `batch` lacks an entry, `params` do
-        not fit, or the model draws from a stream that is not in `rngs`.
+        does not have; when `model_fn` is traced, where `batch` lacks an entry, `params`
+        do not fit, or the model draws from a stream that is not in `rngs`.
 
     Example:
       Batch normalisation and dropout in training mode, with `nnx.Optimizer`.
@@ -127,7 +127,7 @@ def nnx_model_fn(
 
     filters = (wrt,) if state is None else (wrt, state)
     graphdef, *states = nnx.split(model, *filters, ...)
-    # Copies, for the buffers of the module may be donated in training.
+    # Copies, since the buffers of the module may be donated in training.
     captured = jax.tree.map(jnp.copy, _pure(states[-1]))
     captured_keys = [(s.key.tag, jnp.copy(s.key.get_value())) for s in _streams(model)]
     params_like = _flat_paths(states[0])
@@ -145,7 +145,7 @@ def nnx_model_fn(
         arguments, keys = arguments_of(batch, inputs_fn), keys_of(batch, rngs)
 
         def call(fixed_keys: list[KeyArray]) -> tuple[Outputs, list[bool]]:
-            # New variables, so that nothing traced gets into those of the caller.
+            # New variables, so that nothing traced leaks into those of the caller.
             module = nnx.merge(graphdef, *merged, copy=True)
             if keys:
                 streams: Any = keys  # Their names; pyright thinks of the options.
@@ -158,7 +158,7 @@ def nnx_model_fn(
                 outputs = method(module, *arguments, **kwargs)
             else:
                 outputs = getattr(module, method or "__call__")(*arguments, **kwargs)
-            # A traced counter cannot be read, but who draws replaces it.
+            # A traced counter cannot be read, but a draw replaces it.
             pairs = zip(fixed, counts, strict=True)
             return outputs, [s.count.get_value() is not count for s, count in pairs]
 
@@ -183,9 +183,9 @@ def _check_unused(
 ) -> None:
     """Raises if the outputs depend on random numbers that are the same in every step.
 
-    A module may draw and not use what it draws, as recurrent ones do to set up a carry
-    of zeros. What depends on the keys is what is batched where the keys are, and a
-    batched result cannot be returned with `out_axes=None`.
+    A module may draw numbers without using them, as recurrent ones do to set up a carry
+    of zeros. With batched keys, exactly the values that depend on them are batched, and
+    a batched result cannot be returned with `out_axes=None`.
     """
     if not drawn:
         return

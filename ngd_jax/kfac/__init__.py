@@ -2,10 +2,11 @@
 
     F ≈ M = A ⊗ G,    (A + ε) ⊗ (G + ε'),    ε = π √λ,    ε' = √λ / π
 
-for every matrix of the parameters; vectors have a diagonal. Where `layers` proves a
-dense layer or a convolution, A = E[a aᵀ] and G = E[δ δᵀ] are of its inputs and of the
-cotangents of its outputs; any other matrix has factors of its gradients. M is symmetric
-positive definite for every model. Owns these factors; must not look into programs.
+for every matrix among the parameters; vectors have a diagonal. Where `layers` proves a
+dense layer or a convolution, A = E[a aᵀ] is computed from its inputs and G = E[δ δᵀ]
+from the cotangents of its outputs; the factors of any other matrix use its gradients. M
+is symmetric positive definite for every model. Owns these factors; must not look into
+programs.
 """
 
 from ngd_jax.kfac.kronecker import Kronecker, claims

@@ -1,4 +1,4 @@
-"""The factors that one batch has for every block.
+"""The factors of every block on one batch.
 
     A = E[a aᵀ],    G = E[δ δᵀ];    L = E[γ γᵀ],    R = E[γᵀ γ]
 
@@ -27,9 +27,9 @@ __all__ = ["batch_factors", "random_signs", "total"]
 def batch_factors(
     fisher: Any, count: Array, max_size: int
 ) -> tuple[list[Block], list[Any]]:
-    """The blocks; and of each its factors, or squares, on this batch.
+    """The blocks, and the factors (or squares) of each on this batch.
 
-    With scales, of the parameters before they were scaled.
+    With scales, those of the parameters before scaling.
     """
     at = fisher if fisher.scales is None else fisher.base
     like = jax.eval_shape(at.metric.sqrt_matvec, at.outputs)
@@ -72,9 +72,9 @@ def batch_factors(
 
 
 def _samples(gradient: Array, shape: tuple[int, ...], num_examples: int) -> Array:
-    """A gradient by examples, `[N, *shape]`, where it has such terms; else `[1, ...]`.
+    """A gradient per example, `[N, *shape]`, if it has such terms; else `[1, ...]`.
 
-    The terms of an example's places are not independent of each other, and add up.
+    The terms from the positions of one example are not independent, and are summed.
     """
     if gradient.ndim == len(shape):
         return gradient[None]
@@ -84,7 +84,7 @@ def _samples(gradient: Array, shape: tuple[int, ...], num_examples: int) -> Arra
 
 
 def _layer_sums(values: LayerValues, has_bias: bool, max_size: int) -> tuple:
-    """Σ a aᵀ and Σ δ δᵀ, a with a one for a bias; and the number of terms."""
+    """Σ a aᵀ and Σ δ δᵀ, with 1 appended to a for a bias; and the number of terms."""
     a, delta = values
     number = jnp.asarray(len(a), a.dtype)
     if has_bias:
@@ -107,7 +107,7 @@ def _gradient_sums(samples: Array, split: int, max_size: int) -> tuple:
         if isinstance(square, Long):
             square = square._replace(mean=jnp.zeros_like(square.mean))
         elif samples.size == size:
-            # A single vector tells the squares of its entries, and nothing beside.
+            # A single vector gives only the squares of its entries.
             square *= jnp.eye(size, dtype=square.dtype)
         sums.append(square)
     return tuple(sums)
@@ -125,21 +125,21 @@ def _factors(block: Block, sums: tuple) -> Any:
 
 
 def _gram(rows: Array, max_size: int) -> Any:
-    """Σ row rowᵀ; of long rows Σ row² and Σ row."""
+    """Σ row rowᵀ; for long rows Σ row² and Σ row."""
     if rows.shape[1] > max_size:
         return Long(jnp.sum(rows**2, 0), jnp.sum(rows, 0))
     return tree.contract(rows, rows, (0,), (0,))
 
 
 def total(values: Array) -> Array:
-    """The sum of all entries, as products: much less to compile than a reduction."""
+    """The sum of all entries, as products: much faster to compile than a reduction."""
     for _ in range(values.ndim):
         values = jnp.ones(len(values), values.dtype) @ values
     return values
 
 
 def _mean_square(leaf: Array) -> Array:
-    """Squares; of complex numbers the mean of both parts, since one serves for both."""
+    """Squares; for complex numbers the mean of both parts, which share one value."""
     leaf = leaf.astype(tree.wide_dtype(leaf))
     if jnp.iscomplexobj(leaf):
         return (jnp.real(leaf) ** 2 + jnp.imag(leaf) ** 2) / 2
@@ -147,11 +147,11 @@ def _mean_square(leaf: Array) -> Array:
 
 
 def random_signs(count: Array, like: PyTree) -> PyTree:
-    """±1 by a hash of the place and of the batch's number.
+    """±1 from a hash of the position and the batch number.
 
-    Any signs that are independent of the data and of each other do, and this takes one
-    kernel, where a generator of random numbers takes many. The hash is the finalizer of
-    MurmurHash3, of which every input bit changes every output bit in half of all cases.
+    Any signs that are independent of the data and of each other will do; this takes one
+    kernel, a random number generator many. The hash is the finalizer of MurmurHash3, in
+    which every input bit flips every output bit in half of all cases.
     """
 
     def mixed(bits: Array) -> Array:

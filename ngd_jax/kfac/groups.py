@@ -1,8 +1,8 @@
 """Which leaves of the parameters are handled together; a function of their shapes.
 
-A matrix has rows and columns. Where its shape parts into the two, only the program of
-the model can tell: until it is read a leaf is a member of the group of every split.
-Static throughout. Knows layers, and nothing of factors.
+A matrix has rows and columns. Only the model's program can tell where its shape splits
+into the two; until it is read, a leaf belongs to the group of every split. Static
+throughout. Knows layers, but not factors.
 """
 
 import math
@@ -17,7 +17,7 @@ from ngd_jax.types import ArrayLike, Params
 
 __all__ = ["Block", "Group", "blocks_of", "groups_of", "sides_of", "splits_of"]
 
-# Numbers that factors for a split may take that no layer may turn out to have.
+# Memory, in numbers, that the factors of a split may take even if no layer uses it.
 _SPARE_NUMBERS = 2**16
 
 
@@ -25,8 +25,8 @@ class Block(NamedTuple):
     """A block of M; static.
 
     Attributes:
-      weight: the place of a matrix or a vector among the leaves.
-      split: the axis where rows and columns part; None for vectors.
+      weight: the index of a matrix or a vector among the leaves.
+      split: the axis that separates rows from columns; None for vectors.
       layer: the layer that it belongs to; None for factors of gradients.
     """
 
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
     @property
     def bias(self) -> int | None:
-        """The place of the bias that shares the block."""
+        """The index of the bias that shares the block."""
         return None if self.layer is None else self.layer.bias
 
     @property
@@ -49,11 +49,11 @@ class Group(NamedTuple):
     """Leaves that are handled together; static.
 
     Attributes:
-      shape: (rows, columns), or (size,) of vectors.
+      shape: (rows, columns), or (size,) for vectors.
       dtype: of the leaves, float32 or wider.
-      members: of each the place among the leaves, and the axis of its shape where rows
-        and columns part; None for vectors.
-      blocks: of each the block that it is; None if it is none, or not known.
+      members: for each, the index among the leaves, and the axis of its shape that
+        separates rows from columns; None for vectors.
+      blocks: the block of each member; None if it has none, or if it is not known.
     """
 
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class Group(NamedTuple):
 
     @property
     def is_used(self) -> bool:
-        """Whether there is a block among them."""
+        """Whether any member has a block."""
         return any(block is not None for block in self.blocks)
 
 
@@ -95,10 +95,10 @@ def groups_of(leaves: list[Any], max_size: int) -> list[Group]:
 
 
 def blocks_of(layers: list[Layer], params: Params, max_size: int) -> list[Block]:
-    """One for every leaf that is not the bias of another one, in order."""
+    """One block for every leaf that is not the bias of another, in order."""
     leaves = jax.tree.leaves(params)
     splits = [splits_of(leaf, max_size) for leaf in leaves]
-    # A layer for whose split there is no room is none: it has factors of gradients.
+    # A layer without room for its split does not count: it has factors of gradients.
     fitting = {one.weight: one for one in layers if one.split in splits[one.weight]}
     biases = {layer.bias for layer in fitting.values()}
     blocks = []
@@ -112,12 +112,12 @@ def blocks_of(layers: list[Layer], params: Params, max_size: int) -> list[Block]
 
 
 def splits_of(leaf: ArrayLike, max_size: int) -> list[int]:
-    """The axes where the shape of a matrix may part; none for what has a diagonal.
+    """The axes where the shape of a matrix may split; none for leaves with a diagonal.
 
-    A matrix of two axes has one. The inputs and outputs of a kernel of more part after
-    the first axis or before the last, and which it is only the program of the model can
-    tell. The split that is the more square always has room in the state, the other one
-    where it does not take more than a few times the numbers of the weight itself.
+    A matrix with two axes has one. A kernel with more splits into inputs and outputs
+    after the first axis or before the last; only the model's program can tell which.
+    The squarer split always has room in the state, the other only if it takes no more
+    than a few times as many numbers as the weight itself.
     """
     shape = jnp.shape(leaf)
     if jnp.iscomplexobj(leaf) or len(shape) < 2 or 0 in shape:
@@ -134,5 +134,5 @@ def splits_of(leaf: ArrayLike, max_size: int) -> list[int]:
 
 
 def sides_of(shape: tuple[int, ...], split: int) -> tuple[int, int]:
-    """How many rows and columns a matrix has that parts there."""
+    """The numbers of rows and columns of a matrix that is split there."""
     return math.prod(shape[:split]), math.prod(shape[split:])

@@ -1,4 +1,4 @@
-"""The damped inverses of all factors, and v -> M⁻¹ v by them.
+"""The damped inverses of all factors, and v -> M⁻¹ v with them.
 
     (A + ε)⁻¹ V (G + ε')⁻¹,    ε = π √λ,    ε' = √λ / π
 
@@ -20,9 +20,10 @@ from ngd_jax.types import Array, ArrayLike, MatVec, PyTree, Scalar
 
 __all__ = ["damping_weights", "inverse_matvec", "refreshed_inverses"]
 
-# An entry of an estimated diagonal counts as at least this part of the leaf's mean.
+# An entry of an estimated diagonal counts as at least this fraction of the leaf's mean.
 _SMALLEST_SHARE = 0.1
-# Where the default is TF32, a barely positive matrix would lose its Cholesky factor.
+# With TF32, the default on some GPUs, a barely positive matrix may have no Cholesky
+# factor.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -39,14 +40,14 @@ def refreshed_inverses(
     damping: Scalar,
     weights: list[ArrayLike],
 ) -> tuple[Array, PyTree]:
-    """Age 1 and new inverses; the old ones, still due, where these are not finite."""
+    """Age 1 and new inverses; if these are not finite, the old ones, still due."""
     inverses, witnesses = list(state.inverses), []
     for place, group in enumerate(groups):
         if group.is_matrices and group.is_used:
             sides, shifts = _damped(group, state.averages[place], damping, weights)
             inverses[place] = Pair(*map(_inverse, sides, shifts))
             # No entry of an inverse is above 1 / ε, and a Cholesky factorisation that
-            # breaks down leaves not a single number: one entry tells of all.
+            # breaks down leaves only NaN: checking one entry is enough.
             witnesses += [1 / shift for shift in shifts]
             witnesses += [
                 side.diagonal if isinstance(side, LongInverse) else side[:, 0, 0]
@@ -82,7 +83,7 @@ def _damped(
 
 
 def _lengths(group: Group, *, is_turned: bool) -> np.ndarray:
-    """The number of rows of every block, or of columns; with a bias, if it has one."""
+    """The number of rows (or columns) of every block, including any bias."""
     has_bias = [
         block is not None and block.bias is not None and block.is_turned == is_turned
         for block in group.blocks
@@ -91,7 +92,7 @@ def _lengths(group: Group, *, is_turned: bool) -> np.ndarray:
 
 
 def _mean_weights(group: Group, weights: list[ArrayLike]) -> Array:
-    """One number for all of a block, so that it stays a product."""
+    """One number for each whole block, so that it stays a product."""
 
     def mean(block: Block | None) -> ArrayLike:
         if block is None:
@@ -103,7 +104,7 @@ def _mean_weights(group: Group, weights: list[ArrayLike]) -> Array:
 
 
 def _times(factors: Array, values: Array) -> Array:
-    """Every entry along the first axis times a number of its own."""
+    """Every entry along the first axis times its own number."""
     return values * factors.reshape(-1, *(1,) * (values.ndim - 1))
 
 
@@ -126,13 +127,13 @@ def _inverse(side: Any, shift: Array) -> Any:
         return LongInverse(diagonal, scaled / downdate[:, None], downdate)
     if len(side) == 1:
         return _inverse_of_one(side[0], shift[0])[None]
-    # One after the other: one program for all, and no batched LAPACK, which hung.
+    # One at a time: one program for all, and no batched LAPACK, which hung.
     return jax.lax.map(lambda one: _inverse_of_one(*one), (side, shift))
 
 
 def _inverse_of_one(square: Array, shift: Array) -> Array:
     identity = jnp.eye(len(square), dtype=square.dtype)
-    # LAPACK goes along columns: the transpose of what is symmetric spares a copy.
+    # LAPACK is column-major: transposing a symmetric matrix saves a copy.
     damped = (square + shift * identity).T
     root = jax.lax.linalg.cholesky(damped, symmetrize_input=False)
     half = jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
@@ -142,7 +143,7 @@ def _inverse_of_one(square: Array, shift: Array) -> Array:
 def _multiply(inverse: Any, values: Array, axis: int) -> Array:
     """Symmetric inverses `[K, n, n]` times matrices, along their `axis`, 1 or 2."""
     if not isinstance(inverse, LongInverse):
-        # From the right, and not transposed twice: that would be two copies.
+        # Multiplied from the right: transposing twice would make two copies.
         factors = (inverse, values) if axis == 1 else (values, inverse)
         return _matmul(*factors)
     diagonal, solved = (
@@ -194,7 +195,7 @@ def inverse_matvec(
 
 
 def _bordered(group: Group, leaves: list[Array]) -> Array:
-    """`[K, rows + 1, columns + 1]`: matrices, with a bias beside its inputs."""
+    """`[K, rows + 1, columns + 1]`: matrices, with a bias next to its inputs."""
 
     def one(block: Block | None) -> Array:
         if block is None:
@@ -211,7 +212,7 @@ def _bordered(group: Group, leaves: list[Array]) -> Array:
 
 
 def _spread(group: Group, solved: Array, results: list[Array]) -> None:
-    """Inverse of `_bordered`, and of a stack of vectors, into the places of leaves."""
+    """Inverse of `_bordered`, and of stacking vectors, written into the leaves."""
     own = [block for block in group.blocks if block is not None or group.is_matrices]
     for block, value in zip(own, solved, strict=True):
         if block is None:
@@ -229,7 +230,7 @@ def _spread(group: Group, solved: Array, results: list[Array]) -> None:
 def _diagonals(
     group: Group, averages: Array, damping: Scalar, weights: list[ArrayLike]
 ) -> Array:
-    """The diagonal of F + λI, positive, whatever single samples say."""
+    """The diagonal of F + λI, kept positive whatever single samples say."""
     own = [(k, block) for k, block in enumerate(group.blocks) if block is not None]
     diagonal = jnp.stack([averages[k] for k, _ in own])
     weight = jnp.stack([jnp.ravel(weights[block.weight]) for _, block in own])

@@ -27,35 +27,36 @@ class Kronecker:
 
         A = E[a aᵀ],    G = E[δ δᵀ],    ε = π √λ,    ε' = √λ / π
 
-    a are the inputs of a dense layer or the patches of a convolution, followed by a one
-    if there is a bias, δ the cotangents of the outputs for random signs in the space
-    where F is a square, and π² = (tr A / dim A) / (tr G / dim G). Weights of examples
-    are in G; A counts all examples alike. Layers are found in the program of the
-    gradient, whatever library the model is written in. A matrix of no layer (embedding,
-    tied or scanned weight) has factors of its gradients γ for such signs,
+    a are the inputs of a dense layer or the patches of a convolution, followed by a 1
+    if there is a bias; δ are the cotangents of the outputs for random signs in the
+    space where F is a square; and π² = (tr A / dim A) / (tr G / dim G). Example weights
+    enter G; A counts all examples alike. Layers are found in the program of the
+    gradient, whatever library the model is written in. A matrix outside any layer
+    (embedding, tied or scanned weight) has factors of its gradients γ for such signs,
 
         L = E[γ γᵀ],    R = E[γᵀ γ],    F ≈ L ⊗ R / tr L,
 
-    and a vector of no layer has an estimate of the diagonal of F.
+    and a vector outside any layer has an estimate of the diagonal of F.
 
-    The factors are averages over the batches of many steps, so that M knows of more
-    examples than the F of this batch. They cost a backward pass and the products a aᵀ
-    and δ δᵀ at some steps, and an inverse of each at fewer. As a preconditioner of
-    `CG`, one to three steps of CG are enough; `KFAC` is K-FAC itself.
+    The factors are averages over the batches of many steps, so M reflects more examples
+    than the F of this batch. They cost a backward pass and the products a aᵀ and δ δᵀ
+    at some steps, and an inverse of each at fewer. As a preconditioner of `CG`, one to
+    three steps of CG are enough; `KFAC` is K-FAC itself.
 
     Attributes:
       decay: weight of the past in the averages, which are plain means until
         1 / (1 - decay) batches are seen.
-      refresh_every: steps from one inverse to the next, at most: in the beginning there
-        is one after batch 1, 2, 3, 5, 8, 12, each time half as many have come in again,
-        and always with a batch that is observed.
+      refresh_every: the most steps from one inverse to the next. Early on, there is one
+        after batches 1, 2, 3, 5, 8, 12 (whenever half as many have come in again), and
+        always with a batch that is observed.
       observe_every: steps from one batch in the averages to the next, once there are
         1 / (1 - decay) in them.
-      max_size: the longest a and δ with a full factor. For a longer a, A is ā āᵀ of its
-        mean plus the diagonal of its variances; for a longer δ, G is diagonal. An m × n
-        weight takes 2 (m² + n²) numbers in the state, and a long side a few vectors in
-        place of its two matrices. A weight with more than two axes takes more, because
-        only the program tells which of them are inputs and which are outputs.
+      max_size: the greatest length of a and δ with a full factor. For a longer a, A is
+        ā āᵀ of its mean plus the diagonal of its variances; for a longer δ, G is
+        diagonal. An m × n weight takes 2 (m² + n²) numbers in the state, and a long
+        side takes a few vectors in place of its two matrices. A weight with more than
+        two axes takes more, because only the program tells which of them are inputs and
+        which are outputs.
 
     Raises:
       ValueError, TypeError: for numbers out of range.
@@ -90,10 +91,11 @@ class Kronecker:
             raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
 
     def init(self, params: Params) -> KroneckerState:
-        """The state before anything is built, with which M = I."""
+        """The state before anything is built; M is then I."""
         groups = groups_of(jax.tree.leaves(params), self.max_size)
-        # `optax.tree.map_params` takes what this makes of no parameters for a prefix of
-        # every state: a leaf there stands for all that is not shaped like them.
+        # `optax.tree.map_params` treats the state made from no parameters as a prefix
+        # of every state: a leaf there stands for everything not shaped like the
+        # parameters.
         averages = tuple(map(self._zeros, groups)) if groups else jnp.zeros(())
         inverses = tuple(map(self._identities, groups)) if groups else jnp.zeros(())
         return KroneckerState(
@@ -110,7 +112,7 @@ class Kronecker:
         groups = groups_of(jax.tree.leaves(fisher.params), self.max_size)
         if not groups:
             return lambda vector: vector, state
-        # The mean of few batches is worth every batch; a long memory changes slowly.
+        # A mean of few batches needs every batch; a long memory changes slowly.
         is_young = state.num_batches < 1 / (1 - self.decay)
         is_observed = is_young | (state.age % self.observe_every == 0)
         num_batches, averages = jax.lax.cond(
@@ -166,12 +168,12 @@ class Kronecker:
     def _observe(
         self, fisher: Any, state: KroneckerState, groups: list[Group]
     ) -> tuple[Array, PyTree]:
-        """Adds this batch to the averages, if what it adds is finite.
+        """Adds this batch to the averages, if its factors are finite.
 
-        Which block each member of the groups is, is entered in `groups`.
+        Records in `groups` which block each member is.
         """
         blocks, factors = batch_factors(fisher, state.num_batches, self.max_size)
-        # A sum of finite numbers is finite but for what no average should see either.
+        # A sum of finite numbers is finite, unless they are too large for any average.
         sums = map(total, jax.tree.leaves(factors))
         dtype = tree.accumulator_dtype(state.averages)
         is_finite = jnp.isfinite(sum(x.astype(dtype) for x in sums))
@@ -188,7 +190,7 @@ class Kronecker:
             change = jnp.stack(filled).astype(old.dtype) - old
             return jnp.where(is_finite, old + share.astype(old.dtype) * change, old)
 
-        # What no batch has a factor for stays as it is.
+        # Averages for which no batch has a factor stay as they are.
         found = {
             (block.weight, block.split): (block, factor)
             for block, factor in zip(blocks, factors, strict=True)
@@ -206,11 +208,11 @@ class Kronecker:
 
 
 def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
-    """What every leaf of the parameters is taken for, in words.
+    """How every leaf of the parameters is treated, in words.
 
     Args:
-      fisher: of the model, at any parameters.
-      max_size: as of `Kronecker`.
+      fisher: the model's Fisher, at any parameters.
+      max_size: as in `Kronecker`.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd

@@ -26,16 +26,16 @@ class KFAC(Solver):
 
         z = M⁻¹ g,    d = α z,    α = gᵀ z / zᵀ (F + λI) z
 
-    M as of `Kronecker`. `exact_length` costs one `jvp` of the model; without it
+    M as in `Kronecker`. `exact_length` costs one `jvp` of the model; without it
     d = M⁻¹ g costs none, for step sizes that come from elsewhere: a rate, a radius, or
     `contrib.QuadraticModelRate`, which minimises over every multiple of d itself.
 
     The residual is not computed, as that would take the other half of a product with F:
-    `relative_residual` is infinity and the status UNCHECKED. Where it is of interest,
+    `relative_residual` is infinity and the status UNCHECKED. If you need it,
     `CG(max_steps=1, rtol=0, preconditioner=Kronecker())` takes the same step.
 
     Attributes:
-      decay, refresh_every, observe_every, max_size: as of `Kronecker`.
+      decay, refresh_every, observe_every, max_size: as in `Kronecker`.
       exact_length: whether α minimises ½ dᵀ (F + λI) d - gᵀ d, or is 1.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is kept of the factors from step to step."""
+"""The state of the factors, kept from step to step."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ __all__ = ["KroneckerState", "Long", "LongInverse", "Pair"]
 
 
 class Long(NamedTuple):
-    """A factor of a long side, of which only averages of x² and of x are kept."""
+    """A factor of a long side: only averages of x² and x are kept."""
 
     square: Array
     mean: Array
@@ -29,25 +29,25 @@ class LongInverse(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Something of the rows and of the columns of a matrix."""
+    """One entry for the rows and one for the columns of a matrix."""
 
     rows: Any
     columns: Any
 
 
 class KroneckerState(NamedTuple):
-    """What `Kronecker` keeps, by groups of leaves of one shape.
+    """The state of `Kronecker`, by groups of leaves of one shape.
 
     Matrices r × c of one group have their factors in two arrays `[K, r + 1, r + 1]` and
     `[K, c + 1, c + 1]`; the last row and column are those of a bias, whose input is 1.
     A matrix that may be split in two ways is in two groups.
 
     Attributes:
-      num_batches: int32, that the averages have seen.
+      num_batches: int32, batches in the averages so far.
       age: int32, steps that the inverses have served, this one included.
-      averages: of a group of matrices the factors of both sides; of a group of vectors
-        estimates of the diagonal of F.
-      inverses: of a group of matrices the inverses of the damped factors.
+      averages: for a group of matrices, the factors of both sides; for a group of
+        vectors, estimates of the diagonal of F.
+      inverses: for a group of matrices, the inverses of the damped factors.
     """
 
     num_batches: Array

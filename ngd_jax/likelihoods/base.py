@@ -256,7 +256,7 @@ class Likelihood(abc.ABC):
         values = jnp.sqrt(jnp.maximum(values, 0))  # round-off below zero
         if is_inverse:
             # The round-off in H is ε times its size, and in a zero eigenvalue of B the
-            # root of that.
+            # square root of that.
             rtol = (size * float(jnp.finfo(values.dtype).eps)) ** 0.5
             is_used = values > rtol * jnp.max(values, -1, keepdims=True, initial=0)
             values = jnp.where(is_used, 1 / jnp.where(is_used, values, 1), 0)
@@ -276,7 +276,7 @@ def _mixes_examples(kl_fn: Callable[..., Array], outputs: Outputs) -> bool:
     """Whether a `kl_fn` of shape () is a sum or mean over the batch.
 
     One number is right for the outputs of one example (under `vmap`) and wrong for
-    those of a batch. With one more leading axis, of length 2, the former has two.
+    those of a batch. With one more leading axis, of length 2, the former gives two.
     """
     if not any(leaf.shape for leaf in jax.tree.leaves(outputs)):
         return False

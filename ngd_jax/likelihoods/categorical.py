@@ -173,8 +173,9 @@ class Categorical(Likelihood):
         return _projected(root, numerics.divided(cotangents, root))
 
 
-# Of a class whose probability is 1 − δ, both of these leave a part δ, and round all of
-# it by ε. The second pass works on what is left, so that it is right to ε of its size.
+# For a class of probability 1 − δ, both of these leave a fraction δ of a value, rounded
+# by ε of the whole. The second pass works on what is left, and is right to ε of its
+# size.
 
 
 def _centred(p: Array, values: Array) -> Array:

@@ -94,9 +94,9 @@ def difference(log_p: Array, log_q: Array) -> Array:
 def divided(values: Array, root: Array) -> Array:
     """Divides values / root elementwise, 0 where the quotient could overflow.
 
-    `root` ≥ 0 is the square root of a Fisher information; under the fourth root of the
-    smallest number there is no information left, and squares of the quotient stay
-    finite above.
+    `root` ≥ 0 is the square root of a Fisher information; below the fourth root of the
+    smallest number there is no information left, and above it squares of the quotient
+    stay finite.
     """
     usable = root > float(jnp.finfo(root.dtype).tiny) ** 0.25
     return jnp.where(usable, values / jnp.where(usable, root, 1), 0)

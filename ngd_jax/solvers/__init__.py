@@ -1,6 +1,6 @@
 """Solvers of (F + λI) d = g behind one protocol.
 
-* `protocol`: what they take, return and are held to;
+* `protocol`: what they take and return, and how they are checked;
 * `cg`: conjugate gradients, for any size of problem;
 * `lsmr`: least squares on the square root of F, for small damping;
 * `cholesky`: dense F, for few parameters;

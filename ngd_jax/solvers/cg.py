@@ -9,7 +9,7 @@ textbook loop, and why:
   floor. (lineax's absolute breakdown test returns NaN on well-conditioned systems of
   network size in float32.)
 * A first guess is the first search direction. The step along it, ⟨x₀, b⟩/⟨x₀, A x₀⟩,
-  makes the best multiple of the guess, so that a poor one is never worse than zero.
+  gives the best multiple of the guess, so that a poor one is never worse than zero.
 * The residual of the recurrence drifts away from the true one by accumulated rounding.
   Solves of more than 50 steps estimate the drift as it grows, and replace the residual
   by b - A x when it matters and before they declare convergence. They keep the search
@@ -56,10 +56,10 @@ _RISE = 8.0
 
 @runtime_checkable
 class Observer(Protocol):
-    """Watches the iteration, keeps what it wants to keep, and may stop it."""
+    """Watches the iteration, keeps what it needs, and may stop it."""
 
     def init(self, x: PyTree) -> PyTree:
-        """Returns what is carried before the first step, a tree of arrays."""
+        """Returns the carry before the first step, a tree of arrays."""
         ...
 
     def update(
@@ -87,7 +87,7 @@ class _Best(NamedTuple):
 
 
 class _Drift(NamedTuple):
-    """What long solves carry besides, to know when to compute the true residual.
+    """Extra state of long solves, to know when to compute the true residual.
 
     Attributes:
       size: the estimated distance of the recurrence's residual from the true one.
@@ -151,12 +151,12 @@ def minimize(
       matvec_and_push: v -> (A v, J v), or (A v, ()) if there is no J with A = Jᵀ H J.
       rhs: b, finite, float32 or wider, with a largest entry of 1 or 0.
       guess: the same.
-      max_steps, rtol, atol, damping, preconditioner: as of `conjugate_gradient`.
+      max_steps, rtol, atol, damping, preconditioner: as in `conjugate_gradient`.
       observer: see `Observer`.
 
     Returns:
-      x like b, finite unless the solution overflows; J x, or (); the report; and what
-      the observer carries at the end.
+      x like b, finite unless the solution overflows; J x, or (); the report; and the
+      observer's last carry.
     """
     dtype = tree.accumulator_dtype(rhs)
     eps = float(jnp.finfo(dtype).eps)
@@ -259,23 +259,24 @@ def minimize(
         )
 
     def replace_residual(state: _State) -> _State:
-        """Sets r = b - A x, and tells whether there is any use in going on from it."""
+        """Sets r = b - A x, and says whether it is worth going on from it."""
         size, last_miss, best = cast("_Drift", state.drift)
         product, pushed = apply(state.x)
         r = tree.axpy(-1.0, product, tree.axpy(-damping, state.x, b))
         residual = tree.norm(r)
         is_finite = jnp.isfinite(residual)
         # If the recurrence has met the tolerance and the true residual has not, go on
-        # from the truth with a new direction, as in iterative refinement, while that
-        # halves the residual. The same after a jump that no drift explains: then A
-        # itself is rounded, as that of a bfloat16 model is, and ⟨r, z⟩ no longer fits
-        # the old direction.
+        # from the true one with a new direction, as in iterative refinement, while that
+        # halves the residual. Do the same after a jump that no drift explains: then A
+        # itself is rounded, as for a bfloat16 model, and ⟨r, z⟩ no longer fits the old
+        # direction.
         has_jumped = residual > 2 * state.residual
         missed = (residual > tolerance) & ((state.residual <= tolerance) | has_jumped)
         is_stuck = missed & (residual > 0.5 * last_miss)
-        # Each step lowers φ but for rounding. If rounding has raised it, as the
-        # products of a bfloat16 model do in long solves, there is no way on. By more
-        # than √ε: φ is a sum over all parameters, whose last digits do not matter.
+        # Each step lowers φ, except for rounding. If rounding has raised it by more
+        # than √ε, as the products of a bfloat16 model do in long solves, stop. A
+        # smaller rise does not count: φ is a sum over all parameters, whose last digits
+        # do not matter.
         model = -(tree.vdot(state.x, b) + tree.vdot(state.x, r)) / 2
         is_worse = ~(model <= best.model + eps**0.5 * jnp.abs(best.model))
         here = _Best(state.x, pushed, residual, model)
@@ -338,7 +339,7 @@ def minimize(
 def _first_of(*causes: tuple[Array, int]) -> Array:
     """The status of the first cause that applies, else _RUNNING."""
     status = jnp.asarray(_RUNNING, jnp.int32)
-    # `jnp.select` would be an argmax, which is two more kernels.
+    # `jnp.select` would be an argmax, which takes two more kernels.
     for condition, cause in reversed(causes):
         status = jnp.where(condition, jnp.int32(cause), status)
     return status
@@ -427,7 +428,7 @@ class CG(Solver):
 
 
 class _Bare(Solver):
-    """What `conjugate_gradient` gives to `solve_scaled`; any product is the Fisher."""
+    """The solver in `conjugate_gradient`; its Fisher is a plain product."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -470,7 +471,7 @@ def conjugate_gradient(
       max_steps: the step budget, a Python int of at least 1.
       rtol: relative tolerance; 0 spends the whole budget.
       atol: absolute tolerance in units of `rhs`; 0 means relative only.
-      damping: λ; saves a pass over the vectors against adding it in `matvec`.
+      damping: λ; saves a pass over the vectors compared with adding it in `matvec`.
       preconditioner: v -> M⁻¹ v, symmetric positive definite.
 
     Returns:

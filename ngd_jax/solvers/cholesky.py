@@ -29,15 +29,15 @@ class Cholesky(Solver):
 
         F + λI = L Lᵀ,    d = L⁻ᵀ L⁻¹ g
 
-    Makes F as a matrix (see `ngd_jax.dense.dense`), which is right for every model, and
-    refines the solution once. Where the factorisation fails, since λ is below the
+    Builds F as a matrix (see `ngd_jax.dense.dense`), which is right for every model,
+    and refines the solution once. If the factorisation fails because λ is below the
     round-off of F, it is repeated with ε·P times the diagonal added: the smallest
-    damping that working precision can tell from none. `relative_residual` is of the
+    damping that working precision can tell from zero. `relative_residual` refers to the
     system asked for, so it shows what that cost; above the square root of the machine
     precision the status is STAGNATED.
 
     Args:
-      verify: whether to hold the solution against the operator, at the price of one
+      verify: whether to check the solution against the operator, at the cost of one
         product with F. False is for benchmarks: the residual is that of the matrix.
 
     Example:

@@ -15,10 +15,10 @@ the last row to an upper bidiagonal R̄ₖ, with ρ̄ and θ̄. What the P̄ₖ 
 below is one number, ζ̄: the minimum. So ‖Âᵀ(b - Â x)‖ is known without computing it, and
 never grows. x is updated along h̄, the columns of Vₖ Rₖ⁻¹ R̄ₖ⁻¹ up to factors.
 
-What differs from the paper, and why:
+Differences from the paper, and why:
 
-* Of b, only g and b/‖b‖² enter. Written with those, nothing is divided by λ, and r with
-  λ = 0 is the limit ‖b‖ → ∞ of the same iteration.
+* b enters only through g and b/‖b‖². Written with those, nothing is divided by λ, and r
+  with λ = 0 is the limit ‖b‖ → ∞ of the same iteration.
 * An α or β that round-off cannot tell from zero is zero, and the iteration ends when ζ̄
   is no more than the round-off of Aᵀ(w - A x) (the second stopping rule of the paper).
   Otherwise noise divided by a small λ would follow.
@@ -48,7 +48,7 @@ _ROUND_OFF = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
-    """The problem, on trees that are float32 or wider, and what may be spent on it.
+    """The problem, on trees that are float32 or wider, and its budget.
 
     Attributes:
       matvec, rmatvec: A and Aᵀ.
@@ -95,7 +95,7 @@ class _State(NamedTuple):
       basis: all v so far, with a leading axis; of length 0 if they are not kept.
       alpha_bar, zeta_bar, rho, rho_bar, c_bar, s_bar: as in the paper.
       spread: the largest ρ so far, a lower bound of ‖A‖.
-      noise: what computing the residual of the normal equations at x rounds.
+      noise: the round-off of computing the residual of the normal equations at x.
       residual: the true one, ‖g - (AᵀA + λI) x‖, when the iteration last began.
       num_steps: steps so far, in all attempts.
       status: a `SolverStatus`, or _RUNNING.
@@ -123,7 +123,7 @@ class _State(NamedTuple):
 def solve(
     system: LeastSquares, gradient: PyTree, guess: PyTree | None = None
 ) -> tuple[PyTree, SolverInfo]:
-    """Solves the problem; everything finite, and of sizes whose squares are, too.
+    """Solves the problem; everything must be finite, and its squares too.
 
     Args:
       system: the problem.
@@ -140,7 +140,7 @@ def solve(
     zeros = jax.tree.map(jnp.zeros_like, (gradient, system.w))
     g_norm = tree.norm(tree.axpy(1.0, system.dropped, gradient))
     # The estimate goes down to `target`, which may be below what round-off allows for
-    # the computed residual; that one is held against `tolerance`.
+    # the computed residual; the latter is compared with `tolerance`.
     rtol = system.limits.rtol
     target = rtol * g_norm
     tolerance = max(rtol, float(jnp.finfo(g_norm.dtype).eps)) * g_norm
@@ -208,9 +208,9 @@ def _begin(
 
 
 def _restart(system: LeastSquares, x: PyTree, last: _State | None) -> _State:
-    """Computes what x leaves of the right-hand side, and begins there.
+    """Computes the right-hand side that x leaves, and begins there.
 
-    The first time at the best multiple of x.
+    The first time, it begins at the best multiple of x.
     """
     pushed = system.matvec(x)
     if last is None:
@@ -236,7 +236,7 @@ def _attempt(
     last = jax.lax.while_loop(is_going_on, functools.partial(_step, system), state)
     new = _restart(system, last.x[0], last)
     is_finite = jnp.isfinite(new.residual)
-    # No more than what computing it rounds, or no better for having tried.
+    # No more than its own round-off, or no better after another attempt.
     size = tree.norm(system.w) + new.spread * tree.norm(new.x[0])
     is_stuck = new.residual <= 4 * system.precision * new.spread * size
     is_stuck |= new.residual > 0.5 * state.residual
@@ -296,7 +296,7 @@ def _step(system: LeastSquares, state: _State) -> _State:
     h_bar = tree.axpy(-jnp.where(failed, 0, factor), state.h_bar, h)
     x = tree.axpy(jnp.where(failed, 0, length), h_bar, state.x)
 
-    # What the residual of the normal equations at x rounds.
+    # The round-off in the residual of the normal equations at x.
     outside = tree.norm(tree.axpy(-1.0, x[1], system.w))
     rest = tree.norm(tree.axpy(-system.damping, x[0], system.r))
     num_steps = state.num_steps + (~failed).astype(jnp.int32)
@@ -339,8 +339,9 @@ def _remember(basis: PyTree, v: PyTree, index: int | Array) -> PyTree:
 def _project_out(basis: PyTree, v: PyTree) -> PyTree:
     """Subtracts Σ q Re⟨q, v⟩ over the vectors q of the basis, twice.
 
-    Once leaves what cancellation leaves, and the basis would lose its orthogonality
-    faster than without; twice is enough (Kahan, in Parlett 1980, section 6-9).
+    A single pass leaves errors from cancellation, and the basis would lose its
+    orthogonality faster than without it; two are enough (Kahan, in Parlett 1980,
+    section 6-9).
     """
     for _ in range(2):
         products = jnp.zeros(())

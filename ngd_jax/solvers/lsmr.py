@@ -3,11 +3,11 @@
     (F + λI) d = g,    g = Aᵀ w + r,    min ‖[A; √λ I] d - [w; r/√λ]‖²
 
 The condition number of A is the square root of that of F. If g is known as
-coefficients w, the round-off in d is of the order of cond(A)·ε. Every solver that sees
-g in parameter space, such as CG, ends at cond(F)·ε: in float32 it has no digit left
-from cond(F) = 10⁷ on, where LSMR goes on to 10¹⁴.
+coefficients w, the round-off in d is of the order of cond(A)·ε. Solvers that see g in
+parameter space, such as CG, end at cond(F)·ε: in float32 they have no digit left beyond
+cond(F) = 10⁷, while LSMR goes on to 10¹⁴.
 
-Owns what is solved for and the units; the iteration is in `golub_kahan`.
+Owns the formulation and the units; the iteration is in `golub_kahan`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from ngd_jax.types import ArrayLike, MatVec, PyTree
 
 __all__ = ["LSMR", "lsmr"]
 
-# What two computations of one gradient may differ by, in units of ε (‖g‖ + ‖A‖‖w‖).
+# How much two computations of one gradient may differ, in units of ε (‖g‖ + ‖A‖‖w‖).
 _TWO_WAYS = 16.0
 
 
@@ -65,9 +65,9 @@ def lsmr(
         precision ε make sense, down to ε²: a small singular value of A enters
         Aᵀ(b - A x) as its square.
       reorthogonalize: makes each vector v orthogonal to all before it again, so that no
-        more steps than the rank of A are needed; if A is ill-conditioned, ten times as
-        many may be needed otherwise. Costs `max_steps` vectors like x of memory.
-        (Keeping only the last few vectors does not help.)
+        more steps than the rank of A are needed; without it, an ill-conditioned A may
+        need ten times as many. Costs `max_steps` vectors like x of memory. (Keeping
+        only the last few vectors does not help.)
 
     Returns:
       x in the structure of `rmatvec(rhs)`, float32 or wider, always finite; and a
@@ -122,9 +122,9 @@ class LSMR(Solver):
     """LSMR on the square root of F: for small damping, or none, and low precision.
 
     For a right-hand side known as coefficients w, g = Aᵀ w, which the transformation
-    passes if it has a `loss_fn`. With g in parameter space only it works as well, for
-    λ = 0 too, and its residual never grows; but it is no more exact than CG, since the
-    round-off in g itself comes back times the condition number of F.
+    passes if it has a `loss_fn`. It also works with g in parameter space only, even for
+    λ = 0, and its residual never grows; but it is then no more accurate than CG, since
+    the round-off in g itself is multiplied by the condition number of F.
 
     Attributes:
       max_steps: the step budget. A step costs what one of CG does.
@@ -166,13 +166,13 @@ class LSMR(Solver):
     ) -> Solution:
         """Solves (F + λI) d = g; see `Solver`. Uses the coefficients and the guess.
 
-        With coefficients w, the rest r = g - Aᵀ w is dropped if it is no more than what
-        two computations of one gradient may differ by,
+        With coefficients w, the rest r = g - Aᵀ w is dropped if it is no more than the
+        difference that two computations of one gradient may have,
 
             ‖g - Aᵀ w‖ ≤ 16 ε (‖g‖ + ‖A‖‖w‖),    ‖A‖ ≈ ‖A g‖/‖g‖.
 
-        Kept, it would be solved for, and grow by the condition number of F. The report
-        counts it all the same. A larger rest is part of the system as it is.
+        If kept, it would be solved for, and grow by the condition number of F. The
+        report still counts it. A larger rest stays part of the system.
 
         Raises:
           ValueError: on coefficients unlike what `fisher.sqrt_matvec` returns.
@@ -210,7 +210,7 @@ class LSMR(Solver):
 
 
 class _Root(NamedTuple):
-    """A matrix A, with what `LSMR` asks of a Fisher; then g = Aᵀ w to the last bit."""
+    """A matrix A as the Fisher that `LSMR` needs; then g = Aᵀ w to the last bit."""
 
     sqrt_matvec: MatVec
     sqrt_rmatvec: MatVec

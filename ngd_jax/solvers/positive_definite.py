@@ -2,8 +2,8 @@
 
     A = (S + λI) / u,    D⁻¹ A D⁻¹ = L Lᵀ with D² = diag(A),    x = D⁻¹ L⁻ᵀ L⁻¹ D⁻¹ b
 
-In units of its own diagonal a matrix has no scale, and neither have its rows: a jitter
-that is small there is small for each of them. Shared by the solvers in the space of
+In units of its own diagonal neither a matrix nor any of its rows has a scale: a jitter
+that is small there is small for every row. Shared by the solvers in the space of
 parameters and in the space of samples; knows nothing of models.
 """
 
@@ -76,8 +76,8 @@ class Factor(NamedTuple):
 
     Attributes:
       scale: the inverse of D, `[M]`.
-      transposed: Lᵀ. LAPACK stores columns where JAX stores rows, so this is L as it
-        comes from there, and nothing has to move.
+      transposed: Lᵀ. LAPACK stores columns where JAX stores rows, so this is L as
+        LAPACK returns it, and nothing has to move.
     """
 
     scale: Array
@@ -130,9 +130,9 @@ def with_least_jitter(
 ) -> PyTree:
     """`fn(jitter, factor)` for the least of three jitters for which A has a factor.
 
-    Where Cholesky fails, the matrix is singular to working precision. It is repeated
-    with M·ε times the diagonal added, the least that precision can tell from nothing,
-    and where sums over many parameters have more round-off than that, with √ε times.
+    If Cholesky fails, the matrix is singular to working precision. It is repeated with
+    M·ε times the diagonal added, the least that this precision can tell from zero, and,
+    if sums over many parameters have more round-off than that, with √ε times.
 
     Args:
       system: A.
@@ -193,15 +193,15 @@ def direct_solution(
     """The end of every direct solve: verified by one product with F itself.
 
     Args:
-      fisher, rhs, direction, damping: as of `check_solution`.
-      state: of the solver.
-      residual: ‖g - (M + λI) d‖ by the matrix M that the solver worked with.
+      fisher, rhs, direction, damping: as in `check_solution`.
+      state: the solver's state.
+      residual: ‖g - (M + λI) d‖ with the matrix M that the solver worked with.
       size: ‖M‖, or something of that size.
-      verify: whether to; if not, `residual` is reported.
+      verify: whether to verify; if not, `residual` is reported.
 
     Returns:
-      The solution; with a direction of zero where it is not what the solver's own
-      matrix promises.
+      The solution; its direction is zero if it is not what the solver's own matrix
+      promises.
     """
     norm = tree.norm(rhs.gradient)
     own_residual = residual / jnp.where(norm > 0, norm, 1).astype(residual.dtype)
@@ -215,7 +215,7 @@ def direct_solution(
     pushed, info, is_taken = check_solution(
         fisher, rhs, direction, damping, own_residual=own_residual, size=size
     )
-    # Nothing in place of what is refused; what is not finite stays so, to be reported.
+    # Zero for a refused direction; one that is not finite stays so, to be reported.
     nothing = info.relative_residual - info.relative_residual
     residual = jnp.where(is_taken, info.relative_residual, 1 + nothing)
     info = info._replace(relative_residual=residual)

@@ -1,10 +1,10 @@
-"""What every solver of (F + λI) d = g takes, returns and is held to.
+"""What every solver of (F + λI) d = g takes and returns, and how it is checked.
 
     relative residual  ‖g - (F + λI) d‖ / ‖g‖,    F v = `fisher.matvec(v)`
 
 Scale and finiteness are handled here, once, around the `solve` of any solver; and here
-a direct solver's solution is held against the operator itself, whatever matrix it came
-from. Knows nothing of how a solver works, nor of steps.
+a direct solver's solution is checked against the operator itself, whatever matrix it
+came from. Knows nothing of how a solver works, nor of steps.
 """
 
 import abc
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 _State = TypeVar("_State", bound=Any)
-# What computing a residual may round, in units of ε (‖g‖ + ‖F + λI‖ ‖d‖).
+# The round-off of computing a residual, in units of ε (‖g‖ + ‖F + λI‖ ‖d‖).
 _ROUND_OFF = 100.0
 
 
 class SolverStatus(enum.IntEnum):
-    """How a solve ended; `message` says it in words.
+    """How a solve ended; `message` puts it into words.
 
     Example:
       >>> print(SolverStatus(1).message)
@@ -62,7 +62,7 @@ class SolverStatus(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """One sentence for a person."""
+        """The status as a sentence."""
         return _MESSAGES[self]
 
 
@@ -109,7 +109,7 @@ class SolverInfo(NamedTuple):
     Attributes:
       num_steps: int32, iterations taken; 0 for direct solvers.
       relative_residual: ‖g - (F + λI) d‖ / ‖g‖ by a product with F itself; 0 for g = 0,
-        1 where d = 0 is returned for want of anything better, infinity where it was not
+        1 where d = 0 is returned for lack of anything better, infinity where it was not
         computed.
       status: int32, a `SolverStatus`.
     """
@@ -120,15 +120,15 @@ class SolverInfo(NamedTuple):
 
 
 class RightHandSide(NamedTuple):
-    """The gradient g, and what else is known of it.
+    """The gradient g, and what else is known about it.
 
     Attributes:
       gradient: g, a tree like the parameters, float32 or wider.
-      coefficients: w with g = Aᵀ w, but for round-off or a small rest, or None: g in
-        the space of outputs, in which small damping does not lose it to round-off (see
-        `Fisher.sqrt_solve`). `gradient` remains what is solved for.
-      guess: a first guess, of which the best multiple is used, or None.
-      objective: d -> the loss that a step along -d leads to, or None.
+      coefficients: w with g = Aᵀ w, up to round-off or a small rest, or None: g in the
+        space of outputs, where small damping does not lose it to round-off (see
+        `Fisher.sqrt_solve`). Solvers still solve for `gradient`.
+      guess: a first guess, whose best multiple is used, or None.
+      objective: d -> the loss after a step along -d, or None.
       unit: what g was divided by; d times `unit` solves the original system.
     """
 
@@ -140,17 +140,17 @@ class RightHandSide(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What a solver found.
+    """The result of a solver.
 
     Attributes:
       direction: d, like the gradient.
-      pushed: J d, as of `Fisher.pushforward`, if the solver computed it, else None.
+      pushed: J d, as from `Fisher.pushforward`, if the solver computed it, else None.
       info: how the solve went.
       state: what the solver keeps for the next solve.
       damping: λ, from a solver that chooses it; else None.
       length: the length s of the step, from a solver that chooses it; else None.
-      largest: max |dᵢ|, but for its last digits, NaN or infinite where an entry is;
-        from a solver that knows it, else set by `solve_scaled`.
+      largest: max |dᵢ|, up to its last digits, NaN or infinite if an entry is; from a
+        solver that knows it, else set by `solve_scaled`.
     """
 
     direction: PyTree
@@ -166,7 +166,7 @@ class Solver(abc.ABC):
     """A solver of (F + λI) d = g; define `solve`, and `init` if it keeps something.
 
     Attributes:
-      uses_coefficients: whether `solve` has a use for `rhs.coefficients`.
+      uses_coefficients: whether `solve` uses `rhs.coefficients`.
       uses_objective: whether `solve` needs `rhs.objective`.
       warm_start: the guess that the transformation passes is this multiple of the last
         direction; 0 for none.
@@ -208,7 +208,7 @@ class Solver(abc.ABC):
           fisher: the operator, an `ngd_jax.Fisher`.
           rhs: finite, with a largest |gᵢ| of 1 (or g = 0); the guess likewise.
           damping: λ ≥ 0, a scalar in units of F (a mean over examples).
-          state: what the last solve or `init` returned; () starts anew.
+          state: what the last solve or `init` returned; () starts afresh.
 
         Returns:
           The solution. If its direction is not finite, it becomes zero.
@@ -234,7 +234,7 @@ class Solver(abc.ABC):
           d in the structure and the dtypes of `gradient`, always finite; the report.
 
         Raises:
-          ValueError: for a damping that is negative or no scalar, or a guess unlike
+          ValueError: for a damping that is negative or not a scalar, or a guess unlike
             `gradient`.
         """
         rhs = RightHandSide(tree.widen(gradient), guess=guess)
@@ -264,7 +264,7 @@ def solve_scaled(
       state: of the solver.
 
     Raises:
-      ValueError: for a damping that is negative or no scalar, or a guess unlike g.
+      ValueError: for a damping that is negative or not a scalar, or a guess unlike g.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -355,14 +355,14 @@ def check_solution(
     own_residual: ArrayLike = 0.0,
     size: ArrayLike = 0.0,
 ) -> tuple[PyTree, SolverInfo, Array]:
-    """Holds a solution against the operator itself, at the price of one product.
+    """Checks a solution against the operator itself, at the cost of one product.
 
     A residual is allowed up to √ε, and above that up to what the precision explains:
 
         ‖g - (F + λI) d‖  ≤  2 ‖g - (M + λI) d‖ + 100 ε (‖g‖ + ‖M + λI‖ ‖d‖)
 
-    with M the matrix that the solver worked with. If M is not F, because the model is
-    not what M was made for, the left side is larger, and the solution is not taken.
+    with M the matrix that the solver worked with. If M is not F, because M was made for
+    another kind of model, the left side is larger, and the solution is not taken.
 
     Args:
       fisher: the operator.
@@ -415,7 +415,7 @@ def check_solution(
 
 
 def check_budget(max_steps: Any, rtol: float, atol: float = 0.0) -> None:
-    """Raises on a budget or tolerances with which nothing can be solved.
+    """Raises for a budget or tolerances with which nothing can be solved.
 
     Raises:
       TypeError: on a step budget that is not a Python int.
@@ -435,7 +435,7 @@ class Preconditioner(Protocol):
     """A way to build v -> M⁻¹ v, with a state that outlives a step."""
 
     def init(self, params: Params) -> PyTree:
-        """The state before anything is built, with which M is a multiple of I."""
+        """The state before anything is built; M is then a multiple of I."""
         ...
 
     def prepare(
@@ -443,9 +443,9 @@ class Preconditioner(Protocol):
     ) -> tuple[MatVec, PyTree]:
         """The map v -> M⁻¹ v for this step, and the state after it.
 
-        The map is symmetric positive definite, float32 or wider. What it needs is built
-        anew if that is due; a build that is not finite changes nothing, and is tried
-        again in the next step.
+        The map is symmetric positive definite, float32 or wider. Its parts are rebuilt
+        when that is due; a build that is not finite changes nothing, and is tried again
+        in the next step.
         """
         ...
 
@@ -470,7 +470,7 @@ def prepare(
 def refresh(
     state: _State, refresh_every: int, build: Callable[[_State], _State]
 ) -> _State:
-    """Builds anew if it is time, else counts the step; `age` and `num_builds` count.
+    """Rebuilds if it is time, else counts the step; `age` and `num_builds` count.
 
     A build that is not finite leaves the old one in place, still due.
     """
@@ -505,7 +505,7 @@ def check_key(key: Any, what: str) -> None:
 
 
 def random_like(sample: Callable[..., Array], key: KeyArray, like: PyTree) -> PyTree:
-    """Independent samples shaped like a tree, in both parts of what is complex."""
+    """Independent samples shaped like a tree, in both parts of complex leaves."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, max(1, len(leaves)))
 
@@ -527,7 +527,7 @@ def forward_only(
     instead: str = "Stop the gradient at its result with jax.lax.stop_gradient, or "
     "wrap the solve in jax.lax.custom_linear_solve.",
 ) -> PyTree:
-    """The identity, which refuses reverse-mode differentiation in our own words.
+    """The identity, which rejects reverse-mode differentiation with our own error.
 
     Without it the error would come from the loops inside, and name none of our terms.
     Forward mode passes.

@@ -2,13 +2,14 @@
 
     F = Aᵀ A,  G = A Aᵀ:    d = Aᵀ (G + λI)⁻¹ w  for g = Aᵀ w
 
-For g from elsewhere, with any w and the rest r = g - Aᵀ w that it leaves,
+For any other g, with any w and the rest r = g - Aᵀ w that it leaves,
 
     d = Aᵀ (G + λI)⁻¹ (w - A r / λ) + r / λ
 
-holds exactly. It is Woodbury's formula for w = 0, where two terms of size ‖g‖/λ cancel,
-and with w = G⁺ A g the formula above, where nothing does: r is then the part of g that
-the samples do not span. G comes from `ngd_jax.dense`, products with A from the Fisher.
+holds exactly. With w = 0 it is Woodbury's formula, where two terms of size ‖g‖/λ
+cancel; with w = G⁺ A g it is the formula above, where nothing cancels: r is then the
+part of g that the samples do not span. G comes from `ngd_jax.dense`, products with A
+from the Fisher.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
 __all__ = ["SampleSpace"]
 
-# In units of the round-off of the model: how long a rest may be and still be nothing.
+# In units of the round-off of the model: how long a rest may be to count as zero.
 _ROUND_OFF = 16.0
 # Passes of refinement for G⁺: an eigenvalue σ² is found to (λ / (σ² + λ))⁴.
 _REFINEMENTS = 3
@@ -59,15 +60,15 @@ class SampleSpace(Solver):
     once in an example cost 2M²(m + n) in place of 2M²mn for m inputs and n outputs, as
     long as parameters and outputs are real.
 
-    Small damping: what g has outside of the span of the samples is divided by λ, and so
-    is its round-off. A part of g outside that is not longer than 16 ε (‖g‖ + ‖A‖ ‖w‖),
-    with the Frobenius norm of A and ε of the arithmetic (or 2 ε of the narrowest dtype
-    among parameters and outputs, where that is more), is taken for round-off and
-    dropped. At λ = 0 all of it is dropped: the solution is then the one of least norm,
-    and `relative_residual` shows what was left out. `rhs.coefficients` w with g = Aᵀ w
-    spare the solver from finding them.
+    Small damping: the part of g outside the span of the samples is divided by λ, and so
+    is its round-off. If that part is no longer than 16 ε (‖g‖ + ‖A‖ ‖w‖), with the
+    Frobenius norm of A and ε of the arithmetic (or 2 ε of the narrowest dtype among
+    parameters and outputs, where that is more), it is taken for round-off and dropped.
+    At λ = 0 all of it is dropped: the solution is then the one of least norm, and
+    `relative_residual` shows what was left out. `rhs.coefficients` w with g = Aᵀ w
+    save the solver from having to find them.
 
-    The factorisation is in units of the diagonal of G + λI. Where it fails, since λ is
+    The factorisation is in units of the diagonal of G + λI. If it fails because λ is
     below the round-off of G, it is repeated with M·ε times the diagonal added, and the
     solution refined. Above the square root of the machine precision, the residual gives
     the status STAGNATED.
@@ -79,10 +80,10 @@ class SampleSpace(Solver):
     Args:
       block_size: examples whose rows of the Jacobian are in memory at once, twice over:
         memory is 2·block_size·K·P numbers and M². None holds 256 rows, or as many as
-        fit into half a GiB; of dense layers the inputs and cotangents of all examples,
-        if these fit. Smaller blocks cost a little time, and with a number given dense
-        layers cost what others do.
-      verify: whether to hold the solution against the operator, at the price of one
+        fit into half a GiB; for dense layers, the inputs and cotangents of all
+        examples, if these fit. Smaller blocks cost a little time, and if a number is
+        given, dense layers cost as much as others.
+      verify: whether to check the solution against the operator, at the cost of one
         product with F. False is for benchmarks: it trusts the rows, and reports the
         residual of G.
 
@@ -110,7 +111,7 @@ class SampleSpace(Solver):
 
     Note:
       With several blocks in a `Product` the rows of one example come from the batch
-      with every leaf cut whose leading axis is as long as that block's outputs.
+      by cutting every leaf whose leading axis is as long as that block's outputs.
     """
 
     block_size: int | None = None
@@ -169,12 +170,12 @@ class _System(NamedTuple):
 
     Attributes:
       scaled: G + λI.
-      jitter: with which it was factorised.
+      jitter: the jitter with which it was factorised.
       factor: the factor.
       push: v -> A v.
       pull: u -> Aᵀ u.
       g_norm: ‖g‖.
-      round_off: of a product with A, relative.
+      round_off: the relative round-off of a product with A.
     """
 
     scaled: PositiveDefinite
@@ -191,7 +192,7 @@ class _System(NamedTuple):
         return jnp.sum(self.scaled.diagonal) / self.scaled.unit
 
     def is_nothing(self, rest: PyTree, w: Array) -> Array:
-        """Whether g - Aᵀ w is not longer than the round-off of what it is made of."""
+        """Whether g - Aᵀ w is no longer than the round-off of its terms."""
         longest = self.g_norm + jnp.sqrt(self.trace) * jnp.linalg.norm(w)
         return tree.norm(rest) <= self.round_off * longest
 
@@ -203,7 +204,7 @@ def _solve_factorised(
 
     Args:
       system: A and the factor of G + λI.
-      w: the coefficients that are known of g, else zero.
+      w: the known coefficients of g, else zero.
       rest: g - Aᵀ w.
       is_known: whether there are any.
     """
@@ -301,6 +302,6 @@ def _coefficients(
 
 
 def _round_off(fisher: Any) -> float:
-    """Of a product with A, relative: it is wide but for casts to narrow dtypes."""
+    """The relative round-off of a product with A: wide except for narrow casts."""
     wide = float(jnp.finfo(working_dtype(fisher)).eps)
     return max(_ROUND_OFF * wide, 2 * precision(fisher))

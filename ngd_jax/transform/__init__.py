@@ -42,8 +42,8 @@ __all__ = [
 STATIC_ARGS = ("model_fn", "likelihood", "solver", "loss_fn", "accept", "metric")
 """`static_args` of `optax.inject_hyperparams(natural_gradient, static_args=...)`."""
 
-# Exact where that costs little; else few steps of CG, since more of them fit the batch
-# and not what the factors know of the batches before; or K-FAC's single one.
+# Exact where that costs little; otherwise a few steps of CG (more would fit this batch
+# and lose what the factors know from earlier ones) or K-FAC's single step.
 _SOLVER = Auto(otherwise=CG(max_steps=3, preconditioner=Kronecker()))
 
 
@@ -65,14 +65,14 @@ def natural_gradient(
     * Only `learning_rate`: s is the learning rate.
     * `learning_rate` and `max_kl`: the same, shortened if the measured KL of the step
       would exceed `max_kl`.
-    * `learning_rate=None` and `max_kl`: the step always goes to the radius. This is the
-      constant-KL step of natural gradient, and TRPO's.
+    * `learning_rate=None` and `max_kl`: the step always extends to the radius. This is
+      the constant-KL step of natural gradient, and TRPO's.
 
-    The promise: the mean KL(θ ‖ θ + update), measured on the batch at the parameters as
-    `optax.apply_updates` will leave them, in their dtype, is at most `max_kl`; if no
+    The guarantee: the mean KL(θ ‖ θ + update), measured on the batch at the parameters
+    as `optax.apply_updates` will leave them, in their dtype, is at most `max_kl`; if no
     such step is found, the update is zero. An update that is not finite is never
-    emitted. The promise is about the update that this transformation emits, not about
-    what else a chain does to it (weight decay, clipping, another learning rate).
+    emitted. This covers the update that this transformation emits, not what the rest of
+    a chain does to it (weight decay, clipping, another learning rate).
 
     The result's `update` needs the parameters and one extra argument, `batch`:
     `tx.update(grads, state, params, batch=batch)`. It also takes Optax's own `value`
@@ -82,8 +82,8 @@ def natural_gradient(
       learning_rate: a number, a schedule, None, or a rule such as
         `contrib.QuadraticModelRate`.
       model_fn: a pure function (params, batch) -> outputs, the same model that the loss
-        is made of. Whatever must not be differentiated (running statistics, dropout
-        keys) goes through `batch`.
+        uses. Whatever must not be differentiated (running statistics, dropout keys)
+        belongs in `batch`.
       likelihood: what the outputs mean; see `ngd_jax.likelihoods`.
       max_kl: the radius in nats per example: a number, a schedule, None, or a rule such
         as `contrib.RelativeRadius`. TRPO uses 1e-2.
@@ -92,24 +92,26 @@ def natural_gradient(
         them. F is singular for most networks, so 0 is for special cases.
       momentum: proximal momentum μ in [0, 1): (F + λI) d = g + λ μ d_previous, solved
         as a correction to μ d_previous. Where F is singular its effect does not vanish
-        with λ: what the batch says nothing of is taken over from the last direction.
+        with λ: components that the batch does not determine are kept from the previous
+        direction.
       solver: a solver for (F + λI) d = g: `CG`, `KFAC`, `LSMR`, `SampleSpace`,
         `Cholesky`, `Auto`, one of `contrib`, or your own `Solver`. The default solves
         exactly where that costs about as much as a dozen gradients. Otherwise it takes
         three steps of CG with Kronecker factors, which the state keeps, or one step
         along the factors (`KFAC`) where the batch has fewer than 0.1 outputs for each
-        parameter: more steps would fit the batch.
-      loss_fn: (outputs, batch) -> loss, whose gradient is g. Gives solvers in the space
-        of outputs (`SampleSpace`, `LSMR`) their right-hand side there, so that small
-        damping does not lose it to round-off; and gives rules that weigh the loss
-        (`LevenbergMarquardt`, `accept`, `contrib.RelativeRadius`) what they weigh, if
-        `update` is given no `value_fn`. A loss with the right gradient and another
-        value (the covariance of an energy) takes that `value_fn` beside it.
+        parameter: more steps would overfit the batch.
+      loss_fn: (outputs, batch) -> loss, whose gradient is g. It gives solvers in output
+        space (`SampleSpace`, `LSMR`) their right-hand side there, so that small damping
+        does not lose it to round-off; and it is the loss for rules that need one
+        (`LevenbergMarquardt`, `accept`, `contrib.RelativeRadius`), unless `update` is
+        given a `value_fn`. A loss with the right gradient but another value (the
+        covariance of an energy) needs that `value_fn` as well.
       accept: None, or `SufficientDecrease`: a step is halved, or refused, unless the
-        loss falls by enough of what the gradient promises; needs the loss, as `loss_fn`
-        or as `value_fn` of `update`.
-      metric: what the metric is taken of: exact, sampled or empirical; weights; another
-        batch or a part of this one; microbatches. See `Metric`.
+        loss falls by a large enough fraction of what the gradient promises; needs the
+        loss, as `loss_fn` or as `value_fn` of `update`.
+      metric: which kind of Fisher the metric is (exact, sampled or empirical) and which
+        data it is computed from (weights; another batch or a part of this one;
+        microbatches). See `Metric`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `NaturalGradientState`.
@@ -175,11 +177,11 @@ def scale_by_natural_gradient(
     accept: SufficientDecrease | None = None,
     metric: Metric = Metric(),  # noqa: B008  # frozen
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces a gradient g by the natural one, d = (F + λI)⁻¹ g: no sign, no rate.
+    """Replaces a gradient g by the natural gradient d = (F + λI)⁻¹ g: no sign, no rate.
 
-    For chains that bring a sign and a learning rate of their own. With `max_kl` the
-    direction is as long as its radius allows, s d with KL(θ ‖ θ - s d) at most `max_kl`
-    and close to it: the KL is measured along -d, where a descent goes.
+    For chains with their own sign and learning rate. With `max_kl` the result is s d,
+    as long as the radius allows: KL(θ ‖ θ - s d) is at most `max_kl` and close to it.
+    The KL is measured along -d, the direction of descent.
 
     Args:
       model_fn, likelihood, max_kl, damping, momentum, solver, loss_fn, accept, metric:

@@ -43,7 +43,7 @@ Rate = ScalarOrSchedule | RateRule | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `natural_gradient`, which explains them; checked.
+    """The checked arguments of `natural_gradient`, which documents them.
 
     Attributes:
       sign: -1 for updates, 1 for directions without a sign.
@@ -68,14 +68,14 @@ class Settings:
 
     @property
     def damping_rule(self) -> Any:
-        """What sets λ, in whatever coordinates."""
+        """The number or rule that sets λ, whatever the coordinates."""
         if isinstance(self.damping, CovariantDamping):
             return self.damping.damping
         return self.damping
 
     @property
     def keeps_direction(self) -> bool:
-        """Whether the last direction is of any use to the next step."""
+        """Whether the next step uses the last direction."""
         rate = self.learning_rate
         return (
             not _is_zero(self.momentum)
@@ -85,7 +85,7 @@ class Settings:
 
     @property
     def needs_loss(self) -> str | None:
-        """The setting that weighs the loss, as it was written; None if none does."""
+        """The setting that needs the loss, as it was written; None if none does."""
         if isinstance(self.damping_rule, LevenbergMarquardt):
             return "damping=LevenbergMarquardt(...)"
         if isinstance(self.max_kl, RadiusRule):
@@ -145,7 +145,7 @@ class Settings:
             raise ValueError(f"`momentum` must be at most 1, got {self.momentum}.")
 
     def _check_uses(self) -> None:
-        """Refuses what would be accepted and ignored."""
+        """Raises for settings that would otherwise be ignored."""
         if isinstance(self.max_kl, RadiusRule) and self.accept is not None:
             raise ValueError(
                 f"`accept` refuses steps that do not lower the loss, which "
@@ -176,7 +176,7 @@ def _check_scalar(name: str, value: Any, *, may_be_zero: bool) -> None:
     if value is None or callable(value):
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
-        # Arrays, traced ones above all: inject_hyperparams makes them of numbers.
+        # An array, usually traced: inject_hyperparams turns numbers into arrays.
         if hasattr(value, "dtype") and jnp.shape(value) == ():
             return
         raise TypeError(
@@ -191,14 +191,14 @@ def _check_scalar(name: str, value: Any, *, may_be_zero: bool) -> None:
 def split_functions(
     params: Params,
 ) -> tuple[Params, Callable[[ModelFn], ModelFn]]:
-    """Separates what a model holds besides arrays: activation functions and the like.
+    """Separates the arrays of a model from its functions, such as activations.
 
-    Some libraries keep functions among the leaves of a model, and `None` at their
-    places in its gradient.
+    Some libraries keep functions among the leaves of a model, with `None` in their
+    place in its gradient.
 
     Returns:
-      The parameters with None for every function, and a map from the model of all
-      leaves to one of those parameters.
+      The parameters with None for every function, and a map from a model of all leaves
+      to a model of those parameters.
     """
     leaves, structure = jax.tree.flatten(params)
     is_function = [callable(x) and not hasattr(x, "dtype") for x in leaves]
@@ -230,12 +230,12 @@ def _nested_code(function: Any, name: str) -> types.CodeType | None:
 
 
 def check_wrappers() -> None:
-    """Raises inside of `optax.MultiSteps.init` and of `optax.flatten`.
+    """Raises inside `optax.MultiSteps.init` and `optax.flatten`.
 
-    MultiSteps averages gradients over micro-batches and hands on the last `batch` only;
-    flatten hands on one vector in place of the parameters of the model. Nothing in the
-    protocol tells a transformation that it is wrapped, so this looks at its callers,
-    once for each `init`.
+    MultiSteps averages gradients over micro-batches and passes on only the last
+    `batch`; flatten passes on one vector in place of the model's parameters. Nothing in
+    the protocol tells a transformation that it is wrapped, so this looks at its
+    callers, once for each `init`.
     """
     reasons = {
         optax.MultiSteps.init.__code__: (

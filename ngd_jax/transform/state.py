@@ -18,7 +18,7 @@ __all__ = [
 
 
 class StepStatus(enum.IntEnum):
-    """What became of a step; `message` says it in words.
+    """The outcome of a step; `message` puts it into words.
 
     Example:
       >>> StepStatus(0).name, StepStatus(1).message
@@ -38,7 +38,7 @@ class StepStatus(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """One sentence for a person."""
+        """The status as a sentence."""
         return _MESSAGES[self]
 
     @property
@@ -82,7 +82,7 @@ _MESSAGES = {
 
 
 class NaturalGradientInfo(NamedTuple):
-    """How the last update went; nothing that the next one needs.
+    """How the last update went; the next one does not need it.
 
     Get it out of any chain with `optax.tree.get(opt_state, "NaturalGradientInfo")`.
 
@@ -112,17 +112,17 @@ class NaturalGradientState(NamedTuple):
     """What the next update needs.
 
     A refused step leaves the parameters, `count`, `direction` and all schedules as they
-    were. `damping` moves on where a step is refused for the loss, and `solver_state`
-    always does: the averages in it are of batches that were seen, whatever became of
-    the step, and what is not finite never enters them.
+    were. `damping` still changes if a step is refused because of the loss, and
+    `solver_state` always does: it averages over all batches seen, whatever the outcome
+    of the step, and values that are not finite never enter it.
 
     Attributes:
-      count: int32, steps taken; what schedules are evaluated at.
+      count: int32, steps taken; schedules are evaluated at it.
       direction: the last natural direction d, float32 or wider, for momentum and warm
         starts: zero before the first step, () if neither is used. If the step was
         shortened, d is shortened with it, so that the update was -rate·d. In
         the coordinates of `CovariantDamping` if there is one; under a rule for the
-        learning rate the last step itself.
+        learning rate, the last step itself.
       damping: the λ of the next step under `LevenbergMarquardt`, else that of the last.
       solver_state: what the solver keeps, such as a preconditioner; () for most.
       info: how the last update went, a `NaturalGradientInfo`.
@@ -138,10 +138,10 @@ class NaturalGradientState(NamedTuple):
 def initial_state(
     params: Params, *, damping: float, keeps_direction: bool, solver_state: PyTree
 ) -> NaturalGradientState:
-    """The state before the first step; `params` may be without leaves."""
+    """The state before the first step; `params` may have no leaves."""
     dtype = tree.accumulator_dtype(params)
 
-    # A buffer of its own for every entry: the state may be donated.
+    # Every entry has its own buffer, since the state may be donated.
     def number() -> Array:
         return jnp.zeros((), dtype)
 

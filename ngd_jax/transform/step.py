@@ -195,10 +195,10 @@ class NaturalGradientStep:
             scale = scale * solution.length
         if solution.damping is not None:
             damping = solution.damping
-        # The square of a long scale alone could overflow, and be NaN times 0.
+        # A large scale squared on its own could overflow, and give NaN times 0.
         length = step.scale * jnp.sqrt(line.quadratic)
         predicted_kl = line.kl_curvature * length**2 / 2
-        # NaN where products with F have overflowed: more than any number.
+        # NaN where products with F have overflowed: reported as infinite.
         predicted_kl = jnp.where(jnp.isnan(predicted_kl), jnp.inf, predicted_kl)
         info = NaturalGradientInfo(
             solver=solution.info,
@@ -260,13 +260,13 @@ class NaturalGradientStep:
         batch: Batch,
         loss_along: Callable[[PyTree], Scalar],
     ) -> tuple[Solution, PyTree, Scalar]:
-        """What was found in the coordinates of the damping, d in those of θ, and λ.
+        """The solution in the coordinates of the damping, d in those of θ, and λ.
 
             (F + λI) e = g - μ F p,    d = e + μ p      ⇔      (F + λI) d = g + λ μ p
 
-        The proximal momentum is written as a correction e to the last direction p, so
-        that it keeps its digits at any λ, and its limit for λ → 0: of all d that fit
-        the batch, the one nearest to μ p. The same in the space of coefficients:
+        The proximal momentum is written as a correction e to μ p, p the last direction.
+        It then keeps its precision at any λ and has the right limit for λ → 0: of all d
+        that fit the batch, the one nearest to μ p. In the space of coefficients:
         w - μ A p.
         """
         settings, rhs_of_outputs = self.settings, self._coefficients(fisher, batch)
@@ -324,7 +324,7 @@ class NaturalGradientStep:
         """The gradient in the space of outputs, for the solvers that work there."""
         settings = self.settings
         loss_fn = settings.loss_fn
-        # The gradient of one batch is no combination of the rows of another.
+        # The gradient of one batch is not a combination of the rows of another.
         if loss_fn is None or not settings.solver.uses_coefficients:
             return None
         if settings.metric.batch_fn is not None:
@@ -345,11 +345,11 @@ class NaturalGradientStep:
     def _kept(
         self, direction: PyTree, scale: Scalar, upper: Scalar, unit: Scalar
     ) -> PyTree:
-        """What the next step knows of this one; `scale` and `upper` in `unit`s."""
+        """The direction kept for the next step; `scale` and `upper` in `unit`s."""
         if isinstance(self.settings.learning_rate, RateRule):
             return tree.scale(scale / unit, direction)
-        # Of a direction that the radius has shortened, what was taken: momentum of
-        # steps that were never taken drives a network away from its optimum.
+        # If the radius shortened the step, keep only the part that was taken: momentum
+        # from steps never taken drives a network away from its optimum.
         whole = jnp.where(jnp.isfinite(upper), upper, unit)
         part = jnp.where(whole > 0, jnp.minimum(scale / whole, 1), 1)
         return tree.scale(part, direction)
@@ -364,7 +364,7 @@ class NaturalGradientStep:
         return jnp.asarray(rate).astype(unit.dtype) * unit
 
     def _radius(self, count: Array) -> Array | None:
-        """The radius, unless a rule chooses it by the loss."""
+        """The radius, unless a rule chooses it from the loss."""
         max_kl = self.settings.max_kl
         if max_kl is None or isinstance(max_kl, RadiusRule):
             return None
@@ -406,7 +406,7 @@ class NaturalGradientStep:
 
 @dataclasses.dataclass(frozen=True)
 class _Loss:
-    """The loss on the batch of the gradient, for the rules that weigh it."""
+    """The loss on the batch of the gradient, for the rules that need it."""
 
     settings: Settings
     model_fn: ModelFn
@@ -418,7 +418,7 @@ class _Loss:
     def at(self, params: Params) -> Scalar:
         """The loss at `params`."""
         settings = self.settings
-        # A `value_fn` goes first: `loss_fn` may have the gradient and another value.
+        # `value_fn` goes first: `loss_fn` may have the gradient but another value.
         if self.value_fn is not None:
             if _num_arguments(self.value_fn) == 1:
                 return self.value_fn(params)
@@ -440,7 +440,7 @@ class _Loss:
         return settings.loss_fn(outputs_at(params), self.batch)
 
     def here(self) -> Scalar:
-        """The loss at the parameters of the step: a pass through the model at most."""
+        """The loss at the present parameters: at most one pass through the model."""
         if self.value is not None:
             return self.value
         settings = self.settings
@@ -453,7 +453,7 @@ class _Loss:
 def _first_cause(*causes: tuple[Array, StepStatus]) -> Array:
     """The first status whose condition holds; the later ones are consequences."""
     status = jnp.int32(StepStatus.TAKEN)
-    # `jnp.select` would be an argmax, which is more to compile.
+    # `jnp.select` would be an argmax, which takes longer to compile.
     for condition, cause in reversed(causes):
         status = jnp.where(condition, jnp.int32(cause), status)
     return status
@@ -466,17 +466,17 @@ def _is_taken(status: Array) -> Array:
 def _rounded(values: Array, dtype: Any) -> Array:
     """Values rounded to a dtype, so that the compiler cannot skip the rounding.
 
-    XLA may drop a cast to bfloat16 or float16 and back inside of one program
-    (`--xla_allow_excess_precision`); the KL would then be that of other parameters than
-    those that come out.
+    XLA may drop a cast to bfloat16 or float16 and back inside one program
+    (`--xla_allow_excess_precision`); the KL would then be measured at parameters other
+    than those returned.
     """
     info = jnp.finfo(dtype)
     if info.bits >= 32 or jnp.issubdtype(values.dtype, jnp.complexfloating):
         return values.astype(dtype)
     rounded = jax.lax.reduce_precision(values, info.nexp, info.nmant)
     if info.nexp < jnp.finfo(values.dtype).nexp:
-        # `reduce_precision` flushes to zero what the dtype holds as multiples of its
-        # smallest number.
+        # `reduce_precision` flushes to zero what the dtype represents as subnormal
+        # numbers.
         least = float(info.smallest_subnormal)
         is_small = jnp.abs(values) < float(info.smallest_normal)
         rounded = jnp.where(is_small, jnp.round(values / least) * least, rounded)
