@@ -76,7 +76,7 @@ class LevenbergMarquardt:
       reject: ρ below which the step is refused; minus infinity refuses none.
       minimum: λ never falls below.
       maximum: λ never rises above.
-      every: the number of steps taken between changes of λ; a refused step also changes
+      every: the number of steps taken between updates of λ; a refused step also updates
         it.
 
     Example:

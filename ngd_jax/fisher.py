@@ -410,7 +410,7 @@ class Fisher:
           scales: the factors, if S multiplies every parameter by a positive number.
         """
         if scales is not None and self.origin is not None:
-            # Scales of scales multiply; those of any other coordinates are no scales.
+            # Scales of scales multiply; other coordinates have none.
             if self.scales is not None:
                 scales = jax.tree.map(jnp.multiply, self.scales, scales)
             else:

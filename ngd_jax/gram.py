@@ -35,7 +35,7 @@ def gram(fisher: Fisher, block_size: int | None = None) -> Float[Array, "M M"]:
 
     Args:
       fisher: the Fisher of a model that does not mix its examples. This is not
-        verified: whoever solves with the matrix must verify the solution.
+        verified: a solver that uses the matrix must verify its solution.
       block_size: examples in a block. None takes the rows of dense layers as outer
         products, of all examples at once, if they fit into half a GiB.
 

@@ -141,7 +141,7 @@ class _Found(NamedTuple):
 
     Attributes:
       layer: the layer.
-      factors: the variables that a and δ are made of.
+      factors: the variables that a and δ are computed from.
       output_axes: those axes of the second factor that count outputs.
       rows: from the values of the factors to a `[T, m]` and δ `[T, n]`.
     """
@@ -273,7 +273,7 @@ def _of_convolution(
         """[examples, places..., what `input_axes` count...]."""
         images = images.transpose(*numbers.lhs_spec[1:], numbers.lhs_spec[0])
         # One axis after the other: strided slices, since a convolution that only copies
-        # is slow inside of loops on a CPU.
+        # is slow inside loops on a CPU.
         for k, (low, _) in enumerate(options["padding"]):
             axis, size = 1 + k, sizes[positions[k]]
             stride, dilation = options["rhs_dilation"][k], options["window_strides"][k]
@@ -380,7 +380,7 @@ class _Program:
 
         Returns:
           The earliest value of the same numbers (a later one where a reshape tears an
-          axis apart), and for every axis of `variable` the ranges that it goes along.
+          axis apart), and for every axis of `variable` the ranges that it runs along.
         """
         equation, shape = self.source(variable), variable.aval.shape
         if equation is not None and _is_layout(equation):
@@ -445,7 +445,7 @@ def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
                 outputs = _written_out(called)(*inputs)
             else:
                 bound = equation.primitive.get_bind_params(equation.params)
-                # Before jax 0.10: with the functions that it calls apart.
+                # Before jax 0.10: the functions that it calls come separately.
                 functions, params = bound if isinstance(bound, tuple) else ((), bound)
                 outputs = equation.primitive.bind(*functions, *inputs, **params)
                 if not equation.primitive.multiple_results:

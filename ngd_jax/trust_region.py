@@ -3,8 +3,8 @@
     ½ s² dᵀFd = max_kl    gives the first guess    s = √(2·max_kl / dᵀFd)
 
 The guess is as good as the quadratic model, and can be a thousand times too long where
-F is nearly singular along d. The guarantee is therefore about the KL as *measured*, by
-a search over s with one forward pass for each trial. Owns that search and the rule of
+F is nearly singular along d. The promise is therefore about the KL as *measured*, by a
+search over s with one forward pass for each trial. Owns that search and the rule of
 sufficient decrease; knows nothing of Optax.
 """
 

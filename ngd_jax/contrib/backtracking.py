@@ -181,7 +181,7 @@ def _step_back(
     objective: Any = rhs.objective
     norm = tree.norm(gradient)
     norm = jnp.where(norm > 0, norm, 1.0)
-    # The last one again: it may have been replaced after its step.
+    # Write the last one again: it may have been replaced after its step.
     info = solution.info
     last = tree.pack(solution.direction)[0]
     seen = watch.write(seen, info.num_steps, last, info.relative_residual * norm)

@@ -341,7 +341,7 @@ def _fit(
             state=state._replace(lowest=jnp.full_like(state.lowest, jnp.inf)),
         )
         is_refused = solution.info.status != SolverStatus.CONVERGED
-        # Scales may be what is not finite.
+        # The scales may be the part that is not finite.
         update = jnp.where(is_refused, 0, -scales * solution.direction)
         is_small = norms * jnp.abs(update) <= rtol * jnp.maximum(
             norms * jnp.abs(theta), rms

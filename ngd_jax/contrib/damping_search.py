@@ -74,7 +74,7 @@ class DampingSearch(Solver):
     zero: ½ mean r² with `Gaussian`, or the like.
 
     Args:
-      power: what a factor of λ is worth in factors of the loss, at least 0.
+      power: the exponent of λ in the score of a trial, at least 0.
       slack: at least 1. Use 1 in float32, whose round-off small λ would amplify, and
         where the loss can vanish between the points at which it is evaluated.
       factors: λ to try, in units of the last one, in rising order.
@@ -82,17 +82,16 @@ class DampingSearch(Solver):
       max_curvature: q is left out where |s q| is above this times |v|: there the path
         bends more than its second derivative can describe; 0 always leaves it out.
       initial: λ of the first search, in units of the largest eigenvalue of F.
-      length_power: what a factor of the length is worth in factors of the loss, at
-        least 0. With 0 a tenth of a step at λ/27 beats a whole step at λ: λ falls to
-        1e-25, where the search creeps for a hundred steps or more until it breaks
-        through, at a step that depends on the last digits. If it does, it may end some
-        decades lower.
+      length_power: the exponent of 1/s in the score, at least 0. With 0, a tenth of a
+        step at λ/27 beats a whole step at λ: λ falls to 1e-25, where the search creeps
+        for a hundred steps or more until it breaks through, at a step that depends on
+        the last digits. If it does, it may end some decades lower.
 
-    The `damping` of `solve` is the least λ. No λ below (ε max σ)², which cannot be told
-    from zero, is tried in any case.
+    The `damping` of `solve` is the least λ. In any case, no λ below (ε max σ)², which
+    cannot be told from zero, is tried.
 
     Raises:
-      ValueError: for values outside of these ranges.
+      ValueError: for values outside these ranges.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd

@@ -55,7 +55,7 @@ class Jacobi:
       power: 1, or less to trust the diagonal less. 0.75 is from Martens 2010, and took
         fewer products than 1 in all our measurements.
       num_probes: None for the exact diagonal, or the number of backward passes to take.
-      key: a typed key, as of `jax.random.key`, for the probes.
+      key: a typed key, as from `jax.random.key`, for the probes.
       refresh_every: the number of steps from one build to the next.
 
     Raises:

@@ -58,7 +58,7 @@ class Nystrom:
     Attributes:
       rank: r, cut to the number of parameters. A build costs r products, and about
         10 r² P operations for P parameters; the state holds r vectors.
-      key: a typed key, as of `jax.random.key`.
+      key: a typed key, as from `jax.random.key`.
       refresh_every: the number of steps from one build to the next.
 
     Raises:

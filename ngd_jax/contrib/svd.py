@@ -37,7 +37,7 @@ class SVD(Solver):
     start, with λ = 0 or close to it: above all, physics-informed networks.
 
     Directions whose singular value is at most `rcond` times the largest one are left
-    out of A, where λI would only shrink them. Of what is left,
+    out of A, where λI would only shrink them. For the directions that are left,
 
     * with `rhs.coefficients` w, g = Aᵀ w + r, which the transformation passes if it has
       a `loss_fn`, d = V σ/(σ² + λ) Uᵀ w + r/λ: relative errors are of the order of
@@ -55,7 +55,7 @@ class SVD(Solver):
         product with F; see `Cholesky`.
 
     Raises:
-      ValueError: for an `rcond` outside of [0, 1).
+      ValueError: for an `rcond` outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd

@@ -2,7 +2,7 @@
 
     (A + ε)⁻¹ V (G + ε')⁻¹,    ε = π √λ,    ε' = √λ / π
 
-for a matrix V, with a bias as one more row beside the inputs, and v / (diag + λ) for a
+for a matrix V, with a bias as one more row next to the inputs, and v / (diag + λ) for a
 vector. Knows nothing of models and batches.
 """
 

@@ -68,7 +68,7 @@ class Categorical(Likelihood):
             classes (one-hot or soft) of the shape of the logits.
 
         Returns:
-          An array of the batch shape. A label outside of 0 ... K−1 gives NaN, in the
+          An array of the batch shape. A label outside 0 ... K−1 gives NaN, in the
           gradient as well.
 
         Raises:

@@ -108,7 +108,7 @@ def masked_product(weights: Array, values: Array) -> Array:
 
 
 def pick(values: Array, index: Array) -> Array:
-    """Entries of the last axis by index; NaN, also in gradients, outside of it."""
+    """Entries of the last axis by index; NaN, also in gradients, if out of range."""
     size = values.shape[-1]
     if index.dtype.itemsize < 4:  # so that it can be compared with a large size
         index = index.astype(jnp.int32)

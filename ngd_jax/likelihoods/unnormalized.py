@@ -55,7 +55,7 @@ class _SampledModel(Likelihood):
             `sample` returns; `None` means every sample once.
 
         Returns:
-          An array of the shape of the outputs, or of `targets`. An index outside of the
+          An array of the shape of the outputs, or of `targets`. An index outside the
           batch gives NaN.
 
         Raises:

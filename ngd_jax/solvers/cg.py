@@ -166,7 +166,7 @@ def minimize(
     zeros = jax.tree.map(jnp.zeros_like, b)
     start = zeros if guess is None else tree.pack(tree.widen(guess))[0]
     start_slope = tree.vdot(start, b)
-    # The recurrence goes on shrinking below ε‖b‖; the solution no longer improves.
+    # The recurrence keeps shrinking below ε‖b‖; the solution no longer improves.
     tolerance = jnp.maximum(max(rtol, eps) * b_norm, atol).astype(dtype)
     replaces = max_steps > _LONGEST_WITHOUT_REPLACEMENT
 
@@ -361,8 +361,8 @@ class CG(Solver):
         does the same. A guess costs one product.
 
     Raises:
-      ValueError, TypeError: on a step budget below 1 or not an int, a negative
-        tolerance, a `warm_start` outside of [0, 1].
+      ValueError, TypeError: for a step budget below 1 or not an int, a negative
+        tolerance, a `warm_start` outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -478,8 +478,8 @@ def conjugate_gradient(
       x in the structure and the dtypes of `rhs`, always finite; and a `SolverInfo`.
 
     Raises:
-      ValueError: on a step budget below 1, a negative tolerance, an `x0` unlike `rhs`.
-      TypeError: on a step budget that is not a Python int, or an integer `rhs`.
+      ValueError: for a step budget below 1, a negative tolerance, an `x0` unlike `rhs`.
+      TypeError: for a step budget that is not a Python int, or an integer `rhs`.
 
     Example:
       >>> import jax.numpy as jnp

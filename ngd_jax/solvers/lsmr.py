@@ -75,9 +75,9 @@ def lsmr(
       that above `rtol` when x has long been as good as it gets: STAGNATED.
 
     Raises:
-      ValueError: on a step budget below 1, a negative tolerance or damping, or a
+      ValueError: for a step budget below 1, a negative tolerance or damping, or a
         `matvec` whose result is unlike `rhs`.
-      TypeError: on a step budget that is not a Python int, or an integer `rhs`.
+      TypeError: for a step budget that is not a Python int, or an integer `rhs`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -135,7 +135,7 @@ class LSMR(Solver):
         for that. See `lsmr`.
 
     Raises:
-      ValueError, TypeError: on a step budget below 1 or not an int, or a negative
+      ValueError, TypeError: for a step budget below 1 or not an int, or a negative
         tolerance.
 
     Example:
@@ -175,7 +175,7 @@ class LSMR(Solver):
         report still counts it. A larger rest stays part of the system.
 
         Raises:
-          ValueError: on coefficients unlike what `fisher.sqrt_matvec` returns.
+          ValueError: for coefficients unlike what `fisher.sqrt_matvec` returns.
         """
         g, w, eps = rhs.gradient, rhs.coefficients, precision(fisher)
         like = jax.eval_shape(fisher.sqrt_matvec, g)

@@ -418,8 +418,8 @@ def check_budget(max_steps: Any, rtol: float, atol: float = 0.0) -> None:
     """Raises for a budget or tolerances with which nothing can be solved.
 
     Raises:
-      TypeError: on a step budget that is not a Python int.
-      ValueError: on numbers out of range.
+      TypeError: for a step budget that is not a Python int.
+      ValueError: for numbers out of range.
     """
     check_count("max_steps", max_steps)
     for name, value in (("rtol", rtol), ("atol", atol)):

@@ -68,8 +68,8 @@ def natural_gradient(
     * `learning_rate=None` and `max_kl`: the step always extends to the radius. This is
       the constant-KL step of natural gradient, and TRPO's.
 
-    The guarantee: the mean KL(θ ‖ θ + update), measured on the batch at the parameters
-    as `optax.apply_updates` will leave them, in their dtype, is at most `max_kl`; if no
+    The promise: the mean KL(θ ‖ θ + update), measured on the batch at the parameters as
+    `optax.apply_updates` will leave them, in their dtype, is at most `max_kl`; if no
     such step is found, the update is zero. An update that is not finite is never
     emitted. This covers the update that this transformation emits, not what the rest of
     a chain does to it (weight decay, clipping, another learning rate).

@@ -109,7 +109,7 @@ class NaturalGradientInfo(NamedTuple):
 
 
 class NaturalGradientState(NamedTuple):
-    """What the next update needs.
+    """The state that the next update needs.
 
     A refused step leaves the parameters, `count`, `direction` and all schedules as they
     were. `damping` still changes if a step is refused because of the loss, and

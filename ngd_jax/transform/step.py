@@ -219,7 +219,7 @@ class NaturalGradientStep:
             solver_state=solution.state,
             info=info,
         )
-        # The dtypes of the state never change, or every step would compile anew.
+        # The dtypes of the state never change, or every step would recompile.
         new_state = optax.tree.cast_like(new_state, state)
         sign = -settings.sign
         emitted = jax.tree.map(lambda x: jnp.where(taken, sign * x, 0), emitted)
