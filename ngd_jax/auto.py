@@ -70,8 +70,9 @@ class Auto(Solver):
       >>> choice.solver
       Cholesky(verify=True)
       >>> print(choice.reason)
-      Cholesky, with 36 parameters and 512 outputs of 512 examples: 6.8e+05 operations,
-      where 3 steps of CG take 3.3e+05; it may take 4 times that, or 1e+08, and 1 GiB.
+      Cholesky, with 36 parameters and 512 outputs of 512 examples: an exact solve takes
+      6.8e+05 operations. It may take 1e+08, or 4 times the 3.3e+05 of 3 steps of CG, and
+      1 GiB.
       >>> w = (jnp.ones((3, 1000)), jnp.ones((1000, 1)))
       >>> Auto().choose_for(model_fn, w, x, ngd.Gaussian()).solver
       CG(...)
@@ -112,9 +113,9 @@ class Auto(Solver):
         name = type(self.otherwise).__name__
         reason = (
             f"with {num_params} parameters and {num_outputs} outputs of {num_examples} "
-            f"examples: {direct:.2g} operations, where {steps} steps of "
-            f"{name} take {iterative:.2g}; it may take {self.exactness:g} times that, "
-            f"or {self.free:.2g}, and {self.memory / 2**30:.3g} GiB."
+            f"examples: an exact solve takes {direct:.2g} operations. It may take "
+            f"{self.free:.2g}, or {self.exactness:g} times the {iterative:.2g} of "
+            f"{steps} steps of {name}, and {self.memory / 2**30:.3g} GiB."
         )
         if is_cheap and is_small:
             solver = Cholesky()

@@ -1,7 +1,7 @@
 """What a transformation does with a model, in a table, and whether that is right.
 
-Every claim about structure is checked against `fisher.matvec`, the definition: what is
-found is printed beside the numbers that it was held to.
+Every claim about structure is checked against `fisher.matvec`, the definition, and
+printed beside the numbers of the check.
 """
 
 import math

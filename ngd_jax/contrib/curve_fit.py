@@ -127,9 +127,9 @@ def curve_fit(
     max_steps: int = 200,
     rtol: float | None = None,
 ) -> CurveFitResult:
-    """Fits f(xdata, *params) to ydata by least squares, as `scipy.optimize.curve_fit`.
+    """Fits `f(xdata, *params)` to ydata by least squares, as `scipy.optimize.curve_fit`.
 
-        min_θ Σ r²,    r = (f(xdata, *θ) - ydata) / sigma
+        min_θ Σ r²,    r = (f(xdata, θ) - ydata) / sigma
 
     Each step is one of `DampingSearch`: many λ and lengths are tried, along paths bent
     by the second derivative of f, and no step that raises Σ r² by more than round-off
@@ -154,7 +154,7 @@ def curve_fit(
     operations for each step, some dozen passes through f, and M·P memory.
 
     Args:
-      f: a JAX function (xdata, *params) -> `[...]` like `ydata`; hashable.
+      f: a JAX function `f(xdata, *params)` -> `[...]` like `ydata`; hashable.
       xdata: any tree of arrays, passed to f unchanged.
       ydata: M real numbers, in an array of any shape.
       p0: the start, a list or tuple with one entry for each further argument of f: a
