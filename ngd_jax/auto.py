@@ -71,8 +71,8 @@ class Auto(Solver):
       Cholesky(verify=True)
       >>> print(choice.reason)
       Cholesky, with 36 parameters and 512 outputs of 512 examples: an exact solve takes
-      6.8e+05 operations. It may take 1e+08, or 4 times the 3.3e+05 of 3 steps of CG, and
-      1 GiB.
+      6.8e+05 operations. It may take 1e+08, or 4 times the 3.3e+05 of 3 steps of CG,
+      and 1 GiB.
       >>> w = (jnp.ones((3, 1000)), jnp.ones((1000, 1)))
       >>> Auto().choose_for(model_fn, w, x, ngd.Gaussian()).solver
       CG(...)

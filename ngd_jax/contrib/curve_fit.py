@@ -127,7 +127,7 @@ def curve_fit(
     max_steps: int = 200,
     rtol: float | None = None,
 ) -> CurveFitResult:
-    """Fits `f(xdata, *params)` to ydata by least squares, as `scipy.optimize.curve_fit`.
+    """Fits `f(xdata, *params)` to ydata, as `scipy.optimize.curve_fit` does.
 
         min_θ Σ r²,    r = (f(xdata, θ) - ydata) / sigma
 
