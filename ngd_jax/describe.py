@@ -107,7 +107,9 @@ def describe(
       The description; print it.
 
     Raises:
-      TypeError: for anything else than such a transformation or dict.
+      TypeError: for anything else than such a transformation or dict, or a `loss_fn`
+        that cannot be called with (outputs, batch).
+      ValueError: for a `loss_fn` that returns no scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, ngd_jax as ngd
@@ -152,6 +154,8 @@ def describe(
         found["outputs"] = dense.real_size(fisher.outputs) / max(1, num_examples)
         finite = {"finite": tree.all_finite((fisher.params, fisher.outputs))}
         errors = finite | _errors(fisher, solver)
+        if loss_fn is not None:
+            _check_loss(loss_fn, fisher)
         errors["damping"] = _relative_damping(step, fisher, params)
         is_natural = isinstance(settings.likelihood, _NATURAL)
         if is_natural and fisher.kind == "exact" and loss_fn is not None:
@@ -210,6 +214,18 @@ def _relative_damping(
     root = fisher.sqrt_rmatvec(signs)
     trace = tree.vdot(root, root)
     return jnp.where(trace > 0, damping / jnp.where(trace > 0, trace, 1), 0)
+
+
+def _check_loss(loss_fn: Callable, fisher: Fisher) -> None:
+    try:
+        loss = jax.eval_shape(loss_fn, fisher.outputs, fisher.batch)
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        raise TypeError(
+            "`loss_fn` must be a function (outputs, batch) -> loss, of the outputs of "
+            "`model_fn`, and not of the parameters; it cannot be called so."
+        ) from error
+    if getattr(loss, "shape", None) != ():
+        raise ValueError(f"`loss_fn` must return a scalar, got {loss}.")
 
 
 def _doubts(fisher: Fisher) -> list[str]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
-from ngd_jax.likelihoods import Likelihood
+from ngd_jax.likelihoods import Categorical, Likelihood
 from ngd_jax.metric import (
     Kind,
     OutputMetric,
@@ -575,11 +575,17 @@ def _warn_of_one_example(fisher: Fisher) -> None:
     (size,) = sizes if is_one else ((),)
     leaves = jax.tree.leaves(fisher.batch)
     if len(size) == 1 and size[0] > 1 and any(jnp.shape(x)[:1] == size for x in leaves):
+        number = f"{size[0]} examples of one number each"
+        remedy = f"If they are {number}, give it event_ndims=0."
+        if isinstance(fisher.likelihood, Categorical):
+            remedy = (
+                "A Categorical needs logits [N, K]; two classes with one logit per "
+                "example are a Bernoulli(event_ndims=0)."
+            )
         warnings.warn(
             f"Outputs of shape {size} are one example of {size[0]} numbers for "
-            f"{fisher.likelihood!r}. If they are {size[0]} examples of one number "
-            f"each, give it event_ndims=0; a Categorical needs logits [N, K].",
-            stacklevel=3,
+            f"{fisher.likelihood!r}. {remedy}",
+            stacklevel=4,
         )
 
 

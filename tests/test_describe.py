@@ -87,7 +87,7 @@ def test_a_model_that_mixes_its_examples_is_noticed(problem):
 
     tx = ngd.natural_gradient(1.0, mixing, ngd.Gaussian(), solver=ngd.SampleSpace())
     found = ngd.describe(tx, params, batch)
-    assert failing(found) == ["SampleSpace solves a random system: NOT_SEPARABLE"]
+    assert failing(found) == ["SampleSpace on a random system: NOT_SEPARABLE"]
     assert "mixes its examples" in str(found)
     tx = ngd.natural_gradient(1.0, network, ngd.Gaussian(), solver=ngd.SampleSpace())
     assert failing(ngd.describe(tx, params, batch)) == []
@@ -229,16 +229,34 @@ def test_what_is_not_finite_is_said_first(problem):
     assert "finite" in check.claim
 
 
+def test_a_loss_of_the_parameters_is_refused(problem):
+    params, batch = problem
+    tx = ngd.natural_gradient(1.0, network, ngd.Gaussian())
+
+    def loss_fn(params, batch):
+        return jnp.mean(network(params, batch) ** 2)
+
+    with pytest.raises(TypeError, match=r"\(outputs, batch\) -> loss"):
+        ngd.describe(tx, params, batch, loss_fn=loss_fn)
+    with pytest.raises(ValueError, match="must return a scalar"):
+        ngd.describe(tx, params, batch, loss_fn=lambda outputs, _: outputs)
+
+
 @pytest.mark.parametrize(
-    "likelihood", [ngd.Gaussian(), ngd.Bernoulli(), ngd.Categorical()]
+    ("likelihood", "remedy"),
+    [
+        (ngd.Gaussian(), "give it event_ndims=0"),
+        (ngd.Bernoulli(), "give it event_ndims=0"),
+        (ngd.Categorical(), r"are a Bernoulli\(event_ndims=0\)"),
+    ],
 )
-def test_a_batch_that_counts_as_one_example_is_noticed(likelihood):
+def test_a_batch_that_counts_as_one_example_is_noticed(likelihood, remedy):
     settings = {
         "learning_rate": 1.0,
         "model_fn": lambda w, x: x @ w,
         "likelihood": likelihood,
     }
-    with pytest.warns(UserWarning, match="are one example of 6 numbers"):
+    with pytest.warns(UserWarning, match=f"are one example of 6 numbers.*{remedy}"):
         found = ngd.describe(settings, jnp.ones(2), jnp.ones((6, 2)))
     assert "6 outputs of 1 example, " in found.summary[0]
     assert "no leaf of the batch" in found.summary[1]
