@@ -152,15 +152,17 @@ def describe(
         claims = _claims(solver, fisher)
         found.update(solver=solver, summary=summary, claims=claims)
         found["outputs"] = dense.real_size(fisher.outputs) / max(1, num_examples)
-        finite = {"finite": tree.all_finite((fisher.params, fisher.outputs))}
-        errors = finite | _errors(fisher, solver)
+        # Logits of -inf are legal.
+        is_nan = [jnp.isnan(x).any() for x in jax.tree.leaves(fisher.outputs)]
+        errors = {"finite": tree.all_finite(fisher.params) & ~jnp.array(is_nan).any()}
+        errors |= _errors(fisher, solver)
         if loss_fn is not None:
             _check_loss(loss_fn, fisher)
         errors["damping"] = _relative_damping(step, fisher, params)
         is_natural = isinstance(settings.likelihood, _NATURAL)
         if is_natural and fisher.kind == "exact" and loss_fn is not None:
             ratio = _relative_curvature(loss_fn, fisher)
-            errors["loss"] = jnp.abs(ratio - 1)
+            errors |= {"loss": jnp.abs(ratio - 1), "factor": ratio}
             if isinstance(settings.likelihood, Gaussian):
                 cotangents = jax.grad(loss_fn)(fisher.outputs, fisher.batch)
                 residuals = fisher.sqrt_solve(tree.divide(cotangents, ratio))
@@ -213,7 +215,7 @@ def _relative_damping(
     signs = random_like(jax.random.rademacher, jax.random.key(3), like)
     root = fisher.sqrt_rmatvec(signs)
     trace = tree.vdot(root, root)
-    return jnp.where(trace > 0, damping / jnp.where(trace > 0, trace, 1), 0)
+    return jnp.where(damping > 0, damping / trace, 0)
 
 
 def _check_loss(loss_fn: Callable, fisher: Fisher) -> None:
@@ -243,10 +245,18 @@ def _doubts(fisher: Fisher) -> list[str]:
 
 def _relative_curvature(loss_fn: Callable, fisher: Fisher) -> Array:
     """tᵀ (∂²loss) t / tᵀ μ H t for random tangents t of the outputs: 1 for -log p."""
-    tangents = optax.tree.cast_like(_random(4, fisher.outputs), fisher.outputs)
+
+    def where_finite(values: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x, at: jnp.where(jnp.isfinite(at), x, 0).astype(at.dtype),
+            values,
+            fisher.outputs,
+        )
+
+    tangents = where_finite(_random(4, fisher.outputs))
     slope = jax.grad(lambda outputs: loss_fn(outputs, fisher.batch))
     bend = jax.jvp(slope, (fisher.outputs,), (tangents,))[1]
-    return tree.vdot(tangents, bend) / fisher.inner(tangents, tangents)
+    return tree.vdot(tangents, where_finite(bend)) / fisher.inner(tangents, tangents)
 
 
 def _radius(
@@ -294,9 +304,9 @@ _NATURAL = (Bernoulli, Categorical, Gaussian, Poisson)
 _LIKELIHOOD = "Correct `kl` of the likelihood."
 _BUG = "This is a bug of ngd_jax: please report it."
 _SCALE = (
-    "The loss is on another scale than the likelihood (a sum over the batch, a mean "
-    "over the outputs, no factor ½, another event_ndims), by a factor of 1 + the error "
-    "or 1 - it. See the page on loss and likelihood."
+    "The loss is on another scale than the likelihood: a sum over the batch, a mean "
+    "over the outputs, no factor ½, another event_ndims. See the page on loss and "
+    "likelihood."
 )
 _DROWNED = (
     "Damping drowns F: the step is a short one along the plain gradient. Give less "
@@ -311,7 +321,7 @@ _CLAIMS = {
     "layers": ("the layers found add up to the gradient", _BUG),
     "factors": ("M of the Kronecker factors is symmetric and positive", _BUG),
     "loss": (
-        "the loss has the curvature of the mean of -log p in the outputs",
+        "the loss has {factor:.3g} times the curvature of the mean of -log p",
         _SCALE,
     ),
     "damping": (
@@ -319,6 +329,10 @@ _CLAIMS = {
         _DROWNED,
     ),
 }
+
+
+# What is not a matter of round-off: a loss of other units is off by a factor.
+_TOLERANCES = {"damping": 1.0, "loss": 0.05}
 
 
 def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
@@ -388,7 +402,10 @@ def _checks(errors: dict[str, Array], params: Params, solver: Solver) -> list[Ch
     eps = float(jnp.finfo(tree.accumulator_dtype(params)).eps)
     checks = [
         Check(
-            claim, float(errors[name]), 1.0 if name == "damping" else eps**0.5, advice
+            claim.format(factor=float(errors.get("factor", 1.0))),
+            float(errors[name]),
+            _TOLERANCES.get(name, math.sqrt(eps)),
+            advice,
         )
         for name, (claim, advice) in _CLAIMS.items()
         if name in errors
@@ -398,7 +415,7 @@ def _checks(errors: dict[str, Array], params: Params, solver: Solver) -> list[Ch
         is_refused = status.name in ("NOT_SEPARABLE", "NON_FINITE", "BREAKDOWN")
         claim = f"{type(solver).__name__} on a random system: {status.name}"
         if status == SolverStatus.MAX_STEPS:
-            claim += ", its budget, as intended"
+            claim += ", the end of its budget"
         tolerance = -1.0 if is_refused else float("inf")
         error = float(errors["solve"])
         checks.append(Check(claim, error, tolerance, status.message))

@@ -215,6 +215,7 @@ def test_a_loss_on_another_scale_than_the_likelihood_is_noticed(
         settings, w, batch, loss_fn=lambda z, batch: loss(z, batch["y"])
     )
     check = check_of(found, "curvature of the mean")
+    assert f"has {factor:.3g} times" in check.claim
     assert check.error == pytest.approx(abs(factor - 1), abs=1e-5)
     assert check.holds == (factor == 1)
 
@@ -263,3 +264,35 @@ def test_a_batch_that_counts_as_one_example_is_noticed(likelihood, remedy):
     settings["model_fn"] = lambda w, x: (x @ w)[:, None] * jnp.ones(3)
     found = ngd.describe(settings, jnp.ones(2), jnp.ones((6, 2)))
     assert not any("note" in line for line in found.summary)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masked_logits_and_narrow_outputs_are_no_fault(dtype):
+    batch = {"x": jnp.ones((6, 2)), "y": jnp.arange(6) % 3}
+    settings = {
+        "learning_rate": 1.0,
+        "model_fn": lambda w, batch: (
+            (batch["x"] @ w).at[:, 3].set(-jnp.inf).astype(dtype)
+        ),
+        "likelihood": ngd.Categorical(),
+    }
+
+    def loss_fn(logits, batch):
+        log_p = jax.nn.log_softmax(logits.astype("float32"))
+        return -jnp.take_along_axis(log_p, batch["y"][:, None], 1).mean()
+
+    w = jax.random.normal(jax.random.key(0), (2, 4))
+    found = ngd.describe(settings, w, batch, loss_fn=loss_fn)
+    assert len(found.checks) > 3
+    assert check_of(found, "curvature of the mean").holds
+    assert check_of(found, "tr F").holds
+
+
+def test_a_model_without_curvature_is_noticed():
+    settings = {
+        "learning_rate": 1.0,
+        "model_fn": lambda w, x: x @ (0 * w),
+        "likelihood": ngd.Gaussian(),
+    }
+    found = ngd.describe(settings, jnp.ones((2, 3)), jnp.ones((6, 2)))
+    assert not check_of(found, "tr F").holds
