@@ -32,11 +32,9 @@ class KFACConfig:
     """Settings of `kfac_jax.Optimizer`; rate, momentum and damping are adaptive.
 
     Attributes:
-      name: "kfac_jax".
       initial_damping: its README has 1.
     """
 
-    name: str
     initial_damping: Annotated[float, POSITIVE]
 
 

@@ -7,6 +7,7 @@ target is what the peers come to, tuning does not know it, and the last loss dec
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from experiments.race.kfac import KFACConfig, KFACContestant
 from experiments.race.results import Result, Store
 from experiments.race.settings import CompareConfig, Entrant, candidates, with_settings
 from experiments.race.timing import CLOCKS, Run, Trace, race
+from experiments.running.optimizers import check_optimizer
 from experiments.running.settings import ConfigError
 from experiments.tasks import Task, make_task
 from experiments.tasks.supervised.training import make_evaluate_fn
@@ -165,10 +167,12 @@ class Race:
         name = f"{entrant.name} {candidate}"
         if name not in self._made:
             optimizer = with_settings(entrant.optimizer, candidate)
-            is_kfac = isinstance(optimizer, KFACConfig)
-            self._made[name] = (KFACContestant if is_kfac else OptaxContestant)(
-                self.task,
-                optimizer,
+            built = check_optimizer(optimizer)
+            if isinstance(built, KFACConfig):
+                make = functools.partial(KFACContestant, self.task, built)
+            else:
+                make = functools.partial(OptaxContestant, self.task, optimizer)
+            self._made[name] = make(
                 self._data,
                 batch_size=entrant.batch_size,
                 max_dispatch=self.config.max_dispatch,
@@ -203,15 +207,8 @@ class Race:
     def _all_settings(
         self, entrant: Entrant, changes: dict[str, Any]
     ) -> dict[str, Any]:
-        optimizer = with_settings(entrant.optimizer, changes)
-        # Not what is as its class has it: a setting may come new into the world.
-        told = {
-            field.name: value
-            for field in dataclasses.fields(optimizer)
-            if (value := dataclasses.asdict(optimizer)[field.name]) != field.default
-        }
         return {
-            **told,
+            **with_settings(entrant.optimizer, changes),
             "batch_size": batch_size_of(entrant.batch_size, self._data),
         }
 

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from experiments.race.kfac import KFACConfig
 from experiments.running.config import read_as
-from experiments.running.optimizers import OPTIMIZER_CONFIGS
+from experiments.running.optimizers import check_optimizer
 from experiments.running.settings import (
     AT_LEAST_ONE,
     POSITIVE,
@@ -26,7 +25,6 @@ from experiments.tasks import TASKS
 
 __all__ = ["CompareConfig", "Entrant", "TuningConfig", "candidates", "read_compare"]
 
-ENTRANT_CONFIGS = {**OPTIMIZER_CONFIGS, "kfac_jax": KFACConfig}
 BY_PEERS = "best_first_order"
 SHARE = Rule("in (0, 1]", lambda value: 0.0 < value <= 1.0)
 
@@ -111,7 +109,7 @@ class Entrant:
     """
 
     name: str
-    optimizer: Any
+    optimizer: dict[str, Any]
     grid: dict[str, list[Any]]
     batch_size: int | None
     seeds: int
@@ -159,19 +157,12 @@ def read_compare(tree: DictConfig) -> tuple[CompareConfig, list[Entrant]]:
 
 def _read_entrant(name: str, tree: DictConfig, config: CompareConfig) -> Entrant:
     place = f"entrants.{name}"
-    kind = OmegaConf.select(tree, f"{place}.optimizer.name")
-    if kind not in ENTRANT_CONFIGS:
-        raise ConfigError(
-            f"`{place}.optimizer.name` must be one of {', '.join(ENTRANT_CONFIGS)}, "
-            f"got {kind!r}."
-        )
     given = OmegaConf.select(tree, place)
     if unknown := set(given) - {"optimizer", "grid", "batch_size", "seeds"}:
         raise ConfigError(f"`{place}.{unknown.pop()}` is not a setting.")
-    settings = OmegaConf.structured(ENTRANT_CONFIGS[kind])
     entrant = Entrant(
         name,
-        read_as(settings, given.optimizer),
+        OmegaConf.to_object(given.optimizer),  # pyright: ignore[reportArgumentType]
         OmegaConf.to_object(given.get("grid") or OmegaConf.create({})),  # pyright: ignore[reportArgumentType]
         given.get("batch_size", config.batch_size),
         given.get("seeds", config.seeds),
@@ -187,23 +178,23 @@ def _read_entrant(name: str, tree: DictConfig, config: CompareConfig) -> Entrant
                 f"`{place}.grid.{setting}` must be a list of values, got {values!r}."
             )
     for candidate in candidates(entrant):
-        with_settings(entrant.optimizer, candidate)
+        changed = with_settings(entrant.optimizer, candidate)
+        check_optimizer(changed, f"{place}.optimizer")
     return entrant
 
 
-def with_settings(optimizer: Any, changes: dict[str, Any]) -> Any:
-    """Returns checked settings with some of them changed; `cg.max_steps` names one.
+def with_settings(optimizer: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings with some of them changed; `solver.max_steps` names one.
 
     Raises:
-      ConfigError: for a name that is none, or a value that breaks its rule.
+      ConfigError: for a name that is none.
     """
-    schema = OmegaConf.structured(type(optimizer))
-    tree = OmegaConf.create(dataclasses.asdict(optimizer))
+    tree = OmegaConf.create(optimizer)
     for name, value in changes.items():
         if OmegaConf.select(tree, name, default=MISSING) == MISSING:
             raise ConfigError(f"`{name}` in a grid is not a setting of the optimizer.")
         OmegaConf.update(tree, name, value)
-    return read_as(schema, tree)
+    return OmegaConf.to_object(tree)  # pyright: ignore[reportReturnType]
 
 
 def _read_target(text: str) -> float:

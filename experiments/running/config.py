@@ -25,7 +25,7 @@ from omegaconf.errors import (
 )
 
 from experiments.running.distributed import DistributedConfig
-from experiments.running.optimizers import ALL_OPTIMIZER_CONFIGS
+from experiments.running.optimizers import check_optimizer
 from experiments.running.settings import (
     AT_LEAST_ONE,
     NON_NEGATIVE,
@@ -71,7 +71,8 @@ class TrainConfig:
 
     Attributes:
       task: what is learned; a group, `task=...`.
-      optimizer: how; a group, `optimizer=...`.
+      optimizer: how; a group, `optimizer=...`, with the name of the constructor,
+        `_target_`, and its arguments.
       seed: the one source of randomness.
       steps: optimizer steps of the whole run.
       batch_size: examples in a batch; null for the whole training set.
@@ -91,7 +92,7 @@ class TrainConfig:
     """
 
     task: Any
-    optimizer: Any
+    optimizer: dict[str, Any]
     seed: Annotated[int, SEED]
     steps: Annotated[int, AT_LEAST_ONE]
     batch_size: Annotated[int | None, AT_LEAST_ONE]
@@ -131,16 +132,16 @@ def read_config(tree: DictConfig) -> TrainConfig:
     Raises:
       ConfigError: an unknown key, a missing one, a wrong type, or a broken rule.
     """
-    choices = {"task": TASK_CONFIGS, "optimizer": ALL_OPTIMIZER_CONFIGS}
     schema = OmegaConf.structured(TrainConfig)
-    for group, classes in choices.items():
-        name = OmegaConf.select(tree, f"{group}.name")
-        if name not in classes:
-            raise ConfigError(
-                f"`{group}.name` must be one of {', '.join(classes)}, got {name!r}."
-            )
-        schema[group] = OmegaConf.structured(classes[name])
-    return read_as(schema, tree)
+    name = OmegaConf.select(tree, "task.name")
+    if name not in TASK_CONFIGS:
+        raise ConfigError(
+            f"`task.name` must be one of {', '.join(TASK_CONFIGS)}, got {name!r}."
+        )
+    schema.task = OmegaConf.structured(TASK_CONFIGS[name])
+    config = read_as(schema, tree)
+    check_optimizer(config.optimizer)
+    return config
 
 
 def read_as(schema: DictConfig, tree: DictConfig) -> Any:
@@ -227,9 +228,11 @@ def describe_error(error: Exception) -> str | None:
 
 
 def _value(tree: DictConfig, name: str) -> Any:
-    value = OmegaConf.select(tree, name)
+    value = OmegaConf.select(tree, name.replace("/", "."))
+    if not isinstance(value, DictConfig):
+        return value
     # A group was chosen: its name is what the command line says about it.
-    return value.get("name") if isinstance(value, DictConfig) else value
+    return value.get("name") or value.get("_target_")
 
 
 def _explain(error: Exception) -> str:

@@ -85,7 +85,9 @@ def _run(
     console: Console,
     stop: StopRequest,
 ) -> Result:
-    names = dict.fromkeys((config.task.name, config.optimizer.name))  # "trpo" is both
+    names = dict.fromkeys(
+        (config.task.name, config.optimizer["name"])
+    )  # "trpo" is both
     title = f"{', '.join(names)}, seed {config.seed}"
     is_first = jax.process_index() == 0
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -135,7 +137,7 @@ def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
         if name == "train_loss" or name.startswith("test_")
     )
     return (
-        f"{config.task.name}, {config.optimizer.name}, seed {config.seed}: {values} "
+        f"{config.task.name}, {config.optimizer['name']}, seed {config.seed}: {values} "
         f"after {result.steps} steps and {result.seconds:.1f} s of training "
         f"(compiled in {result.compile_seconds:.1f} s). All of it is in {folder}"
     )
@@ -214,8 +216,8 @@ def _train(
 def _rows(
     records: dict[str, Any], config: TrainConfig, step: int, num_steps: int
 ) -> Rows:
-    radius = getattr(config.optimizer, "max_kl", None)
-    constants = {} if radius is None else {"max_kl": radius}
+    radius = config.optimizer.get("max_kl")
+    constants = {"max_kl": radius} if isinstance(radius, int | float) else {}
     return [
         {
             "step": step + index + 1,

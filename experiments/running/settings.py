@@ -71,7 +71,7 @@ def check_rules(config: Any, prefix: str = "") -> None:
             check_rules(value, f"{name}.")
         elements = value if isinstance(value, list) else [value]
         for rule in getattr(hints[field.name], "__metadata__", ()):
-            if not all(
+            if isinstance(rule, Rule) and not all(
                 rule.holds(element) for element in elements if element is not None
             ):
                 raise ConfigError(f"`{name}` must be {rule.text}, got {value}.")

@@ -31,6 +31,13 @@ SMALL = (
 )
 
 
+# Those of `configs/optimizer/` that train on any data set.
+OPTIMIZERS = (
+    *("adam", "adamw", "lbfgs", "muon", "natural_gradient"),
+    *("natural_gradient_defaults", "sgd"),
+)
+
+
 def make_config(*overrides: str) -> TrainConfig:
     return read_config(compose_config([*SMALL, *overrides]))
 

@@ -12,9 +12,9 @@ import optax
 from experiments.running.config import TrainConfig, check_without_data
 from experiments.running.learner import Advance, Records, Rows
 from experiments.running.optimizers import (
-    NaturalGradientConfig,
-    PPOConfig,
+    check_optimizer,
     make_optimizer,
+    read_step_info,
 )
 from experiments.running.screen import Column
 from experiments.running.settings import ConfigError
@@ -22,7 +22,7 @@ from experiments.tasks.policies.environments import make_environment
 from experiments.tasks.policies.evaluation import make_evaluate_fn, run_episode
 from experiments.tasks.policies.networks import make_policy_fn, make_value_fn
 from experiments.tasks.policies.pictures import can_draw, draw_curves, draw_frames
-from experiments.tasks.policies.settings import PolicyConfig
+from experiments.tasks.policies.settings import PolicyConfig, PPOConfig
 from experiments.tasks.policies.training import (
     Parts,
     PolicyState,
@@ -76,7 +76,7 @@ class PolicyLearner:
             Column("residual", "solver_residual", ".1e"),
             Column("accepted", "accepted", ".0%"),
         )
-        is_solved = isinstance(config.optimizer, NaturalGradientConfig)
+        is_solved = "solver_residual" in read_step_info(self.first_state)
         self.columns = (
             Column("return", "return", ".1f"),
             *(solves if is_solved else ()),
@@ -171,7 +171,7 @@ def make_parts(config: TrainConfig) -> Parts:
 
 
 def _make_update(config: TrainConfig, model: Any) -> tuple[Any, PolicyUpdate]:
-    optimizer = config.optimizer
+    optimizer = check_optimizer(config.optimizer)
     if isinstance(optimizer, PPOConfig):
         adam = optax.adam(optimizer.learning_rate)
         return adam.init, make_clipped_update(
@@ -182,7 +182,7 @@ def _make_update(config: TrainConfig, model: Any) -> tuple[Any, PolicyUpdate]:
             minibatch_size=optimizer.minibatch_size,
             measure_kl=config.measure_kl,
         )
-    tx = make_optimizer(optimizer, model)
+    tx = make_optimizer(config.optimizer, model)
     return tx.init, make_whole_update(tx, model, measure_kl=config.measure_kl)
 
 
@@ -198,8 +198,9 @@ def _check(config: TrainConfig) -> None:
     minibatches = {}
     if task.value.method == "adam":
         minibatches["task.value.minibatch_size"] = task.value.minibatch_size
-    if isinstance(config.optimizer, PPOConfig):
-        minibatches["optimizer.minibatch_size"] = config.optimizer.minibatch_size
+    optimizer = check_optimizer(config.optimizer)
+    if isinstance(optimizer, PPOConfig):
+        minibatches["optimizer.minibatch_size"] = optimizer.minibatch_size
     for name, minibatch_size in minibatches.items():
         if size % minibatch_size:
             raise ConfigError(

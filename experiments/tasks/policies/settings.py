@@ -14,7 +14,7 @@ from experiments.running.settings import (
     one_of,
 )
 
-__all__ = ["PolicyConfig", "ValueConfig"]
+__all__ = ["PPOConfig", "PolicyConfig", "ValueConfig"]
 
 UP_TO_ONE = Rule("in [0, 1]", lambda value: 0.0 <= value <= 1.0)
 
@@ -47,6 +47,23 @@ class ValueConfig:
     max_kl: Annotated[float | None, POSITIVE]
     damping: Annotated[float, NON_NEGATIVE]
     max_steps: Annotated[int, AT_LEAST_ONE]
+
+
+@dataclasses.dataclass
+class PPOConfig:
+    """Settings of proximal policy optimization by Adam, `optimizer=ppo`.
+
+    Attributes:
+      learning_rate: of Adam.
+      clip: a ratio of probabilities gains nothing by going further from 1.
+      epochs: passes over a rollout.
+      minibatch_size: environment steps in a minibatch; divides `batch_size`.
+    """
+
+    learning_rate: Annotated[float, POSITIVE]
+    clip: Annotated[float, POSITIVE]
+    epochs: Annotated[int, AT_LEAST_ONE]
+    minibatch_size: Annotated[int, AT_LEAST_ONE]
 
 
 @dataclasses.dataclass

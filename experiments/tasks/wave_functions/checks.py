@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import ngd_jax as ngd
+from experiments.running.build import build
 from experiments.running.config import TrainConfig, check_without_data
 from experiments.running.settings import ConfigError
 from experiments.tasks.wave_functions.exact import MAX_SPINS
@@ -40,30 +42,25 @@ def check(config: TrainConfig) -> None:
         _check_metropolis(task.sampler, config.batch_size)
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def _check_optimizer(optimizer: dict[str, Any]) -> None:
     # The outputs that it looks at make the energy's gradient at fixed local energies,
     # not its value.
-    slack = getattr(optimizer, "slack", None)
-    if slack is not None:
+    solver = build(optimizer.get("solver"), "optimizer.solver")
+    if isinstance(solver, ngd.Solver) and solver.uses_objective:
         raise ConfigError(
-            f"`optimizer.slack` must not weigh the loss of outputs with task=vmc, "
-            f"whose energy is known by samples only, got {slack}."
+            f"`optimizer.solver` must not weigh the loss of outputs with task=vmc, "
+            f"whose energy is known by samples only, got {solver}."
         )
 
 
-def _check_annealing(optimizer: Any, task: WaveFunctionConfig) -> None:
+def _check_annealing(optimizer: dict[str, Any], task: WaveFunctionConfig) -> None:
     for name in ("max_kl", "damping"):
-        last, first = getattr(task, f"last_{name}"), getattr(optimizer, name, None)
-        if last is not None and not first:
+        last, first = getattr(task, f"last_{name}"), optimizer.get(name)
+        if last is not None and not (isinstance(first, int | float) and first > 0):
             raise ConfigError(
-                f"`task.last_{name}` needs an optimizer.{name} to start from, got "
-                f"{first} with optimizer={optimizer.name}."
+                f"`task.last_{name}` needs a number optimizer.{name} to start from, "
+                f"got {first} with optimizer={optimizer['name']}."
             )
-    rule = getattr(optimizer, "damping_rule", "constant")
-    if task.last_damping is not None and rule != "constant":
-        raise ConfigError(
-            f"`task.last_damping` is for optimizer.damping_rule=constant, got {rule}."
-        )
 
 
 def _check_model(model: ModelConfig) -> None:

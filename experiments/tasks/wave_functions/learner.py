@@ -1,7 +1,6 @@
 """The learner of the task `vmc`: the ground state of a ring of spins."""
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,9 +190,9 @@ def annealed(optimizer: Any, task: WaveFunctionConfig, num_steps: int) -> Any:
     for name in ("max_kl", "damping"):
         last = getattr(task, f"last_{name}")
         if last is not None:
-            first = getattr(optimizer, name)
+            first = optimizer[name]
             schedules[name] = optax.exponential_decay(first, num_steps, last / first)
-    return dataclasses.replace(optimizer, **schedules) if schedules else optimizer
+    return optimizer | schedules
 
 
 def _make_model(config: ModelConfig, num_spins: int) -> tuple[Any, Any]:

@@ -7,16 +7,20 @@ import jax
 import pytest
 
 from experiments.running.checkpoints import NUM_KEPT, Checkpoints
-from experiments.running.optimizers import OPTIMIZER_CONFIGS
 from experiments.running.settings import ConfigError
-from tests.experiments.helpers import assert_same_bits, first_state, make_config
+from tests.experiments.helpers import (
+    OPTIMIZERS,
+    assert_same_bits,
+    first_state,
+    make_config,
+)
 
 
 def at_step(state, step):
     return state._replace(step=jax.numpy.int32(step))
 
 
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZER_CONFIGS))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_comes_back_bit_for_bit(tmp_path, optimizer):
     state = first_state(make_config(f"optimizer={optimizer}", "seed=5"))
     Checkpoints(tmp_path).save(at_step(state, 7))

@@ -10,7 +10,6 @@ from experiments.running.config import (
     merge_resumed,
     read_config,
 )
-from experiments.running.optimizers import ALL_OPTIMIZER_CONFIGS
 from experiments.running.settings import ConfigError
 from experiments.tasks import TASK_CONFIGS
 
@@ -19,28 +18,35 @@ def read(*overrides):
     return read_config(compose_config(list(overrides)))
 
 
-@pytest.mark.parametrize(
-    ("group", "classes"), [("task", TASK_CONFIGS), ("optimizer", ALL_OPTIMIZER_CONFIGS)]
-)
-def test_every_choice_of_a_group_has_a_file_and_a_class(group, classes):
-    files = {path.stem for path in (CONFIG_DIR / group).glob("*.yaml")}
-    assert files == set(classes)
-    for name, config_class in classes.items():
-        chosen = getattr(read(f"{group}={name}"), group)
+def files_of(group):
+    return {path.stem for path in (CONFIG_DIR / group).glob("*.yaml")}
+
+
+def test_every_task_has_a_file_and_a_class():
+    assert files_of("task") == set(TASK_CONFIGS)
+    for name, config_class in TASK_CONFIGS.items():
+        chosen = read(f"task={name}").task
         assert isinstance(chosen, config_class)
         assert chosen.name == name
 
 
+@pytest.mark.parametrize("name", sorted(files_of("optimizer")))
+def test_every_file_of_an_optimizer_makes_one(name):
+    assert read(f"optimizer={name}").optimizer["name"] == name
+
+
 def test_default_run_is_natural_gradient_on_digits_in_a_hundred_steps():
     config = read()
-    assert (config.task.name, config.optimizer.name) == ("digits", "natural_gradient")
+    assert (config.task.name, config.optimizer["name"]) == (
+        "digits",
+        "natural_gradient",
+    )
     assert (config.steps, config.batch_size, config.seed) == (100, 256, 0)
 
 
 def test_overrides_reach_nested_settings_with_their_types():
-    config = read("optimizer.cg.max_steps=3", "optimizer.damping=1", "batch_size=null")
-    assert config.optimizer.cg.max_steps == 3
-    assert isinstance(config.optimizer.damping, float)
+    config = read("optimizer.solver.max_steps=3", "batch_size=null")
+    assert config.optimizer["solver"]["max_steps"] == 3
     assert config.batch_size is None
 
 
@@ -57,21 +63,21 @@ def test_overrides_reach_nested_settings_with_their_types():
         ("seed=-1", ["`seed`", "-1"]),
         ("batch_size=0", ["`batch_size`", "at least 1"]),
         ("optimizer.max_kl=-0.1", ["`optimizer.max_kl`", "positive", "-0.1"]),
-        ("optimizer.max_kl=nan", ["`optimizer.max_kl`", "finite", "nan"]),
-        ("optimizer.max_kl=big", ["`optimizer.max_kl`", "big", "Float"]),
+        ("optimizer.max_kl=nan", ["`optimizer.max_kl`", "a number", "nan"]),
+        ("optimizer.max_kl=big", ["`optimizer.max_kl`", "big", "a number"]),
         ("optimizer.max_kl=[1]", ["`optimizer.max_kl`"]),
-        ("optimizer.momentum=1", ["`optimizer.momentum`", "[0, 1)"]),
-        ("optimizer.cg.max_steps=0", ["`optimizer.cg.max_steps`", "at least 1"]),
-        ("optimizer.cg=3", ["`optimizer.cg`"]),
+        ("optimizer.momentum=2", ["`optimizer.momentum`", "at most 1"]),
+        ("optimizer.solver.max_steps=0", ["`optimizer.solver.max_steps`", "least 1"]),
+        ("optimizer.solver=kfac", ["`optimizer.solver`", "`optimizer/solver=kfac`"]),
         ("task.hidden_sizes=[8,-1]", ["`task.hidden_sizes`", "at least 1"]),
         ("task.hidden_sizes=8", ["`task.hidden_sizes`"]),
         ("measure_kl=maybe", ["`measure_kl`", "maybe"]),
         ("optimizer.learning_rate=${sed}", ["`optimizer.learning_rate`", "sed"]),
-        ("~optimizer.damping", ["`optimizer.damping`", "no value"]),
+        ("~optimizer.learning_rate", ["`optimizer`", "'learning_rate'"]),
         ("~task", ["`task.name`", "digits"]),
-        ("optimizer.name=adamm", ["`optimizer.name`", "adamm", "natural_gradient"]),
+        ("optimizer._target_=adamm", ["`optimizer._target_`", "adamm"]),
         ("optimizer.max_lk=1", ["`optimizer.max_lk`", "not a setting"]),
-        ("+optimizer.max_lk=1", ["`optimizer.max_lk`", "not a setting"]),
+        ("+optimizer.max_lk=1", ["`optimizer.max_lk`", "which has", "max_kl"]),
         ("step=1", ["`step`", "not a setting"]),
         ("optimizer=adamm", ["optimizer/adamm", "natural_gradient", "sgd"]),
         ("task=cifar", ["task/cifar", "digits"]),
@@ -130,7 +136,10 @@ class TestMergeResumed:
         merged = self.merge(["optimizer=adam"], "optimizer=adam", "seed=0")
         assert merged.optimizer.name == "adam"
 
-    @pytest.mark.parametrize("override", ["seed=1", "optimizer=adam", "batch_size=8"])
+    @pytest.mark.parametrize(
+        "override",
+        ["seed=1", "optimizer=adam", "batch_size=8", "optimizer/solver=kfac"],
+    )
     def test_refuses_what_would_make_it_another_run(self, override):
         name = override.partition("=")[0]
         with pytest.raises(ConfigError, match=f"cannot change `{name}` from"):

@@ -31,7 +31,7 @@ from tests.experiments.helpers import (
 
 TWO = "distributed.num_processes=2"
 # Few CG steps: round-off grows by orders of magnitude in each of the later ones.
-SHORT_SOLVE = (*SMALL, "optimizer.cg.max_steps=4")
+SHORT_SOLVE = (*SMALL, "optimizer.solver.max_steps=4")
 # SGD, for it compiles fast and does not blow up round-off; long enough to be stopped.
 LONG = (
     "optimizer=sgd",

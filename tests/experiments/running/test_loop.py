@@ -11,11 +11,11 @@ from rich.console import Console
 
 from experiments.running.config import compose_config, read_config
 from experiments.running.loop import describe_result, run_training
-from experiments.running.optimizers import OPTIMIZER_CONFIGS
 from experiments.running.run_folder import read_json_lines
 from experiments.running.schedule import next_stop
 from experiments.running.settings import ConfigError
 from tests.experiments.helpers import (
+    OPTIMIZERS,
     assert_same_bits,
     last_state,
     make_config,
@@ -49,13 +49,13 @@ def test_python_looks_again_at_every_interval_and_at_the_end(step, k, n, m):
 
 
 # L-BFGS takes long to compile; the quick tests of the training step have it.
-OPTIMIZERS = [
+CHOICES = [
     pytest.param(name, marks=pytest.mark.slow) if name == "lbfgs" else name
-    for name in OPTIMIZER_CONFIGS
+    for name in OPTIMIZERS
 ]
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS)
+@pytest.fixture(scope="module", params=CHOICES)
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     config = make_config(f"optimizer={request.param}", "batch_size=64")

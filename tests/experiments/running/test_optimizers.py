@@ -3,45 +3,56 @@ import jax.numpy as jnp
 import pytest
 
 import ngd_jax as ngd
-from experiments.running.optimizers import make_optimizer, make_solver, read_step_info
+from experiments.running.config import CONFIG_DIR
+from experiments.running.optimizers import (
+    check_optimizer,
+    make_optimizer,
+    read_step_info,
+)
 from experiments.running.settings import ConfigError
 from experiments.tasks import make_task
 from tests.experiments.helpers import make_config
 
 
 def test_natural_gradient_without_any_length_of_step_is_an_error():
-    config = make_config("optimizer.learning_rate=null", "optimizer.max_kl=null")
-    with pytest.raises(ConfigError, match="cannot both be null"):
+    with pytest.raises(ConfigError, match="are both None"):
+        make_config("optimizer.learning_rate=null", "optimizer.max_kl=null")
+
+
+def test_what_makes_no_transformation_is_an_error():
+    config = make_config("optimizer=ppo")
+    with pytest.raises(ConfigError, match="`optimizer=ppo` is not for the task digits"):
         make_optimizer(config.optimizer, make_task(config.task))
 
 
-def test_a_configuration_that_no_optimizer_has_is_an_error():
-    config = make_config()
-    with pytest.raises(TypeError, match="No optimizer is built from"):
-        make_optimizer(config.task, make_task(config.task))
-
-
 WORDS = {
-    "lsmr": ["solver=lsmr"],
-    "sample_space": ["solver=sample_space", "momentum=0.9"],
-    "cholesky": ["solver=cholesky", "damping_rule=relative"],
-    "auto": ["solver=auto", "warm_start=0.9"],
-    "jacobi": ["cg.preconditioner=jacobi", "damping_rule=levenberg_marquardt"],
-    "nystrom": ["cg.preconditioner=nystrom", "metric_examples=8", "microbatch_size=4"],
-    "kronecker": ["cg={max_steps: 3, preconditioner: kronecker}"],
-    "kfac": ["solver=kfac", "learning_rate=null", "rate_rule=quadratic_model"],
-    "kfac of exact length": ["solver=kfac", "momentum=0.9"],
-    "levenberg_marquardt in output space": [
-        "solver=sample_space",
-        "damping_rule=levenberg_marquardt",
-        "damping=1",
+    "lsmr": ["/solver=lsmr"],
+    "sample_space": ["/solver=sample_space", ".momentum=0.9"],
+    "cholesky": ["/solver=cholesky", "/damping=relative"],
+    "auto": ["/solver=auto"],
+    "warm start": [".solver.warm_start=0.9"],
+    "jacobi": ["/solver/preconditioner=jacobi", "/damping=levenberg_marquardt"],
+    "nystrom": [
+        "/solver/preconditioner=nystrom",
+        ".metric={examples: 8, microbatch_size: 4}",
     ],
+    "kronecker": ["/solver=cg_kronecker"],
+    "kfac": [
+        *("/solver=kfac", ".solver.exact_length=false"),
+        "/learning_rate=quadratic_model",
+    ],
+    "kfac of exact length": ["/solver=kfac", ".momentum=0.9"],
+    "levenberg_marquardt in output space": [
+        *("/solver=sample_space", "/damping=levenberg_marquardt"),
+        ".damping.initial=1",
+    ],
+    "acceptance": ["/accept=sufficient_decrease"],
 }
 
 
 @pytest.mark.parametrize("name", WORDS)
 def test_a_word_changes_the_solver(name):
-    overrides = [f"optimizer.{word}" for word in WORDS[name]]
+    overrides = [f"optimizer{word}" for word in WORDS[name]]
     config = make_config("task.hidden_sizes=[2]", *overrides)
     task = make_task(config.task)
     tx = make_optimizer(config.optimizer, task)
@@ -64,40 +75,40 @@ def test_a_word_changes_the_solver(name):
     assert values[-1] < values[0]
 
 
-def test_kfac_is_as_long_as_its_rate_rule_needs():
-    counts = ["optimizer.cg.refresh_every=7", "optimizer.cg.observe_every=3"]
-    words = ["optimizer.solver=kfac", *counts]
-    by_rule = ["optimizer.learning_rate=null", "optimizer.rate_rule=quadratic_model"]
-    for changes, is_exact in ([], True), (by_rule, False):
-        solver = make_solver(make_config(*words, *changes).optimizer)
-        assert isinstance(solver, ngd.KFAC)
-        assert (solver.refresh_every, solver.observe_every) == (7, 3)
-        assert solver.exact_length == is_exact
+@pytest.mark.parametrize(
+    "path", sorted((CONFIG_DIR / "optimizer").glob("*/**/*.yaml")), ids=lambda p: p.stem
+)
+def test_every_file_of_a_group_can_be_chosen(path):
+    group = path.parent.relative_to(CONFIG_DIR)
+    if group.name == "base":
+        pytest.skip("is part of the others")
+    config = make_config(f"{group}={path.stem}")
+    node = config.optimizer
+    for name in group.parts[1:]:
+        node = node[name]
+    assert node["_target_"] in path.read_text() or path.stem == "truncated_cg"
 
 
-@pytest.mark.parametrize("word", ["cg.preconditioner=jacobi", "warm_start=0.9"])
-def test_a_setting_of_cg_is_not_for_other_solvers(word):
-    config = make_config("optimizer.solver=kfac", f"optimizer.{word}")
-    name = word.split("=")[0].replace(".", r"\.")
-    with pytest.raises(ConfigError, match=rf"`optimizer\.{name}` is for"):
-        make_solver(config.optimizer)
+@pytest.mark.parametrize(
+    "optimizer",
+    ["trpo", "npg", "stochastic_reconfiguration", "energy_natural_gradient"],
+)
+def test_a_group_goes_before_the_number_that_it_replaces(optimizer):
+    rules = ["damping=levenberg_marquardt", "learning_rate=quadratic_model"]
+    groups = [f"optimizer/{rule}" for rule in (*rules, "solver=kfac")]
+    config = make_config(f"optimizer={optimizer}", *groups)
+    assert config.optimizer["damping"]["_target_"] == "ngd_jax.LevenbergMarquardt"
+    rate = config.optimizer["learning_rate"]["_target_"]
+    assert rate == "ngd_jax.contrib.QuadraticModelRate"
+    assert config.optimizer["solver"]["_target_"] == "ngd_jax.KFAC"
 
 
-def test_a_rule_that_needs_damping_says_so():
-    config = make_config("optimizer.damping=0", "optimizer.damping_rule=relative")
-    with pytest.raises(
-        ConfigError, match=r"`optimizer\.damping` must be positive with"
-    ):
-        make_optimizer(config.optimizer, make_task(config.task))
-
-
-@pytest.mark.parametrize("name", ["min_decrease", "max_halvings"])
-def test_halvings_and_the_decrease_they_are_for_come_together(name):
-    config = make_config(f"optimizer.{name}=0")
-    with pytest.raises(
-        ConfigError, match=r"`optimizer\.max_halvings` must be a number"
-    ):
-        make_optimizer(config.optimizer, make_task(config.task))
+def test_a_metric_of_some_examples_is_of_so_many():
+    with pytest.raises(ConfigError, match=r"`optimizer\.metric\.examples` must be"):
+        make_config("optimizer.metric.examples=0")
+    settings = make_config("optimizer.metric.examples=2").optimizer["metric"]
+    metric = check_optimizer({"name": "metric", **settings})
+    assert metric.batch_fn({"x": jnp.ones(5)})["x"].shape == (2,)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -134,9 +145,7 @@ def descend(config, num_steps, make=make_optimizer):
     return losses
 
 
-@pytest.mark.parametrize("words", [["learning_rate=1.0"], ["momentum=0.9"]])
-def test_the_quadratic_model_leaves_no_rate_to_choose(words):
-    overrides = ["learning_rate=null", "rate_rule=quadratic_model", *words]
-    config = make_config(*(f"optimizer.{word}" for word in overrides))
-    with pytest.raises(ConfigError, match=r"`optimizer\.rate_rule=quadratic_model`"):
-        make_optimizer(config.optimizer, make_task(config.task))
+def test_the_quadratic_model_leaves_no_momentum_to_choose():
+    words = ["optimizer/learning_rate=quadratic_model", "optimizer.momentum=0.9"]
+    with pytest.raises(ConfigError, match=r"`optimizer\.momentum` is chosen by"):
+        make_config(*words)

@@ -165,10 +165,11 @@ def test_other_environments_run_with_their_own_settings(env, tmp_path):
 def test_env_brings_its_numbers_and_the_command_line_has_the_last_word():
     chosen = make_config("task=trpo", "env=Pendulum-v1")
     assert (chosen.task.env, chosen.task.discount) == ("Pendulum-v1", 0.9)
-    assert chosen.optimizer.name == "trpo"
-    assert (chosen.optimizer.learning_rate, chosen.optimizer.max_kl) == (None, 0.01)
+    assert chosen.optimizer["name"] == "trpo"
+    lengths = (chosen.optimizer["learning_rate"], chosen.optimizer["max_kl"])
+    assert lengths == (None, 0.01)
     chosen = make_config("task=trpo", "optimizer=ppo", "env=Acrobot-v1", "steps=3")
-    assert (chosen.optimizer.name, chosen.task.env) == ("ppo", "Acrobot-v1")
+    assert (chosen.optimizer["name"], chosen.task.env) == ("ppo", "Acrobot-v1")
     assert chosen.steps == 3
     assert make_config("task=regression", "optimizer=lbfgs").batch_size == 64
 
@@ -202,5 +203,5 @@ def test_shipped_settings_of_every_environment_fit_each_other(env):
 
 
 def test_ppo_is_for_policies():
-    with pytest.raises(ConfigError, match="`optimizer=ppo` is for policies"):
+    with pytest.raises(ConfigError, match="`optimizer=ppo` is not for the task"):
         run_training(make_config("optimizer=ppo"), None, Console(quiet=True))

@@ -68,7 +68,9 @@ def data_dir(tmp_path_factory):
 def configure(name, data_dir, *overrides):
     small = [override.format(data=data_dir) for override in SMALL[name]]
     return read_config(
-        compose_config([f"task={name}", "optimizer.cg.max_steps=3", *small, *overrides])
+        compose_config(
+            [f"task={name}", "optimizer.solver.max_steps=3", *small, *overrides]
+        )
     )
 
 
@@ -346,7 +348,9 @@ def test_microbatches_change_the_steps_by_round_off_alone(name, data_dir, tmp_pa
         pytest.skip("raw columns amplify round-off within a step")
     losses = []
     for size in ("null", "3"):
-        config = configure(name, data_dir, *RUN, f"optimizer.microbatch_size={size}")
+        config = configure(
+            name, data_dir, *RUN, f"optimizer.metric.microbatch_size={size}"
+        )
         losses.append(train_config(config, tmp_path / size).metrics["train_loss"])
     np.testing.assert_allclose(*losses, rtol=2e-3)
 
@@ -355,7 +359,7 @@ def test_microbatches_change_the_steps_by_round_off_alone(name, data_dir, tmp_pa
 def test_solver_on_rows_says_that_batch_normalisation_mixes_examples(
     data_dir, tmp_path
 ):
-    config = configure("fashion_cnn", data_dir, *RUN, "optimizer.solver=sample_space")
+    config = configure("fashion_cnn", data_dir, *RUN, "optimizer/solver=sample_space")
     train_config(config, tmp_path)
     rows = read_json_lines(tmp_path / "metrics.jsonl")
     assert {row["solver_status"] for row in rows} == {ngd.SolverStatus.NOT_SEPARABLE}

@@ -5,11 +5,7 @@ import optax
 import pytest
 
 import ngd_jax as ngd
-from experiments.running.optimizers import (
-    OPTIMIZER_CONFIGS,
-    make_optimizer,
-    read_step_info,
-)
+from experiments.running.optimizers import make_optimizer, read_step_info
 from experiments.tasks import make_task
 from experiments.tasks.supervised.batches import (
     epoch_and_position,
@@ -22,7 +18,7 @@ from experiments.tasks.supervised.training import (
     make_evaluate_fn,
     make_train_chunk,
 )
-from tests.experiments.helpers import assert_same_bits, make_config
+from tests.experiments.helpers import OPTIMIZERS, assert_same_bits, make_config
 
 CAPACITY = 4
 BATCH_SIZE = 400  # three batches an epoch, so that chunks run across epochs
@@ -50,7 +46,7 @@ def run(parts, cuts, seed=0):
     return state, rows
 
 
-@pytest.fixture(scope="module", params=sorted(OPTIMIZER_CONFIGS))
+@pytest.fixture(scope="module", params=OPTIMIZERS)
 def parts(request):
     return make_parts(request.param)
 

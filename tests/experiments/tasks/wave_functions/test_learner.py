@@ -61,8 +61,8 @@ def test_radius_and_damping_shrink_by_the_same_factor_in_every_step():
         )
     )
     optimizer = annealed(config.optimizer, config.task, config.steps)
-    assert optimizer.damping == config.optimizer.damping == 0.01
-    radii = [float(optimizer.max_kl(step)) for step in range(9)]
+    assert optimizer["damping"] == config.optimizer["damping"] == 0.01
+    radii = [float(optimizer["max_kl"](step)) for step in range(9)]
     np.testing.assert_allclose(radii, 0.1 * 0.01 ** (np.arange(9) / 8), rtol=1e-5)
 
 
@@ -94,11 +94,11 @@ def test_resumes_to_the_same_bits(tmp_path, overrides):
             *("task.last_max_kl=0.001", "task.last_damping=0.001"),
         ),
         ("model=rbm", "task.model.complex_parameters=true"),
-        ("model=rbm", "task.precision=float32", "optimizer.solver=cg"),
-        ("model=rbm", "optimizer.damping_rule=relative"),
+        ("model=rbm", "task.precision=float32", "optimizer/solver=cg"),
+        ("model=rbm", "optimizer/damping=relative"),
         (
-            *("model=rbm", "optimizer.damping_rule=levenberg_marquardt"),
-            *("optimizer.min_decrease=0.1", "optimizer.max_halvings=2"),
+            *("model=rbm", "optimizer/damping=levenberg_marquardt"),
+            "optimizer/accept=sufficient_decrease",
         ),
         ("model=rbm", "task.num_spins=18", *METROPOLIS),
     ],
@@ -156,10 +156,14 @@ def test_a_shrinking_radius_is_better_by_a_factor(tmp_path, seed):
             ("model=transformer", "task.model.features=[8,4]"),
             "`task.model.features` must repeat one width",
         ),
-        (("task.last_max_kl=0.1",), "`task.last_max_kl` needs an optimizer.max_kl to"),
+        (("optimizer/solver=damping_search",), "`optimizer.solver` must not weigh the"),
         (
-            ("task.last_damping=0.1", "optimizer.damping_rule=relative"),
-            "`task.last_damping` is for optimizer.damping_rule=constant",
+            ("task.last_max_kl=0.1",),
+            "`task.last_max_kl` needs a number optimizer.max_kl",
+        ),
+        (
+            ("task.last_damping=0.1", "optimizer/damping=relative"),
+            "`task.last_damping` needs a number optimizer.damping",
         ),
         (("stream_above=1",), "`stream_above` is about a training set, and task=vmc"),
     ],

@@ -1,0 +1,117 @@
+"""Objects from a configuration: `_target_` names a constructor, the rest its arguments.
+
+The convention is that of `hydra.utils.instantiate`, which does not serve here: it turns
+frozen dataclasses that it is handed into configurations, and its errors do not say
+which arguments a constructor has.
+"""
+
+import dataclasses
+import inspect
+import math
+import pkgutil
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments.running.settings import ConfigError, check_rules
+
+__all__ = ["build", "locate"]
+
+RESERVED = ("_target_", "_partial_")
+
+
+def build(node: Any, path: str, offered: Mapping[str, Any] | None = None) -> Any:
+    """Builds what `node` describes; what has no `_target_` stays as it is.
+
+    Args:
+      node: numbers, text, lists and dictionaries.
+      path: dotted name of `node` in the whole configuration, for messages.
+      offered: arguments by name, for every constructor in `node` that has one of that
+        name and is not given it.
+
+    Raises:
+      ConfigError: a name that a constructor does not know, or a value that it refuses.
+    """
+    offered = offered or {}
+    if isinstance(node, list):
+        return [build(item, f"{path}[{i}]", offered) for i, item in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    given = {
+        name: build(value, f"{path}.{name}", offered)
+        for name, value in node.items()
+        if name not in RESERVED
+    }
+    if "_target_" not in node:
+        return given
+    target = locate(node["_target_"], f"{path}._target_")
+    parameters = _parameters(target)
+    for name, value in given.items():
+        if name not in parameters:
+            raise ConfigError(
+                f"`{path}.{name}` is not a setting of {node['_target_']}, which has "
+                f"{', '.join(n for n in parameters if n not in offered)}."
+            )
+        kind = parameters[name].annotation
+        given[name] = _checked(f"{path}.{name}", value, kind)
+    for name in parameters.keys() & offered.keys() - given.keys():
+        given[name] = offered[name]
+    try:
+        built = target(**given)
+    except (TypeError, ValueError) as error:
+        # Constructors name their arguments in backticks: here by their whole names.
+        message = re.sub(r"`(\w+)`", rf"`{path}.\1`", str(error), count=1)
+        message = message if message.startswith("`") else f"`{path}`: {message}"
+        raise ConfigError(message) from error
+    if dataclasses.is_dataclass(built):
+        check_rules(built, f"{path}.")
+    return built
+
+
+def locate(name: Any, path: str) -> Callable[..., Any]:
+    """Imports what `name` names, as "package.module.object" or "package.module:object".
+
+    Raises:
+      ConfigError: there is no such module or object in it, or it cannot be called.
+    """
+    try:
+        found = pkgutil.resolve_name(str(name))
+    except Exception as error:  # whatever a module raises at its import
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"`{path}` must name what can be imported, got {name}: {reason}."
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"`{path}` must name what can be called, got {name}.")
+    return found
+
+
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(target).parameters
+
+
+def _checked(path: str, value: Any, annotation: Any) -> Any:
+    """Refuses what constructors of other libraries notice late or not at all."""
+    if isinstance(value, str) and not _takes_text(annotation):
+        group = path.replace(".", "/")
+        raise ConfigError(
+            f"`{path}` must be no text, got {value!r}; where there are files to choose "
+            f"from, `{group}={value}` chooses one."
+        )
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"`{path}` must be a number, got nan.")
+    if annotation is int and isinstance(value, float | bool):
+        raise ConfigError(f"`{path}` must be a whole number, got {value}.")
+    kinds = typing.get_args(annotation) or (annotation,)
+    is_written_as_int = type(value) is int and float in kinds and int not in kinds
+    return float(value) if is_written_as_int else value
+
+
+def _takes_text(annotation: Any) -> bool:
+    if typing.get_origin(annotation) is typing.Literal:
+        return True
+    if parts := typing.get_args(annotation):
+        return any(map(_takes_text, parts))
+    unknown = annotation in (Any, inspect.Parameter.empty)
+    return unknown or annotation is str or isinstance(annotation, str)
