@@ -23,6 +23,7 @@ from experiments.running.cache import use_cache
 from experiments.running.config import (
     CONFIG_DIR,
     describe_error,
+    expand,
     read_config,
     run_program,
 )
@@ -94,6 +95,7 @@ def _train(tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool)
 def main() -> None:
     """Runs the command line."""
     use_cache()
+    sys.argv[1:] = expand(sys.argv[1:])
     OmegaConf.register_new_resolver("run_folder", choose_folder, replace=True)
     OmegaConf.register_new_resolver("plain_name", plain_name, replace=True)
     run_program(train_one)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from experiments.running.config import read_as
+from experiments.running.build import locate
+from experiments.running.config import read_as, read_schema
 from experiments.running.optimizers import check_optimizer
 from experiments.running.settings import (
     AT_LEAST_ONE,
@@ -21,7 +22,6 @@ from experiments.running.settings import (
     Rule,
     one_of,
 )
-from experiments.tasks import TASKS
 
 __all__ = ["CompareConfig", "Entrant", "TuningConfig", "candidates", "read_compare"]
 
@@ -131,14 +131,13 @@ def read_compare(tree: DictConfig) -> tuple[CompareConfig, list[Entrant]]:
     """
     kept = [str(name) for name in tree if name not in TRAINING_SETTINGS]
     tree = OmegaConf.masked_copy(tree, kept)
-    name = OmegaConf.select(tree, "task.name")
-    if name not in TASKS:
-        raise ConfigError(
-            f"`task.name` must be one of {', '.join(TASKS)}, got {name!r}: a race is "
-            f"between optimizers of one training loss."
-        )
     schema = OmegaConf.structured(CompareConfig)
-    schema.task = OmegaConf.structured(TASKS[name][0])
+    schema.task = read_schema(tree)
+    if isinstance(locate(tree.task._target_, "task._target_"), type):
+        raise ConfigError(
+            f"`task={tree.task.name}` has no training loss that all optimizers could "
+            f"lower in a race."
+        )
     config = read_as(schema, tree)
     _ = config.seconds, config.fixed_target
     if config.tuning.seed < config.seeds:

@@ -5,7 +5,9 @@ frozen dataclasses that it is handed into configurations, and its errors do not 
 which arguments a constructor has.
 """
 
+import copy
 import dataclasses
+import functools
 import inspect
 import math
 import pkgutil
@@ -16,7 +18,7 @@ from typing import Any
 
 from experiments.running.settings import ConfigError, check_rules
 
-__all__ = ["build", "locate"]
+__all__ = ["build", "locate", "settings_class"]
 
 RESERVED = ("_target_", "_partial_")
 
@@ -87,8 +89,30 @@ def locate(name: Any, path: str) -> Callable[..., Any]:
     return found
 
 
+@functools.cache
+def settings_class(target: Callable[..., Any]) -> type:
+    """The arguments of `target` as a dataclass, which also has `_target_` and `name`.
+
+    A dataclass is its own, and gets `_target_` only.
+    """
+    if isinstance(target, type) and dataclasses.is_dataclass(target):
+        return dataclasses.make_dataclass(
+            target.__name__, [("_target_", str)], bases=(target,), kw_only=True
+        )
+    fields: list[Any] = [("_target_", str), ("name", str)]
+    for name, parameter in _parameters(target).items():
+        kind = Any if parameter.annotation is parameter.empty else parameter.annotation
+        fields.append((name, kind))
+        if parameter.default is not parameter.empty:
+            default = functools.partial(copy.copy, parameter.default)
+            fields[-1] += (dataclasses.field(default_factory=default),)
+    return dataclasses.make_dataclass(target.__name__, fields, kw_only=True)
+
+
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(target).parameters
+    parameters = inspect.signature(target, eval_str=True).parameters
+    anything = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: one for name, one in parameters.items() if one.kind not in anything}
 
 
 def _checked(path: str, value: Any, annotation: Any) -> Any:

@@ -19,11 +19,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
+    ConfigAttributeError,
     ConfigKeyError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
 
+from experiments.running.build import locate, settings_class
 from experiments.running.distributed import DistributedConfig
 from experiments.running.optimizers import check_optimizer
 from experiments.running.settings import (
@@ -33,7 +35,6 @@ from experiments.running.settings import (
     ConfigError,
     check_rules,
 )
-from experiments.tasks import TASK_CONFIGS
 
 __all__ = [
     "CONFIG_DIR",
@@ -42,9 +43,11 @@ __all__ = [
     "check_without_data",
     "compose_config",
     "describe_error",
+    "expand",
     "merge_resumed",
     "read_as",
     "read_config",
+    "read_schema",
     "run_program",
 ]
 
@@ -123,7 +126,27 @@ CANNOT_WRITE = (
 def compose_config(overrides: list[str]) -> DictConfig:
     """Composes `configs/train.yaml` with command-line overrides, as `train` does."""
     with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return compose("train", overrides=overrides)
+        return compose("train", overrides=expand(overrides))
+
+
+def expand(overrides: list[str]) -> list[str]:
+    """Writes out what is short on the command line for a problem of one's own.
+
+    `task=module:function` is the task that it makes. `env=` and `problem=` take what is
+    no file of theirs as `task.env=` and `task.problem=`.
+    """
+    expanded = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        is_file = (CONFIG_DIR / name / f"{value}.yaml").is_file()
+        if name == "task" and ":" in value:
+            task_name = value.rpartition(":")[2].removeprefix("make_")
+            expanded += ["task=own", f"task._target_={value}", f"task.name={task_name}"]
+        elif name in ("env", "problem") and not is_file and "," not in value:
+            expanded.append(f"task.{override}")
+        else:
+            expanded.append(override)
+    return expanded
 
 
 def read_config(tree: DictConfig) -> TrainConfig:
@@ -133,15 +156,24 @@ def read_config(tree: DictConfig) -> TrainConfig:
       ConfigError: an unknown key, a missing one, a wrong type, or a broken rule.
     """
     schema = OmegaConf.structured(TrainConfig)
-    name = OmegaConf.select(tree, "task.name")
-    if name not in TASK_CONFIGS:
-        raise ConfigError(
-            f"`task.name` must be one of {', '.join(TASK_CONFIGS)}, got {name!r}."
-        )
-    schema.task = OmegaConf.structured(TASK_CONFIGS[name])
+    schema.task = read_schema(tree)
     config = read_as(schema, tree)
     check_optimizer(config.optimizer)
     return config
+
+
+def read_schema(tree: DictConfig) -> DictConfig:
+    """Returns the names and types of the settings of the task of `tree`.
+
+    Raises:
+      ConfigError: `task._target_` does not name what makes a task.
+    """
+    name = OmegaConf.select(tree, "task._target_")
+    settings = settings_class(locate(name, "task._target_"))
+    try:
+        return OmegaConf.structured(settings)
+    except OmegaConfBaseException as error:  # types that are no settings' types
+        raise ConfigError(f"`task._target_`: {name} has {_explain(error)}") from error
 
 
 def read_as(schema: DictConfig, tree: DictConfig) -> Any:
@@ -236,23 +268,31 @@ def _value(tree: DictConfig, name: str) -> Any:
 
 
 def _explain(error: Exception) -> str:
-    message = str(error)
-    if match := re.match(r"Could not override '([^']*)'", message):
-        return f"`{match[1]}` is not a setting here; --cfg job prints those there are."
+    for unknown in (error, error.__cause__):
+        if isinstance(unknown, ConfigKeyError | ConfigAttributeError):
+            return _explain_unknown(unknown)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} is not an override such as name=value."
     name = getattr(error, "full_key", None)
     if isinstance(error, MissingMandatoryValue):
         return f"`{name}` has no value."
-    if isinstance(error, ConfigKeyError):
-        return f"`{name}` is not a setting; --cfg job prints those there are."
     # What follows is about Hydra's insides.
-    message = re.split(r" {4}full_key:|Config search path:|See https:", message)[0]
+    message = re.split(r" {4}full_key:|Config search path:|See https:", str(error))[0]
     message = re.sub(r"\s+", " ", message).strip()
     _, from_resolver, ours = message.partition("ConfigError raised while resolving ")
     if from_resolver:
         return ours.partition(": ")[2]
     return f"`{name}`: {message}" if name else message
+
+
+def _explain_unknown(error: Any) -> str:
+    there = list(error.parent_node or ())
+    named = ", ".join(name for name in there if name not in ("hydra", "_target_"))
+    message = f"`{error.full_key}` is not a setting; there are {named}"
+    if "_target_" in there:
+        target = error.parent_node["_target_"]
+        message += f"; a + before it adds an argument of {target} that is not set here"
+    return f"{message}."
 
 
 def _is_from_hydra(error: Exception) -> bool:

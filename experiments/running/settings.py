@@ -20,6 +20,7 @@ __all__ = [
     "Rule",
     "check_rules",
     "one_of",
+    "one_of_or_own",
 ]
 
 
@@ -48,6 +49,14 @@ AT_LEAST_ONE = Rule("at least 1", lambda value: value >= 1)
 def one_of(*names: str) -> Rule:
     """The rule of a setting that names one of a few things."""
     return Rule(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def one_of_or_own(*names: str) -> Rule:
+    """The rule of a setting that names one of a few things, or "module:function"."""
+    return Rule(
+        f"one of {', '.join(names)}, or a module:function of your own",
+        lambda value: value in names or ":" in value,
+    )
 
 
 SEED = Rule("between 0 and 2^31 - 1", lambda value: 0 <= value < 2**31)

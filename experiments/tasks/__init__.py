@@ -1,54 +1,31 @@
-"""The tasks by name; a new one is a module here and a line in `TASKS`.
+"""What is learned: each task has a file in `configs/task/`, which names what makes it.
 
-A task that is not a data set with a loss (a policy in an environment, a wave function)
-has its settings in `OTHER_TASK_CONFIGS`, and what it does in `learners`.
+That is a function that returns a `Task`, a data set with a model and a loss; or, for
+what is none (a policy in an environment, an equation, a wave function), the class of
+its settings, for which `learners` has a learner.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from experiments.tasks.equations.settings import PhysicsConfig
-from experiments.tasks.policies.settings import PolicyConfig
-from experiments.tasks.supervised.autoencoder import AutoencoderConfig, make_autoencoder
-from experiments.tasks.supervised.charlm import CharLMConfig, make_charlm
-from experiments.tasks.supervised.digits import DigitsConfig, make_digits
-from experiments.tasks.supervised.fashion_cnn import FashionCNNConfig, make_fashion_cnn
-from experiments.tasks.supervised.fashion_mlp import FashionMLPConfig, make_fashion_mlp
-from experiments.tasks.supervised.imbalance import ImbalanceConfig, make_imbalance
-from experiments.tasks.supervised.regression import RegressionConfig, make_regression
+from experiments.running.build import locate
+from experiments.running.settings import ConfigError
 from experiments.tasks.supervised.task import Task, num_examples
-from experiments.tasks.wave_functions.settings import WaveFunctionConfig
 
-__all__ = [
-    "OTHER_TASK_CONFIGS",
-    "TASKS",
-    "TASK_CONFIGS",
-    "Task",
-    "make_task",
-    "num_examples",
-]
-
-TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
-    "autoencoder": (AutoencoderConfig, make_autoencoder),
-    "charlm": (CharLMConfig, make_charlm),
-    "digits": (DigitsConfig, make_digits),
-    "fashion_cnn": (FashionCNNConfig, make_fashion_cnn),
-    "fashion_mlp": (FashionMLPConfig, make_fashion_mlp),
-    "imbalance": (ImbalanceConfig, make_imbalance),
-    "regression": (RegressionConfig, make_regression),
-}
-OTHER_TASK_CONFIGS: dict[str, type] = {
-    "pinn": PhysicsConfig,
-    "trpo": PolicyConfig,
-    "vmc": WaveFunctionConfig,
-}
-TASK_CONFIGS = {
-    **{name: config_class for name, (config_class, _) in TASKS.items()},
-    **OTHER_TASK_CONFIGS,
-}
+__all__ = ["Task", "make_task", "num_examples"]
 
 
 def make_task(config: Any) -> Task:
-    """Builds the task that `config.name` names."""
-    _, make = TASKS[config.name]
-    return make(config)
+    """Calls what `config._target_` names with the settings beside it.
+
+    Raises:
+      ConfigError: it makes no task.
+    """
+    settings = dict(vars(config))
+    name, target = settings.pop("name"), settings.pop("_target_")
+    task = locate(target, "task._target_")(**settings)
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"`task._target_` must make an experiments.tasks.Task, but {target} made "
+            f"{type(task).__name__} for the task {name}."
+        )
+    return task

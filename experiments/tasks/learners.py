@@ -6,17 +6,19 @@ from experiments.running.config import TrainConfig
 from experiments.running.learner import Learner
 from experiments.tasks import make_task
 from experiments.tasks.equations.learner import PhysicsLearner
+from experiments.tasks.equations.settings import PhysicsConfig
 from experiments.tasks.policies.learner import PolicyLearner
+from experiments.tasks.policies.settings import PolicyConfig
 from experiments.tasks.supervised.learner import SupervisedLearner
 from experiments.tasks.wave_functions.learner import WaveFunctionLearner
+from experiments.tasks.wave_functions.settings import WaveFunctionConfig
 
 __all__ = ["make_learner"]
 
-# By the name of the task, for those in `experiments.tasks.OTHER_TASK_CONFIGS`.
-OTHER_LEARNERS: dict[str, Callable[[TrainConfig], Learner]] = {
-    "pinn": PhysicsLearner,
-    "trpo": PolicyLearner,
-    "vmc": WaveFunctionLearner,
+OTHER_LEARNERS: dict[type, Callable[[TrainConfig], Learner]] = {
+    PhysicsConfig: PhysicsLearner,
+    PolicyConfig: PolicyLearner,
+    WaveFunctionConfig: WaveFunctionLearner,
 }
 
 
@@ -26,6 +28,7 @@ def make_learner(config: TrainConfig) -> Learner:
     Raises:
       ConfigError: a setting does not fit the task.
     """
-    if make_other := OTHER_LEARNERS.get(config.task.name):
-        return make_other(config)
+    for kind, make_other in OTHER_LEARNERS.items():
+        if isinstance(config.task, kind):
+            return make_other(config)
     return SupervisedLearner(config, make_task(config.task))

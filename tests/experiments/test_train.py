@@ -23,8 +23,7 @@ from experiments.running.config import (
     read_config,
 )
 from experiments.running.run_folder import latest_step, read_json_lines
-from experiments.tasks import TASKS
-from experiments.tasks.supervised.digits import DigitsConfig, make_digits
+from experiments.tasks.supervised.digits import make_digits
 from tests.experiments.helpers import (
     SMALL,
     assert_same_bits,
@@ -342,17 +341,17 @@ def test_help_names_every_task_optimizer_and_option(command):
         read_config(compose_config([word.partition(",")[0] for word in overrides]))
 
 
-def test_run_without_a_step_ends_with_an_error_that_names_the_row(command, monkeypatch):
-    def make_with_a_hole(config):
-        task = make_digits(config)
-        task.train["x"][17, 3] = float("nan")
-        return task
+def make_with_a_hole(hidden_sizes: list[int]):
+    task = make_digits(hidden_sizes)
+    task.train["x"][17, 3] = float("nan")
+    return task
 
-    monkeypatch.setitem(TASKS, "digits", (DigitsConfig, make_with_a_hole))
+
+def test_run_without_a_step_ends_with_an_error_that_names_the_row(command):
     for optimizer in ("natural_gradient", "adam"):
-        status, out, err = command(
-            *SMALL, f"optimizer={optimizer}", "batch_size=null", "steps=2"
-        )
+        words = [f"task={__name__}:make_with_a_hole", f"+{SMALL[0]}", *SMALL[1:]]
+        words += [f"optimizer={optimizer}", "batch_size=null", "steps=2"]
+        status, out, err = command(*words)
         assert status == program.EXIT_CONFIG_ERROR
         assert "training loss not finite" in out
         [line] = err.splitlines()

@@ -18,6 +18,8 @@ import numpy as np
 from scipy.stats import qmc
 
 import ngd_jax as ngd
+from experiments.running.build import locate
+from experiments.running.settings import ConfigError
 from experiments.tasks.equations.derivatives import (
     Jet,
     Params,
@@ -362,5 +364,15 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 @functools.cache
 def make_problem(name: str) -> Problem:
-    """Builds the problem of that name, once."""
-    return PROBLEMS[name]()
+    """Builds the problem of that name, or of the "module:function" of a user, once.
+
+    Raises:
+      ConfigError: the user's function makes no `Problem`.
+    """
+    problem = (PROBLEMS.get(name) or locate(name, "task.problem"))()
+    if not isinstance(problem, Problem):
+        raise ConfigError(
+            f"`task.problem` must name a function that makes a Problem, but {name} "
+            f"made {type(problem).__name__}."
+        )
+    return problem

@@ -6,7 +6,7 @@
 import dataclasses
 from typing import Annotated
 
-from experiments.running.settings import AT_LEAST_ONE, POSITIVE, one_of
+from experiments.running.settings import AT_LEAST_ONE, POSITIVE, one_of, one_of_or_own
 from experiments.tasks.equations.problems import LAYOUTS, PROBLEMS
 
 __all__ = ["PhysicsConfig"]
@@ -18,7 +18,8 @@ class PhysicsConfig:
 
     Attributes:
       name: "pinn".
-      problem: the equation; `problem=...` chooses one with its numbers.
+      problem: the equation; `problem=...` chooses one with its numbers. As
+        "module:function", a function without arguments that returns a `Problem`.
       precision: "float64" or "float32".
       hidden_sizes: widths of the tanh network.
       initial_scale: standard deviation of weights and biases; null for weights of
@@ -31,7 +32,7 @@ class PhysicsConfig:
     """
 
     name: str
-    problem: Annotated[str, one_of(*PROBLEMS)]
+    problem: Annotated[str, one_of_or_own(*PROBLEMS)]
     precision: Annotated[str, one_of("float64", "float32")]
     hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
     initial_scale: Annotated[float | None, POSITIVE]

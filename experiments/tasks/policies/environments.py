@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import ngd_jax as ngd
+from experiments.running.build import locate
 from experiments.running.settings import ConfigError
 
 __all__ = ["Environment", "Transition", "make_environment"]
@@ -119,7 +120,8 @@ def make_environment(
     """Builds the environment that gymnax has under `name`.
 
     Args:
-      name: as gymnax has it.
+      name: as gymnax has it, or "module:function" for a function that returns what
+        `gymnax.make` does: an environment and its parameters.
       observation_scale: what observations are divided by: one number, or one for each
         entry of a vector.
 
@@ -136,12 +138,15 @@ def make_environment(
     import gymnax
     from gymnax.environments import spaces
 
-    if name not in gymnax.registered_envs:
+    if ":" in name:
+        dynamics, constants = _own_environment(name)
+    elif name in gymnax.registered_envs:
+        dynamics, constants = gymnax.make(name)
+    else:
         raise ConfigError(
-            f"`task.env` must be one of {', '.join(gymnax.registered_envs)}; "
-            f"got {name!r}."
+            f"`task.env` must be one of {', '.join(gymnax.registered_envs)}, or a "
+            f"module:function of your own; got {name!r}."
         )
-    dynamics, constants = gymnax.make(name)
     actions = dynamics.action_space(constants)
     observation, _ = jax.eval_shape(
         lambda key: dynamics.reset_env(key, constants), jax.random.key(0)
@@ -174,6 +179,20 @@ def make_environment(
         max_episode_steps=int(constants.max_steps_in_episode),
         observation_scale=tuple(observation_scale),
     )
+
+
+def _own_environment(name: str) -> tuple[Any, Any]:
+    from gymnax.environments.environment import Environment as Dynamics
+
+    made = locate(name, "task.env")()
+    if not (
+        isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Dynamics)
+    ):
+        raise ConfigError(
+            f"`task.env` must name a function that makes a gymnax environment and its "
+            f"parameters, as gymnax.make does, but {name} made {made!r}."
+        )
+    return made
 
 
 def _bounds(actions: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

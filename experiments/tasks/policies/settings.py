@@ -73,6 +73,7 @@ class PolicyConfig:
     Attributes:
       name: "trpo".
       env: the environment, as gymnax names it; `env=...` chooses one with its numbers.
+        As "module:function", a function that returns what `gymnax.make` does.
       num_agents: agents that learn side by side, each from a seed of its own; curves
         then have bands.
       num_envs: copies of the environment that an agent acts in; `batch_size` must be a

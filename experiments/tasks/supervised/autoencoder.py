@@ -5,7 +5,6 @@ images themselves, and the loss is the cross-entropy in nats per image (Hinton a
 Salakhutdinov 2006, Martens 2010). First-order methods sit long at the mean image.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -23,29 +22,7 @@ from experiments.tasks.supervised.images import (
 from experiments.tasks.supervised.initialization import sparse_weights
 from experiments.tasks.supervised.task import PyTree, Task
 
-__all__ = ["Autoencoder", "AutoencoderConfig", "make_autoencoder"]
-
-
-@dataclasses.dataclass
-class AutoencoderConfig:
-    """Settings of the task `autoencoder`.
-
-    Attributes:
-      name: "autoencoder".
-      data: "fashion_mnist" or "mnist5k".
-      widths: of the layers of the encoder, the code last; the decoder mirrors them.
-      init: "dense", N(0, 1 / inputs), or "sparse", 15 weights N(0, 1) into each unit.
-      data_dir: a folder where the data is looked for first; null for none.
-      cache_dir: a folder for a memory-mapped copy of the pixels of fashion_mnist; null
-        keeps them in memory.
-    """
-
-    name: str
-    data: Annotated[str, one_of(*IMAGE_SETS)]
-    widths: Annotated[list[int], AT_LEAST_ONE]
-    init: Annotated[str, one_of("dense", "sparse")]
-    data_dir: str | None
-    cache_dir: str | None
+__all__ = ["Autoencoder", "make_autoencoder"]
 
 
 class Autoencoder(nn.Module):
@@ -72,11 +49,26 @@ class Autoencoder(nn.Module):
         return x
 
 
-def make_autoencoder(config: AutoencoderConfig) -> Task:
-    """Builds the task from its settings."""
-    parts = load_images(config.data, config.data_dir, config.cache_dir)
+def make_autoencoder(
+    data: Annotated[str, one_of(*IMAGE_SETS)],
+    widths: Annotated[list[int], AT_LEAST_ONE],
+    init: Annotated[str, one_of("dense", "sparse")],
+    data_dir: str | None,
+    cache_dir: str | None,
+) -> Task:
+    """Builds the task from its settings.
+
+    Args:
+      data: "fashion_mnist" or "mnist5k".
+      widths: of the layers of the encoder, the code last; the decoder mirrors them.
+      init: "dense", N(0, 1 / inputs), or "sparse", 15 weights N(0, 1) into each unit.
+      data_dir: a folder where the data is looked for first; null for none.
+      cache_dir: a folder for a memory-mapped copy of the pixels of fashion_mnist; null
+        keeps them in memory.
+    """
+    parts = load_images(data, data_dir, cache_dir)
     train, test = ({"x": part["x"]} for part in parts)
-    network = Autoencoder(tuple(config.widths), config.init == "sparse")
+    network = Autoencoder(tuple(widths), init == "sparse")
     likelihood = ngd.Bernoulli()
 
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -93,7 +85,7 @@ def make_autoencoder(config: AutoencoderConfig) -> Task:
         return {"squared_error": jnp.mean(jnp.sum(difference**2, axis=-1))}
 
     return Task(
-        name=config.name,
+        name="autoencoder",
         train=train,
         test=test,
         init_fn=init_fn,

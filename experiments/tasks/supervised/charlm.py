@@ -8,7 +8,6 @@ alike. All three are means over characters. The keys of dropout are part of the 
 one for each window, so that a part of a batch has the same masks as the whole of it.
 """
 
-import dataclasses
 from typing import Annotated, Any
 
 import jax
@@ -23,36 +22,10 @@ from experiments.tasks.data.texts import load_text
 from experiments.tasks.supervised.task import PyTree, Task
 from ngd_jax.flax import nnx_model_fn
 
-__all__ = ["CharLMConfig", "CharTransformer", "cut_into_windows", "make_charlm"]
+__all__ = ["CharTransformer", "cut_into_windows", "make_charlm"]
 
 HELD_OUT = 20  # one window in so many
 MAX_CHARACTERS = 256  # different ones; they are stored as bytes
-
-
-@dataclasses.dataclass
-class CharLMConfig:
-    """Settings of the task `charlm`.
-
-    Attributes:
-      name: "charlm".
-      text: "python", the topics of Python's documentation, which are always there, or
-        "kjv", the King James Bible.
-      num_layers: attention and feed-forward pairs.
-      width: of the stream between the layers.
-      num_heads: attention heads, which divide the width.
-      context: characters that a window predicts.
-      dropout: share of activations that are dropped in training.
-      data_dir: a folder where the data is looked for first; null for none.
-    """
-
-    name: str
-    text: Annotated[str, one_of("python", "kjv")]
-    num_layers: Annotated[int, AT_LEAST_ONE]
-    width: Annotated[int, AT_LEAST_ONE]
-    num_heads: Annotated[int, AT_LEAST_ONE]
-    context: Annotated[int, AT_LEAST_ONE]
-    dropout: Annotated[float, FRACTION]
-    data_dir: str | None
 
 
 class _Block(nnx.Module):
@@ -84,20 +57,34 @@ class CharTransformer(nnx.Module):
     """A causal Transformer whose output weights are the embeddings.
 
     Args:
-      config: its sizes.
+      num_layers: attention and feed-forward pairs.
+      width: of the stream between the layers.
+      num_heads: attention heads, which divide the width.
+      context: characters that a window predicts.
+      dropout: share of activations that are dropped where there are keys.
       vocabulary_size: different characters.
       rngs: the stream `params` draws the initial parameters.
     """
 
-    def __init__(self, config: CharLMConfig, vocabulary_size: int, rngs: nnx.Rngs):
-        width, normal = config.width, nnx.initializers.normal(0.02)
-        self.rate, self.num_layers = config.dropout, config.num_layers
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        width: int,
+        num_heads: int,
+        context: int,
+        dropout: float,
+        vocabulary_size: int,
+        rngs: nnx.Rngs,
+    ):
+        normal = nnx.initializers.normal(0.02)
+        self.rate, self.num_layers = dropout, num_layers
         self.embedding = nnx.Embed(
             vocabulary_size, width, embedding_init=normal, rngs=rngs
         )
-        self.places = nnx.Param(normal(rngs.params(), (config.context, width)))
-        for index in range(config.num_layers):
-            block = _Block(width, config.num_heads, rngs)
+        self.places = nnx.Param(normal(rngs.params(), (context, width)))
+        for index in range(num_layers):
+            block = _Block(width, num_heads, rngs)
             setattr(self, f"block_{index}", block)
         self.norm = nnx.LayerNorm(width, rngs=rngs)
 
@@ -156,25 +143,50 @@ def cut_into_windows(
     return windows, characters
 
 
-def make_charlm(config: CharLMConfig) -> Task:
+def make_charlm(
+    text: Annotated[str, one_of("python", "kjv")],
+    num_layers: Annotated[int, AT_LEAST_ONE],
+    width: Annotated[int, AT_LEAST_ONE],
+    num_heads: Annotated[int, AT_LEAST_ONE],
+    context: Annotated[int, AT_LEAST_ONE],
+    dropout: Annotated[float, FRACTION],
+    data_dir: str | None,
+) -> Task:
     """Builds the task from its settings.
+
+    Args:
+      text: "python", the topics of Python's documentation, which are always there, or
+        "kjv", the King James Bible.
+      num_layers: attention and feed-forward pairs.
+      width: of the stream between the layers.
+      num_heads: attention heads, which divide the width.
+      context: characters that a window predicts.
+      dropout: share of activations that are dropped in training.
+      data_dir: a folder where the data is looked for first; null for none.
 
     Raises:
       ConfigError: the text is missing, or the heads do not divide the width.
     """
-    if config.width % config.num_heads:
+    if width % num_heads:
         raise ConfigError(
-            f"`task.num_heads` must divide `task.width`, got {config.num_heads} and "
-            f"{config.width}."
+            f"`task.num_heads` must divide `task.width`, got {num_heads} and {width}."
         )
-    documents = load_text(config.text, config.data_dir)
-    windows, characters = cut_into_windows(documents, config.context)
+    documents = load_text(text, data_dir)
+    windows, characters = cut_into_windows(documents, context)
     held_out = np.arange(len(windows["length"])) % HELD_OUT == HELD_OUT - 1
     train = {name: array[~held_out] for name, array in windows.items()}
     test = {name: array[held_out] for name, array in windows.items()}
 
     def make_model(key: jax.Array) -> CharTransformer:
-        return CharTransformer(config, len(characters), nnx.Rngs(params=key))
+        return CharTransformer(
+            num_layers=num_layers,
+            width=width,
+            num_heads=num_heads,
+            context=context,
+            dropout=dropout,
+            vocabulary_size=len(characters),
+            rngs=nnx.Rngs(params=key),
+        )
 
     def inputs_fn(batch: PyTree) -> tuple[jax.Array, jax.Array | None]:
         return batch["tokens"][:, :-1], batch.get("dropout_keys")
@@ -206,7 +218,7 @@ def make_charlm(config: CharLMConfig) -> Task:
         return {"accuracy": mean(correct, batch)}
 
     return Task(
-        name=config.name,
+        name="charlm",
         train=train,
         test=test,
         init_fn=init_fn,

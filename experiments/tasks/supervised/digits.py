@@ -4,7 +4,6 @@ The split (1437 to train on, 360 to test on, the classes in equal proportions) i
 of the task and does not depend on the seed of a run.
 """
 
-import dataclasses
 from typing import Annotated
 
 import numpy as np
@@ -15,24 +14,11 @@ from experiments.running.settings import AT_LEAST_ONE
 from experiments.tasks.supervised.classification import make_mlp_classifier
 from experiments.tasks.supervised.task import PyTree, Task
 
-__all__ = ["DigitsConfig", "load_digits", "make_digits"]
+__all__ = ["load_digits", "make_digits"]
 
 NUM_CLASSES = 10
 NUM_TEST = 360
 MAX_PIXEL = 16.0
-
-
-@dataclasses.dataclass
-class DigitsConfig:
-    """Settings of the task `digits`.
-
-    Attributes:
-      name: "digits".
-      hidden_sizes: widths of the hidden layers.
-    """
-
-    name: str
-    hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
 
 
 def load_digits() -> tuple[PyTree, PyTree]:
@@ -48,8 +34,14 @@ def load_digits() -> tuple[PyTree, PyTree]:
     return {"x": x_train, "y": y_train}, {"x": x_test, "y": y_test}
 
 
-def make_digits(config: DigitsConfig) -> Task:
-    """Builds the task from its settings."""
+def make_digits(
+    hidden_sizes: Annotated[list[int], AT_LEAST_ONE],
+) -> Task:
+    """Builds the task from its settings.
+
+    Args:
+      hidden_sizes: widths of the hidden layers.
+    """
     train, test = load_digits()
-    sizes = (*config.hidden_sizes, NUM_CLASSES)
-    return make_mlp_classifier(config.name, train, test, sizes=sizes)
+    sizes = (*hidden_sizes, NUM_CLASSES)
+    return make_mlp_classifier("digits", train, test, sizes=sizes)

@@ -8,7 +8,6 @@ The running statistics, for evaluation, are the model state. The outputs in trai
 mode do not depend on them, so `model_fn` reads the initial ones, whatever the step.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -23,32 +22,10 @@ from experiments.tasks.supervised.images import load_images, to_unit_interval
 from experiments.tasks.supervised.task import PyTree, Task
 from ngd_jax.flax import linen_model_fn
 
-__all__ = ["CNN", "FashionCNNConfig", "make_fashion_cnn"]
+__all__ = ["CNN", "make_fashion_cnn"]
 
 NUM_CLASSES = 10
 SIDE = 28
-
-
-@dataclasses.dataclass
-class FashionCNNConfig:
-    """Settings of the task `fashion_cnn`.
-
-    Attributes:
-      name: "fashion_cnn".
-      channels: of the convolutional layers, each of which halves the sides.
-      hidden_size: width of the layer between the last of them and the classes.
-      statistics_decay: of the running statistics of the batches.
-      data_dir: a folder where the data is looked for first; null for none.
-      cache_dir: a folder for a memory-mapped copy of the pixels; null keeps them in
-        memory.
-    """
-
-    name: str
-    channels: Annotated[list[int], AT_LEAST_ONE]
-    hidden_size: Annotated[int, AT_LEAST_ONE]
-    statistics_decay: Annotated[float, FRACTION]
-    data_dir: str | None
-    cache_dir: str | None
 
 
 class CNN(nn.Module):
@@ -79,14 +56,29 @@ class CNN(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
-def make_fashion_cnn(config: FashionCNNConfig) -> Task:
-    """Builds the task from its settings."""
-    train, test = load_images("fashion_mnist", config.data_dir, config.cache_dir)
+def make_fashion_cnn(
+    channels: Annotated[list[int], AT_LEAST_ONE],
+    hidden_size: Annotated[int, AT_LEAST_ONE],
+    statistics_decay: Annotated[float, FRACTION],
+    data_dir: str | None,
+    cache_dir: str | None,
+) -> Task:
+    """Builds the task from its settings.
+
+    Args:
+      channels: of the convolutional layers, each of which halves the sides.
+      hidden_size: width of the layer between the last of them and the classes.
+      statistics_decay: of the running statistics of the batches.
+      data_dir: a folder where the data is looked for first; null for none.
+      cache_dir: a folder for a memory-mapped copy of the pixels; null keeps them in
+        memory.
+    """
+    train, test = load_images("fashion_mnist", data_dir, cache_dir)
     network = CNN(
-        tuple(config.channels),
-        config.hidden_size,
+        tuple(channels),
+        hidden_size,
         NUM_CLASSES,
-        config.statistics_decay,
+        statistics_decay,
     )
     images = jnp.zeros((1, SIDE * SIDE), jnp.uint8)
     shapes = jax.eval_shape(
@@ -117,7 +109,7 @@ def make_fashion_cnn(config: FashionCNNConfig) -> Task:
         return updated["batch_stats"]
 
     return make_classifier(
-        config.name,
+        "fashion_cnn",
         train,
         test,
         init_fn=init_fn,

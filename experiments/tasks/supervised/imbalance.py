@@ -6,7 +6,6 @@ the training set is thinned out; the test set keeps its proportions, so that its
 accuracy tells whether the rare class was learned.
 """
 
-import dataclasses
 from typing import Annotated
 
 import numpy as np
@@ -17,31 +16,11 @@ from experiments.running.settings import AT_LEAST_ONE, ConfigError, Rule, one_of
 from experiments.tasks.supervised.classification import make_mlp_classifier
 from experiments.tasks.supervised.task import PyTree, Task
 
-__all__ = ["ImbalanceConfig", "load_imbalanced", "make_imbalance"]
+__all__ = ["load_imbalanced", "make_imbalance"]
 
 TABLES = {"wine": datasets.load_wine, "breast_cancer": datasets.load_breast_cancer}
 TEST_SHARE = 0.3
 SHARE = Rule("in (0, 1]", lambda value: 0.0 < value <= 1.0)
-
-
-@dataclasses.dataclass
-class ImbalanceConfig:
-    """Settings of the task `imbalance`.
-
-    Attributes:
-      name: "imbalance".
-      data: "wine" (13 columns, 3 classes) or "breast_cancer" (30 columns, 2 classes).
-      rare_share: how much of the rarest class is kept to train on.
-      standardize: whether to bring every column to mean 0 and deviation 1, which is
-        what the task is about not doing.
-      hidden_sizes: widths of the hidden layers.
-    """
-
-    name: str
-    data: Annotated[str, one_of(*TABLES)]
-    rare_share: Annotated[float, SHARE]
-    standardize: bool
-    hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
 
 
 def load_imbalanced(data: str, rare_share: float) -> tuple[PyTree, PyTree]:
@@ -71,19 +50,32 @@ def load_imbalanced(data: str, rare_share: float) -> tuple[PyTree, PyTree]:
     return {"x": x_train[kept], "y": y_train[kept]}, {"x": x_test, "y": y_test}
 
 
-def make_imbalance(config: ImbalanceConfig) -> Task:
-    """Builds the task from its settings."""
-    train, test = load_imbalanced(config.data, config.rare_share)
-    if config.standardize:
+def make_imbalance(
+    data: Annotated[str, one_of(*TABLES)],
+    rare_share: Annotated[float, SHARE],
+    standardize: bool,
+    hidden_sizes: Annotated[list[int], AT_LEAST_ONE],
+) -> Task:
+    """Builds the task from its settings.
+
+    Args:
+      data: "wine" (13 columns, 3 classes) or "breast_cancer" (30 columns, 2 classes).
+      rare_share: how much of the rarest class is kept to train on.
+      standardize: whether to bring every column to mean 0 and deviation 1, which is
+        what the task is about not doing.
+      hidden_sizes: widths of the hidden layers.
+    """
+    train, test = load_imbalanced(data, rare_share)
+    if standardize:
         mean, deviation = train["x"].mean(0), train["x"].std(0)
         for part in (train, test):
             part["x"] = (part["x"] - mean) / deviation
     num_classes = int(test["y"].max()) + 1
     return make_mlp_classifier(
-        config.name,
+        "imbalance",
         train,
         test,
-        sizes=(*config.hidden_sizes, num_classes),
+        sizes=(*hidden_sizes, num_classes),
         # No unit is saturated at the start, whatever the units of measurement.
         first_scale=1.0 / max(1.0, float(np.sqrt(np.mean(np.square(train["x"]))))),
     )

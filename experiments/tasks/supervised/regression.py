@@ -7,7 +7,6 @@ per sample of standardized strength; the metric is in MPa. On demand a part of t
 training set gets wrong labels, which the test set never has.
 """
 
-import dataclasses
 import math
 from typing import Annotated
 
@@ -23,34 +22,9 @@ from experiments.tasks.data.concrete import load_concrete
 from experiments.tasks.supervised.classification import MLP
 from experiments.tasks.supervised.task import PyTree, Task
 
-__all__ = ["RegressionConfig", "add_outliers", "make_regression"]
+__all__ = ["add_outliers", "make_regression"]
 
 TEST_SHARE = 0.2
-
-
-@dataclasses.dataclass
-class RegressionConfig:
-    """Settings of the task `regression`.
-
-    Attributes:
-      name: "regression".
-      hidden_sizes: widths of the hidden layers.
-      min_scale: no σ is smaller, in standard deviations of the labels. Without such a
-        floor the likelihood has no maximum, and the error bars of samples known by
-        heart close in on nothing.
-      outliers: whether a part of the training labels is wrong.
-      outlier_share: how many of them, as a share.
-      outlier_size: by how much, up or down, in standard deviations of the labels.
-      data_dir: a folder where the data is looked for first; null for none.
-    """
-
-    name: str
-    hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
-    min_scale: Annotated[float, POSITIVE]
-    outliers: bool
-    outlier_share: Annotated[float, FRACTION]
-    outlier_size: Annotated[float, NON_NEGATIVE]
-    data_dir: str | None
 
 
 def add_outliers(labels: np.ndarray, share: float, size: float) -> np.ndarray:
@@ -65,9 +39,27 @@ def add_outliers(labels: np.ndarray, share: float, size: float) -> np.ndarray:
     return moved
 
 
-def make_regression(config: RegressionConfig) -> Task:
-    """Builds the task from its settings."""
-    x, y = load_concrete(config.data_dir)
+def make_regression(
+    hidden_sizes: Annotated[list[int], AT_LEAST_ONE],
+    min_scale: Annotated[float, POSITIVE],
+    outliers: bool,
+    outlier_share: Annotated[float, FRACTION],
+    outlier_size: Annotated[float, NON_NEGATIVE],
+    data_dir: str | None,
+) -> Task:
+    """Builds the task from its settings.
+
+    Args:
+      hidden_sizes: widths of the hidden layers.
+      min_scale: no σ is smaller, in standard deviations of the labels. Without such a
+        floor the likelihood has no maximum, and the error bars of samples known by
+        heart close in on nothing.
+      outliers: whether a part of the training labels is wrong.
+      outlier_share: how many of them, as a share.
+      outlier_size: by how much, up or down, in standard deviations of the labels.
+      data_dir: a folder where the data is looked for first; null for none.
+    """
+    x, y = load_concrete(data_dir)
     split = train_test_split(x, y, test_size=TEST_SHARE, random_state=0)
     x_train, x_test, y_train, y_test = (np.asarray(part) for part in split)
     # By the clean labels, so that the losses with and without outliers compare.
@@ -79,12 +71,12 @@ def make_regression(config: RegressionConfig) -> Task:
         return {"x": x.astype(np.float32), "y": y.astype(np.float32)}
 
     labels = y_train
-    if config.outliers:
-        labels = add_outliers(y_train, config.outlier_share, config.outlier_size)
+    if outliers:
+        labels = add_outliers(y_train, outlier_share, outlier_size)
     train, test = prepare(x_train, labels), prepare(x_test, y_test)
-    mlp: nn.Module = MLP((*config.hidden_sizes, 2))
+    mlp: nn.Module = MLP((*hidden_sizes, 2))
     likelihood = ngd.DiagonalGaussian(event_ndims=0)
-    floor = math.log(config.min_scale)
+    floor = math.log(min_scale)
 
     def init_fn(key: jax.Array) -> tuple[PyTree, PyTree]:
         return mlp.init(key, jnp.zeros((1, train["x"].shape[1])))["params"], {}
@@ -104,7 +96,7 @@ def make_regression(config: RegressionConfig) -> Task:
         return {"absolute_error_mpa": scale * error}
 
     return Task(
-        name=config.name,
+        name="regression",
         train=train,
         test=test,
         init_fn=init_fn,

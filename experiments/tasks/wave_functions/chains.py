@@ -11,7 +11,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-__all__ = ["CHAINS", "SpinChain", "local_energies", "make_heisenberg", "make_ising"]
+from experiments.running.build import locate
+from experiments.running.settings import ConfigError
+
+__all__ = [
+    "CHAINS",
+    "SpinChain",
+    "local_energies",
+    "make_chain",
+    "make_heisenberg",
+    "make_ising",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +44,7 @@ class SpinChain:
     conserves_magnetisation: bool
 
 
-def make_ising(num_spins: int, field: float) -> SpinChain:
+def make_ising(num_spins: int, field: float = 1.0) -> SpinChain:
     """The transverse-field Ising ring: H = -Σ σᶻᵢ σᶻᵢ₊₁ - h Σ σˣᵢ.
 
     All its ground state's amplitudes are positive.
@@ -50,7 +60,7 @@ def make_ising(num_spins: int, field: float) -> SpinChain:
     return SpinChain("ising", num_spins, diagonal, connected, False)
 
 
-def make_heisenberg(num_spins: int, field: float) -> SpinChain:
+def make_heisenberg(num_spins: int, field: float = 0.0) -> SpinChain:
     """The antiferromagnetic Heisenberg ring: H = Σ σᵢ·σᵢ₊₁ + h Σ σᶻᵢ, at Σs = 0.
 
     Every second spin is turned by π around z, which leaves the spectrum and makes all
@@ -80,10 +90,30 @@ def make_heisenberg(num_spins: int, field: float) -> SpinChain:
     return SpinChain("heisenberg", num_spins, diagonal, connected, True)
 
 
-CHAINS: dict[str, Callable[[int, float], SpinChain]] = {
+CHAINS: dict[str, Callable[..., SpinChain]] = {
     "ising": make_ising,
     "heisenberg": make_heisenberg,
 }
+
+
+def make_chain(hamiltonian: str, num_spins: int, field: float | None) -> SpinChain:
+    """Builds the Hamiltonian of that name, or of the "module:function" of a user.
+
+    Raises:
+      ConfigError: it refuses the spins or the field, or is no `SpinChain`.
+    """
+    make = CHAINS.get(hamiltonian) or locate(hamiltonian, "task.hamiltonian")
+    arguments = {} if field is None else {"field": field}
+    try:
+        chain = make(num_spins, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`task.hamiltonian={hamiltonian}`: {error}") from error
+    if not isinstance(chain, SpinChain):
+        raise ConfigError(
+            f"`task.hamiltonian` must name a function that makes a SpinChain, but "
+            f"{hamiltonian} made {type(chain).__name__}."
+        )
+    return chain
 
 
 def local_energies(

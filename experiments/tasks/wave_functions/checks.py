@@ -24,11 +24,6 @@ def check(config: TrainConfig) -> None:
     """
     check_without_data(config)
     task: WaveFunctionConfig = config.task
-    if task.hamiltonian == "heisenberg" and (task.num_spins % 2 or task.field):
-        raise ConfigError(
-            f"`task.num_spins` must be even and `task.field` 0 with "
-            f"hamiltonian=heisenberg, got {task.num_spins} and {task.field}."
-        )
     if config.batch_size is None:
         raise ConfigError(
             "`batch_size` must be the number of samples of a step, got null."

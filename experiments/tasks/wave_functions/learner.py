@@ -21,7 +21,7 @@ from experiments.tasks.wave_functions.ansatz import (
     RestrictedBoltzmann,
     Transformer,
 )
-from experiments.tasks.wave_functions.chains import CHAINS, SpinChain
+from experiments.tasks.wave_functions.chains import SpinChain, make_chain
 from experiments.tasks.wave_functions.checks import check
 from experiments.tasks.wave_functions.energy import energy_batch
 from experiments.tasks.wave_functions.exact import (
@@ -72,7 +72,7 @@ class WaveFunctionLearner:
         check(config)
         task: WaveFunctionConfig = config.task
         self._config = config
-        chain = CHAINS[task.hamiltonian](task.num_spins, task.field)
+        chain = make_chain(task.hamiltonian, task.num_spins, task.field)
         can_list = task.num_spins <= MAX_SPINS
         self._all = enumerate_configurations(chain) if can_list else None
         self._ground = _ground_energy(task, self._all)
@@ -283,5 +283,5 @@ def _ground_energy(
     if all_of_them is not None:
         return ground_energy(all_of_them)
     if task.hamiltonian == "ising" and task.num_spins % 2 == 0:
-        return ising_energy(task.num_spins, task.field)
+        return ising_energy(task.num_spins, 1.0 if task.field is None else task.field)
     return None

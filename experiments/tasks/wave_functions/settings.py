@@ -12,6 +12,7 @@ from experiments.running.settings import (
     POSITIVE,
     Rule,
     one_of,
+    one_of_or_own,
 )
 from experiments.tasks.wave_functions.chains import CHAINS
 
@@ -63,9 +64,11 @@ class WaveFunctionConfig:
 
     Attributes:
       name: "vmc".
-      hamiltonian: "ising", -Σ σᶻσᶻ - h Σ σˣ, or "heisenberg", Σ σ·σ.
+      hamiltonian: "ising", -Σ σᶻσᶻ - h Σ σˣ, or "heisenberg", Σ σ·σ; or, as
+        "module:function", a function (num_spins, field) that returns a `SpinChain`.
       num_spins: on the ring.
-      field: h; 0 for "heisenberg".
+      field: h; null for what the Hamiltonian has by itself, 1 for "ising" and 0 for
+        "heisenberg", which takes no other.
       precision: "float32" or "float64", of everything.
       last_max_kl: the radius of the last step, to which it goes from `optimizer.max_kl`
         by the same factor in every step; null: it stays.
@@ -75,9 +78,9 @@ class WaveFunctionConfig:
     """
 
     name: str
-    hamiltonian: Annotated[str, one_of(*CHAINS)]
+    hamiltonian: Annotated[str, one_of_or_own(*CHAINS)]
     num_spins: Annotated[int, AT_LEAST_THREE]
-    field: Annotated[float, NON_NEGATIVE]
+    field: Annotated[float | None, NON_NEGATIVE]
     precision: Annotated[str, one_of("float32", "float64")]
     last_max_kl: Annotated[float | None, POSITIVE]
     last_damping: Annotated[float | None, POSITIVE]

@@ -113,9 +113,7 @@ def test_a_missing_kfac_jax_is_told():
     config, _ = read(*SMALL)
     task = make_task(config.task)
     with pytest.raises(ConfigError, match="kfac-jax cannot be imported"):
-        KFACContestant(
-            task, KFACConfig("kfac_jax", 1.0), task.train, batch_size=8, max_dispatch=1
-        )
+        KFACContestant(task, KFACConfig(1.0), task.train, batch_size=8, max_dispatch=1)
 
 
 @pytest.mark.parametrize("batches_per_epoch", [1, 2, 4, 9])
@@ -151,7 +149,7 @@ def test_kfac_jax_takes_steps_where_it_is_installed():
     if jax.__version_info__ > (0, 9, 1):
         pytest.skip("kfac-jax 0.0.8 takes no step with this JAX")
     contestant = KFACContestant(
-        task, KFACConfig("kfac_jax", 1.0), task.train, batch_size=64, max_dispatch=3
+        task, KFACConfig(1.0), task.train, batch_size=64, max_dispatch=3
     )
     _, first = contestant.advance(contestant.start(0), 1)
     _, loss = contestant.advance(contestant.start(0), 3)

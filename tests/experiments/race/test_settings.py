@@ -96,7 +96,7 @@ def test_a_grid_reaches_settings_inside_of_others():
             "`entrants.adam.optimizer.b3` is not a set",
         ),
         (["clock=sun"], "`clock` must be one of cpu, wall"),
-        (["task.name=x"], "`task.name` must be one of"),
+        (["task._target_=x"], "`task._target_` must name what can be"),
     ],
 )
 def test_mistakes_are_told(overrides, message):

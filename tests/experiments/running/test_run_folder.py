@@ -59,7 +59,7 @@ def test_a_resumed_run_has_the_configuration_of_its_folder(tmp_path):
     write_config(make_config("optimizer=adam", "seed=4"), tmp_path)
     overrides = [f"resume={tmp_path}", "steps=50"]
     config = open_run(compose_config(overrides), tmp_path, overrides)
-    assert (config.optimizer.name, config.seed, config.steps) == ("adam", 4, 50)
+    assert (config.optimizer["name"], config.seed, config.steps) == ("adam", 4, 50)
 
 
 def test_a_resumed_run_is_one_run(tmp_path):

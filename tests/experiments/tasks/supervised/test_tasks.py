@@ -6,14 +6,14 @@ from sklearn.datasets import load_digits as load_sklearn_digits
 from sklearn.metrics import log_loss
 
 import ngd_jax as ngd
-from experiments.tasks import make_task, num_examples
-from experiments.tasks.supervised.digits import DigitsConfig, load_digits
+from experiments.tasks import num_examples
+from experiments.tasks.supervised.digits import load_digits, make_digits
 from experiments.tasks.supervised.task import Task
 
 
 @pytest.fixture
 def digits():
-    return make_task(DigitsConfig(name="digits", hidden_sizes=[8]))
+    return make_digits([8])
 
 
 class TestDigits:

@@ -69,7 +69,7 @@ def test_radius_and_damping_shrink_by_the_same_factor_in_every_step():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [(), (*METROPOLIS, "task.hamiltonian=heisenberg", "task.field=0")],
+    [(), (*METROPOLIS, "task.hamiltonian=heisenberg")],
     ids=["exact", "metropolis"],
 )
 def test_resumes_to_the_same_bits(tmp_path, overrides):
@@ -141,7 +141,8 @@ def test_a_shrinking_radius_is_better_by_a_factor(tmp_path, seed):
     ("overrides", "message"),
     [
         (("task.num_spins=18",), "`task.num_spins` must be at most 16 with sampler="),
-        (("task.hamiltonian=heisenberg",), "`task.field` 0 with hamiltonian=heisen"),
+        (("task.hamiltonian=heisenberg", "task.field=1"), "takes .* field=0"),
+        (("task.hamiltonian=xy",), "`task.hamiltonian` must be one of ising, .* own"),
         (("batch_size=null",), "`batch_size` must be the number of samples"),
         (("task.sampler.sweeps=2",), "`task.sampler.sweeps` is for sampler=metrop"),
         (
