@@ -98,23 +98,26 @@ def test_mistake_is_one_line_and_leaves_no_folder(command, tmp_path, mistake):
 
 @pytest.mark.slow
 def test_multirun_sweeps_over_seeds_and_radii(command, tmp_path):
-    status, _, _ = command(
+    status, out, _ = command(
         "--multirun", *SMALL, "seed=0,1", "optimizer.max_kl=0.01,0.1", "steps=2"
     )
     assert status == 0
+    assert "* lowest median of train loss" in out
+    [picture] = tmp_path.glob("runs/sweep-*/sweep.png")
+    assert str(picture.relative_to(tmp_path)) in out
     folders = run_folders(tmp_path)
     assert len(folders) == 4
     configs = [
         read_config(OmegaConf.load(folder / "config.yaml")) for folder in folders
     ]
-    settings = {(config.seed, config.optimizer.max_kl) for config in configs}
+    settings = {(config.seed, config.optimizer["max_kl"]) for config in configs}
     assert settings == {(0, 0.01), (0, 0.1), (1, 0.01), (1, 0.1)}
     for config, folder in zip(configs, folders, strict=True):
         assert f"seed-{config.seed}" in folder.name
         records = read_json_lines(folder / "metrics.jsonl")
         assert len(records) == 2
         assert all(
-            record["measured_kl"] <= 1.05 * config.optimizer.max_kl
+            record["measured_kl"] <= 1.05 * config.optimizer["max_kl"]
             for record in records
         )
     # The names need no quotes on a command line.
