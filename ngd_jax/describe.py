@@ -17,7 +17,7 @@ from ngd_jax.auto import Auto
 from ngd_jax.damping import CovariantDamping
 from ngd_jax.fisher import Fisher
 from ngd_jax.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
-from ngd_jax.solvers.protocol import Solver, SolverStatus, random_like
+from ngd_jax.solvers.protocol import Solver, SolverStatus
 from ngd_jax.transform import natural_gradient
 from ngd_jax.transform.arguments import Settings, split_functions
 from ngd_jax.transform.step import NaturalGradientStep
@@ -212,7 +212,7 @@ def _relative_damping(
         fisher = rule.coordinates(fisher)
     damping = step.damping(step.init(params), fisher)
     like = jax.eval_shape(fisher.metric.sqrt_matvec, fisher.outputs)
-    signs = random_like(jax.random.rademacher, jax.random.key(3), like)
+    signs = tree.random_like(jax.random.rademacher, jax.random.key(3), like)
     root = fisher.sqrt_rmatvec(signs)
     trace = tree.vdot(root, root)
     return jnp.where(damping > 0, damping / trace, 0)
@@ -423,4 +423,4 @@ def _checks(errors: dict[str, Array], params: Params, solver: Solver) -> list[Ch
 
 
 def _random(seed: int, like: PyTree) -> PyTree:
-    return random_like(jax.random.normal, jax.random.key(seed), tree.widen(like))
+    return tree.random_like(jax.random.normal, jax.random.key(seed), tree.widen(like))

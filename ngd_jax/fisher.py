@@ -12,21 +12,27 @@ against. Knows models and likelihoods, and nothing of solvers, steps or Optax.
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict, Unpack, cast, get_args
+from typing import Any, TypedDict, Unpack, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.jacobian import Linearization, adjoint, linearize
 from ngd_jax.likelihoods import Categorical, Likelihood
 from ngd_jax.metric import (
     Kind,
     OutputMetric,
-    check_count,
-    leading_size,
     output_metric,
     terms,
+)
+from ngd_jax.microbatches import (
+    Chunks,
+    chunks_of,
+    map_microbatches,
+    model_on,
+    sum_microbatches,
 )
 from ngd_jax.types import (
     Array,
@@ -40,199 +46,12 @@ from ngd_jax.types import (
 )
 
 __all__ = [
-    "Chunks",
     "Fisher",
     "FisherOptions",
-    "Linearization",
-    "adjoint",
     "fisher_vector_product",
-    "linearize",
     "linearize_fisher",
-    "map_microbatches",
     "mean_kl",
-    "model_on",
-    "sum_microbatches",
 ]
-
-
-# --- J and its adjoint, from one run of the model.
-
-
-class Linearization(NamedTuple):
-    """A model at its parameters, to first order.
-
-    Attributes:
-      outputs: model_fn(params, batch).
-      push: v -> J v, from trees like the parameters, float32 or wider.
-      pull: c -> Jᵀ c, the adjoint for ⟨a, b⟩ = Re Σ conj(a) b, float32 or wider.
-    """
-
-    outputs: Outputs
-    push: Callable[[PyTree], PyTree]
-    pull: Callable[[PyTree], PyTree]
-
-
-def linearize(model_fn: ModelFn, params: Params, batch: Batch) -> Linearization:
-    """Runs the model once; see `Linearization`.
-
-    Parameters narrower than float32 are cast inside the differentiated function: the
-    model computes what it always does, and the vectors that a solver iterates on keep
-    float32.
-    """
-
-    def wide_model_fn(wide_params: Params) -> Outputs:
-        return model_fn(optax.tree.cast_like(wide_params, params), batch)
-
-    wide_params = tree.widen(params)
-    outputs, push = jax.linearize(wide_model_fn, wide_params)
-    return Linearization(outputs, push, adjoint(push, wide_params))
-
-
-def adjoint(
-    linear_fn: Callable[[PyTree], PyTree], like: PyTree
-) -> Callable[[PyTree], PyTree]:
-    """The adjoint of a linear function whose arguments are shaped like `like`."""
-    transpose = jax.linear_transpose(linear_fn, like)
-
-    def pull(cotangents: PyTree) -> PyTree:
-        # JAX transposes; for complex values the adjoint is what makes F symmetric.
-        (gradient,) = transpose(_conj(cotangents))
-        return _conj(gradient)
-
-    return pull
-
-
-def _conj(values: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.conj(x) if jnp.iscomplexobj(x) else x, values)
-
-
-# --- Microbatches.
-
-
-class Chunks(NamedTuple):
-    """How a batch is cut into microbatches.
-
-    Attributes:
-      leading: the number of examples. Leaves with a leading axis of that length are cut
-        along it; all others, typed keys and scalars among them, stay whole.
-      size: examples in a microbatch; the last one may be shorter.
-    """
-
-    leading: int
-    size: int
-
-    def cuts(self, leaf: Any) -> bool:
-        """Whether `leaf` is cut."""
-        return jnp.shape(leaf)[:1] == (self.leading,)
-
-
-def _cut(
-    data: Batch, chunks: Chunks
-) -> tuple[list[Any], Callable[[list[Any]], Batch], list[Any]]:
-    """Leaves as [chunks, microbatch_size, ...], the way back, and the remainder."""
-    leaves, structure = jax.tree.flatten(data)
-    is_cut = [chunks.cuts(leaf) for leaf in leaves]
-    count = chunks.leading // chunks.size
-    whole = count * chunks.size
-
-    def rebuild(values: list[Any]) -> Batch:
-        rest = iter(values)
-        merged = [
-            next(rest) if cut else leaf
-            for leaf, cut in zip(leaves, is_cut, strict=True)
-        ]
-        return jax.tree.unflatten(structure, merged)
-
-    chosen = [leaf for leaf, cut in zip(leaves, is_cut, strict=True) if cut]
-    stacked = [
-        jnp.reshape(leaf[:whole], (count, chunks.size, *jnp.shape(leaf)[1:]))
-        for leaf in chosen
-    ]
-    return stacked, rebuild, [leaf[whole:] for leaf in chosen]
-
-
-def sum_microbatches(
-    fn: Callable[[Batch], PyTree], data: Batch, chunks: Chunks | None
-) -> PyTree:
-    """Σ fn(microbatch), one microbatch at a time; fn(data) without chunks.
-
-    Args:
-      fn: returns a tree of arrays whose shapes do not depend on the microbatch.
-      data: the batch, and whatever else belongs to its examples.
-      chunks: how to cut it.
-    """
-    if chunks is None:
-        return fn(data)
-    stacked, rebuild, rest = _cut(data, chunks)
-    like = jax.eval_shape(lambda c: fn(rebuild(c)), [x[0] for x in stacked])
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-
-    def add(total: PyTree, part: list[Array]) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, fn(rebuild(part))), None
-
-    total, _ = jax.lax.scan(add, total, stacked)
-    if chunks.leading % chunks.size:
-        total, _ = add(total, rest)
-    return total
-
-
-def map_microbatches(
-    fn: Callable[[Batch], PyTree], data: Batch, chunks: Chunks | None
-) -> PyTree:
-    """Concatenates fn(microbatch) along the leading axis; fn(data) without chunks."""
-    if chunks is None:
-        return fn(data)
-    stacked, rebuild, rest = _cut(data, chunks)
-    mapped = jax.lax.map(lambda part: fn(rebuild(part)), stacked)
-    mapped = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), mapped)
-    if chunks.leading % chunks.size:
-        last = fn(rebuild(rest))
-        mapped = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), mapped, last)
-    return mapped
-
-
-def _chunks_of(
-    likelihood: Likelihood, outputs: Outputs, batch: Batch, microbatch_size: Any
-) -> Chunks | None:
-    """How to cut `batch`; None where one microbatch holds all of it.
-
-    Raises:
-      ValueError, TypeError: where `microbatch_size` cannot be used.
-    """
-    leading = leading_size(likelihood, outputs)
-    if microbatch_size is None:
-        return None
-    check_count("microbatch_size", microbatch_size)
-    if leading is None:
-        raise ValueError(
-            "`microbatch_size` needs outputs that share one leading axis of examples."
-        )
-    chunks = Chunks(leading, microbatch_size)
-    if not any(chunks.cuts(leaf) for leaf in jax.tree.leaves(batch)):
-        raise ValueError(
-            f"`microbatch_size` needs a leaf of `batch` to cut: none has a leading "
-            f"axis of length {leading}, the number of examples in the outputs."
-        )
-    return chunks if microbatch_size < leading else None
-
-
-def model_on(
-    model_fn: ModelFn,
-    likelihood: Likelihood,
-    batch: Batch,
-    microbatch_size: int | None,
-) -> Callable[[Params], Outputs]:
-    """Params -> model_fn(params, batch), by microbatches."""
-
-    def outputs_at(params: Params) -> Outputs:
-        shapes = jax.eval_shape(model_fn, params, batch)
-        chunks = _chunks_of(likelihood, shapes, batch, microbatch_size)
-        return map_microbatches(lambda part: model_fn(params, part), batch, chunks)
-
-    return outputs_at
-
-
-# --- The operator.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -541,7 +360,7 @@ def linearize_fisher(
     linearization, chunks = None, None
     if microbatch_size is not None:
         shapes = jax.eval_shape(model_fn, params, batch)
-        chunks = _chunks_of(likelihood, shapes, batch, microbatch_size)
+        chunks = chunks_of(likelihood, shapes, batch, microbatch_size)
     if chunks is None:
         linearization = linearize(model_fn, params, batch)
         outputs = linearization.outputs

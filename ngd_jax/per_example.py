@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngd_jax import tree
-from ngd_jax.fisher import Chunks, Fisher, linearize
+from ngd_jax.fisher import Fisher
+from ngd_jax.jacobian import linearize
 from ngd_jax.metric import OutputMetric, join, split, terms
+from ngd_jax.microbatches import Chunks
 from ngd_jax.types import Array, Batch, Outputs, Params, PyTree
 
 __all__ = [

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
+from ngd_jax.types import Array, ArrayLike, KeyArray, PyTree, Scalar
 
 __all__ = [
     "accumulator_dtype",
@@ -31,6 +31,7 @@ __all__ = [
     "max_abs",
     "norm",
     "pack",
+    "random_like",
     "real_dtype",
     "replicate",
     "scale",
@@ -353,3 +354,19 @@ def check_parameters(params: PyTree, *, name: str = "params") -> None:
                 f"counters, keys and other state out of `{name}` and hand them to the "
                 f"model through `batch`."
             )
+
+
+def random_like(sample: Callable[..., Array], key: KeyArray, like: PyTree) -> PyTree:
+    """Independent samples shaped like a tree, in both parts of complex leaves."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, max(1, len(leaves)))
+
+    def draw(key: KeyArray, leaf: Any) -> Array:
+        real = jnp.finfo(leaf.dtype).dtype
+        if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            return sample(key, leaf.shape, real)
+        parts = sample(key, (2, *leaf.shape), real)
+        return jax.lax.complex(parts[0], parts[1])
+
+    drawn = [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(structure, drawn)

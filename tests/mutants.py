@@ -148,21 +148,21 @@ MUTANTS = [
         "lambda leaf: leaf[:count] if jnp.ndim(leaf) else leaf, batch",
         METRIC,
     ),
-    # --- fisher.py
+    # --- jacobian.py, microbatches.py, fisher.py
     Mutant(
-        "fisher.py",
+        "jacobian.py",
         "(gradient,) = transpose(_conj(cotangents))\n        return _conj(gradient)",
         "(gradient,) = transpose(cotangents)\n        return gradient",
         FISHER,
     ),
     Mutant(
-        "fisher.py",
+        "microbatches.py",
         "if chunks.leading % chunks.size:\n        total, _ = add(total, rest)",
         "if False:\n        total, _ = add(total, rest)",
         FISHER,
     ),
     Mutant(
-        "fisher.py",
+        "microbatches.py",
         "return chunks if microbatch_size < leading else None",
         "return chunks",
         FISHER,
@@ -174,7 +174,7 @@ MUTANTS = [
         FISHER,
     ),
     Mutant(
-        "fisher.py",
+        "jacobian.py",
         "return model_fn(optax.tree.cast_like(wide_params, params), batch)",
         "return model_fn(wide_params, batch)",
         FISHER,
@@ -253,7 +253,7 @@ MUTANTS = [
         "tests/solvers tests/test_dense.py",
     ),
     Mutant(
-        "solvers/protocol.py",
+        "solvers/preconditioner.py",
         "state.age >= refresh_every",
         "state.age > refresh_every",
         "tests/solvers tests/contrib",

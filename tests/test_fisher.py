@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import ngd_jax as ngd
 from ngd_jax import dense, tree
-from ngd_jax.solvers.protocol import random_like as draw_like
+from ngd_jax.tree import random_like as draw_like
 from tests import reference
 from tests.conftest import unchecked
 from tests.fisher_cases import CASES, assert_close, matvec, random_like

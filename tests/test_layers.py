@@ -15,7 +15,7 @@ from flax import nnx
 
 from experiments.tasks.supervised.convolution import convolve
 from ngd_jax import layers as layers_module
-from ngd_jax.fisher import linearize
+from ngd_jax.jacobian import linearize
 from ngd_jax.layers import Layer, backward_pass, check_partition
 
 COUNT = 11

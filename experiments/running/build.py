@@ -20,8 +20,6 @@ from experiments.running.settings import ConfigError, check_rules
 
 __all__ = ["build", "locate", "settings_class"]
 
-RESERVED = ("_target_", "_partial_")
-
 
 def build(node: Any, path: str, offered: Mapping[str, Any] | None = None) -> Any:
     """Builds what `node` describes; what has no `_target_` stays as it is.
@@ -43,7 +41,7 @@ def build(node: Any, path: str, offered: Mapping[str, Any] | None = None) -> Any
     given = {
         name: build(value, f"{path}.{name}", offered)
         for name, value in node.items()
-        if name not in RESERVED
+        if name != "_target_"
     }
     if "_target_" not in node:
         return given

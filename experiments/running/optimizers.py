@@ -99,8 +99,8 @@ def _build(settings: Settings, task: Task, path: str) -> Any:
         "metric": ngd.Metric(weights_fn=task.weights_fn),
     }
     solver, metric = parts.get("solver"), parts.get("metric")
-    on_whole_batch = metric is None or metric.batch_fn is None
-    if isinstance(solver, ngd.Solver) and solver.uses_coefficients and on_whole_batch:
+    is_of_part = isinstance(metric, ngd.Metric) and metric.batch_fn is not None
+    if isinstance(solver, ngd.Solver) and solver.uses_coefficients and not is_of_part:
         offered["loss_fn"] = task.output_loss_fn
     return build({"_target_": settings.get("_target_"), **parts}, path, offered)
 

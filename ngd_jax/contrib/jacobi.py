@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ngd_jax import dense, tree
 from ngd_jax.metric import check_count
-from ngd_jax.solvers.protocol import check_key, random_like, refresh
+from ngd_jax.solvers.preconditioner import check_key, refresh
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
 
 __all__ = ["Jacobi", "JacobiState"]
@@ -142,7 +142,7 @@ class Jacobi:
         coefficients = jax.eval_shape(fisher.sqrt_matvec, fisher.params)
 
         def add(total: PyTree, key: KeyArray) -> tuple[PyTree, None]:
-            signs = random_like(jax.random.rademacher, key, coefficients)
+            signs = tree.random_like(jax.random.rademacher, key, coefficients)
             squares = jax.tree.map(_square_parts, fisher.sqrt_rmatvec(signs))
             return jax.tree.map(
                 lambda old, new: old + _mean_of_parts(new), total, squares

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ngd_jax import tree
 from ngd_jax.metric import check_count
-from ngd_jax.solvers.protocol import check_key, random_like, refresh
+from ngd_jax.solvers.preconditioner import check_key, refresh
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
 
 __all__ = ["Nystrom", "NystromState"]
@@ -150,7 +150,9 @@ class Nystrom:
         key = jax.random.fold_in(self.key, state.num_builds)
 
         # 1-2. Y = F Ω for an orthonormal Ω; in units in which no square underflows.
-        test = _orthonormalize(random_like(jax.random.normal, key, state.eigenvectors))
+        test = _orthonormalize(
+            tree.random_like(jax.random.normal, key, state.eigenvectors)
+        )
         chunk = max(n for n in range(1, _LARGEST_CHUNK + 1) if rank % n == 0)
         # By hand, since the `batch_size` of `lax.map` fails for leaves without entries.
         blocks = jax.tree.map(

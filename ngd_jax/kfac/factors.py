@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngd_jax import tree
-from ngd_jax.fisher import linearize, sum_microbatches
+from ngd_jax.jacobian import linearize
 from ngd_jax.kfac.groups import Block, blocks_of, sides_of
 from ngd_jax.kfac.state import Long, Pair
 from ngd_jax.layers import LayerValues, backward_pass
+from ngd_jax.microbatches import sum_microbatches
 from ngd_jax.types import Array, PyTree
 
 __all__ = ["batch_factors", "random_signs", "total"]

@@ -1,6 +1,7 @@
 """Solvers of (F + λI) d = g behind one protocol.
 
 * `protocol`: what they take and return, and how they are checked;
+* `preconditioner`: what CG's preconditioners are, and when they are built anew;
 * `cg`: conjugate gradients, for any size of problem;
 * `lsmr`: least squares on the square root of F, for small damping;
 * `cholesky`: dense F, for few parameters;
@@ -10,8 +11,8 @@
 from ngd_jax.solvers.cg import CG, conjugate_gradient
 from ngd_jax.solvers.cholesky import Cholesky
 from ngd_jax.solvers.lsmr import LSMR, lsmr
+from ngd_jax.solvers.preconditioner import Preconditioner
 from ngd_jax.solvers.protocol import (
-    Preconditioner,
     RightHandSide,
     Solution,
     Solver,

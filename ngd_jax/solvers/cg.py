@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
+from ngd_jax.solvers.preconditioner import Preconditioner, prepare
 from ngd_jax.solvers.protocol import (
-    Preconditioner,
     RightHandSide,
     Solution,
     Solver,
@@ -38,7 +38,6 @@ from ngd_jax.solvers.protocol import (
     SolverStatus,
     check_budget,
     forward_only,
-    prepare,
     solve_scaled,
 )
 from ngd_jax.types import Array, ArrayLike, MatVec, Params, PyTree

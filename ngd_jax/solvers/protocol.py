@@ -10,7 +10,7 @@ came from. Knows nothing of how a solver works, nor of steps.
 import abc
 import enum
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +18,20 @@ import optax
 
 from ngd_jax import tree
 from ngd_jax.metric import check_count
-from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree, Scalar
+from ngd_jax.types import Array, ArrayLike, Params, PyTree, Scalar
 
 __all__ = [
-    "Preconditioner",
     "RightHandSide",
     "Solution",
     "Solver",
     "SolverInfo",
     "SolverStatus",
     "check_budget",
-    "check_key",
     "check_solution",
     "forward_only",
-    "prepare",
-    "random_like",
-    "refresh",
     "solve_scaled",
 ]
 
-_State = TypeVar("_State", bound=Any)
 # The round-off of computing a residual, in units of ε (‖g‖ + ‖F + λI‖ ‖d‖).
 _ROUND_OFF = 100.0
 
@@ -425,99 +419,6 @@ def check_budget(max_steps: Any, rtol: float, atol: float = 0.0) -> None:
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not value >= 0:
             raise ValueError(f"`{name}` must not be negative, got {value}.")
-
-
-# --- Preconditioners.
-
-
-@runtime_checkable
-class Preconditioner(Protocol):
-    """A way to build v -> M⁻¹ v, with a state that outlives a step."""
-
-    def init(self, params: Params) -> PyTree:
-        """The state before anything is built; M is then a multiple of I."""
-        ...
-
-    def prepare(
-        self, fisher: Any, state: PyTree, damping: ArrayLike
-    ) -> tuple[MatVec, PyTree]:
-        """The map v -> M⁻¹ v for this step, and the state after it.
-
-        The map is symmetric positive definite, float32 or wider. Its parts are rebuilt
-        when that is due; a build that is not finite changes nothing, and is tried again
-        in the next step.
-        """
-        ...
-
-    def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
-        """The same, built for this Fisher and not kept."""
-        ...
-
-
-def prepare(
-    preconditioner: Preconditioner | Callable[[Any, ArrayLike], MatVec],
-    fisher: Any,
-    state: PyTree,
-    damping: ArrayLike,
-) -> tuple[MatVec, PyTree]:
-    """The map v -> M⁻¹ v for this step, and the state; () where nothing is kept."""
-    is_empty = isinstance(state, tuple) and not state
-    if isinstance(preconditioner, Preconditioner) and not is_empty:
-        return preconditioner.prepare(fisher, state, damping)
-    return preconditioner(fisher, damping), state
-
-
-def refresh(
-    state: _State, refresh_every: int, build: Callable[[_State], _State]
-) -> _State:
-    """Rebuilds if it is time, else counts the step; `age` and `num_builds` count.
-
-    A build that is not finite leaves the old one in place, still due.
-    """
-
-    def rebuild(state: _State) -> _State:
-        built = build(state)
-        is_finite = tree.all_finite(built)
-        built = built._replace(age=jnp.ones_like(state.age))
-        # Counted either way: the next attempt has other random numbers.
-        return tree.select(is_finite, built, state)._replace(
-            num_builds=state.num_builds + 1
-        )
-
-    if refresh_every == 1:
-        return rebuild(state)
-    return jax.lax.cond(
-        state.age >= refresh_every,
-        rebuild,
-        lambda state: state._replace(age=state.age + 1),
-        state,
-    )
-
-
-def check_key(key: Any, what: str) -> None:
-    """Raises TypeError unless `key` is a typed key."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(
-            f"{what} needs `key`, a typed key such as jax.random.key(0), got "
-            f"{type(key).__name__}."
-        )
-
-
-def random_like(sample: Callable[..., Array], key: KeyArray, like: PyTree) -> PyTree:
-    """Independent samples shaped like a tree, in both parts of complex leaves."""
-    leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(key, max(1, len(leaves)))
-
-    def draw(key: KeyArray, leaf: Any) -> Array:
-        real = jnp.finfo(leaf.dtype).dtype
-        if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            return sample(key, leaf.shape, real)
-        parts = sample(key, (2, *leaf.shape), real)
-        return jax.lax.complex(parts[0], parts[1])
-
-    drawn = [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=False)]
-    return jax.tree.unflatten(structure, drawn)
 
 
 def forward_only(

@@ -19,7 +19,9 @@ import optax
 
 from ngd_jax import tree
 from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
-from ngd_jax.fisher import Fisher, adjoint, linearize_fisher, model_on
+from ngd_jax.fisher import Fisher, linearize_fisher
+from ngd_jax.jacobian import adjoint
+from ngd_jax.microbatches import model_on
 from ngd_jax.solvers.protocol import (
     RightHandSide,
     Solution,
