@@ -17,7 +17,13 @@ from experiments.running.build import build
 from experiments.running.settings import ConfigError
 from experiments.tasks.supervised.task import Task
 
-__all__ = ["check_optimizer", "make_metric", "make_optimizer", "read_step_info"]
+__all__ = [
+    "check_optimizer",
+    "make_metric",
+    "make_optimizer",
+    "read_step_info",
+    "without_extra_arguments",
+]
 
 PyTree = Any
 Settings = dict[str, Any]
@@ -83,6 +89,17 @@ def make_metric(
     return ngd.Metric(
         weights_fn=weights_fn, batch_fn=batch_fn, microbatch_size=microbatch_size
     )
+
+
+def without_extra_arguments(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Keeps `batch` and the like from one that says it takes them, and does not."""
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> Any:
+        return transformation.update(updates, state, params)
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def _build(settings: Settings, task: Task, path: str) -> Any:
