@@ -28,6 +28,12 @@ from ngd_jax.types import ArrayLike, Batch, ModelFn, Params, PyTree
 
 __all__ = ["Auto", "Choice"]
 
+# More steps would fit this batch, and lose what the factors know from earlier ones. The
+# state is that of KFAC(), whose factors have the same settings.
+_BY_FACTORS = CG(3, preconditioner=Kronecker())
+# For each parameter: the batch says too little of F for more than one step.
+_FEW_OUTPUTS = 0.1
+
 
 class Choice(NamedTuple):
     """What `Auto` takes, and why.
@@ -46,18 +52,16 @@ class Auto(Solver):
     """`Cholesky` where it is cheap, else CG or K-FAC, by the shapes at hand.
 
     Cholesky is exact, and taken if its operations are at most `exactness` times those
-    of the budget of `otherwise`, or so few that they do not matter. CG with `Kronecker`
-    becomes `KFAC`, one step along the same factors, where the batch has less than
-    `share` outputs for each parameter. `SampleSpace` is cheaper for few examples and
-    never chosen, because it is right only for models that do not mix their examples.
-    Choose it yourself for those.
+    of the budget of `otherwise`, or so few that they do not matter. `SampleSpace` is
+    cheaper for few examples and never chosen, because it is right only for models that
+    do not mix their examples. Choose it yourself for those.
 
     Attributes:
       otherwise: what to take for many parameters. Its state is the state of this
-        solver.
+        solver. None for `CG(3, preconditioner=Kronecker())`, or, where the batch has
+        fewer than 0.1 outputs for each parameter, `KFAC()`, one step along the same
+        factors.
       exactness: how many times the cost of `otherwise` an exact solution is worth.
-      share: outputs of the batch for each parameter below which one step along the
-        factors takes the place of CG; 0 for never.
       free: operations that do not matter: a few milliseconds of one CPU core.
       memory: bytes that the matrix of Cholesky may take.
 
@@ -80,21 +84,24 @@ class Auto(Solver):
       KFAC, ...
     """
 
-    otherwise: Solver = CG(3, preconditioner=Kronecker())  # noqa: RUF009  # frozen
+    otherwise: Solver | None = None
     exactness: float = 4.0
-    share: float = 0.1
     free: float = 1e8
     memory: int = 2**30
 
     @property
     def uses_objective(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether `otherwise` needs the loss."""
-        return self.otherwise.uses_objective
+        return self._iterative.uses_objective
 
     @property
     def warm_start(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """That of `otherwise`."""
-        return self.otherwise.warm_start
+        return self._iterative.warm_start
+
+    @property
+    def _iterative(self) -> Solver:
+        return _BY_FACTORS if self.otherwise is None else self.otherwise
 
     def choose(self, fisher: Any) -> Choice:
         """What is taken for this Fisher."""
@@ -102,7 +109,7 @@ class Auto(Solver):
         coefficients = jax.eval_shape(lambda: fisher.metric.sqrt_matvec(fisher.outputs))
         num_outputs = real_size(coefficients)
         num_examples = sum(math.prod(mu.shape) for mu in fisher.measure)
-        steps = getattr(self.otherwise, "max_steps", 1)
+        steps = getattr(self._iterative, "max_steps", 1)
         iterative = steps * 6 * num_examples * num_params
         direct = num_outputs * num_params**2 + num_params**3 / 3
         leaves = jax.tree.leaves((fisher.params, fisher.outputs))
@@ -110,7 +117,7 @@ class Auto(Solver):
         is_cheap = direct <= max(self.exactness * iterative, self.free)
         rows = max(num_params, num_outputs)
         is_small = 0 < num_params * rows * itemsize <= self.memory
-        name = type(self.otherwise).__name__
+        name = type(self._iterative).__name__
         reason = (
             f"with {num_params} parameters and {num_outputs} outputs of {num_examples} "
             f"examples: an exact solve takes {direct:.2g} operations. It may take "
@@ -119,11 +126,11 @@ class Auto(Solver):
         )
         if is_cheap and is_small:
             solver = Cholesky()
-        elif num_outputs < self.share * num_params:
-            solver = _along_factors(self.otherwise)
-            reason += f" There are fewer than {self.share:g} outputs per parameter."
+        elif self.otherwise is None and num_outputs < _FEW_OUTPUTS * num_params:
+            solver = KFAC()
+            reason += f" There are fewer than {_FEW_OUTPUTS:g} outputs per parameter."
         else:
-            solver = self.otherwise
+            solver = self._iterative
         return Choice(solver, f"{type(solver).__name__}, {reason}")
 
     def choose_for(
@@ -155,7 +162,7 @@ class Auto(Solver):
 
     def init(self, params: PyTree) -> PyTree:
         """The state of `otherwise`: the choice is not known before a batch is seen."""
-        return self.otherwise.init(params)
+        return self._iterative.init(params)
 
     def solve(
         self, fisher: Any, rhs: RightHandSide, *, damping: ArrayLike, state: PyTree = ()
@@ -165,12 +172,3 @@ class Auto(Solver):
         if isinstance(solver, Cholesky):
             return solver.solve(fisher, rhs, damping=damping)._replace(state=state)
         return solver.solve(fisher, rhs, damping=damping, state=state)
-
-
-def _along_factors(solver: Solver) -> Solver:
-    """One step along the factors in place of CG with them; their state is the same."""
-    match solver:
-        case CG(preconditioner=Kronecker() as factors):
-            return KFAC(**dataclasses.asdict(factors))
-        case _:
-            return solver

@@ -15,10 +15,8 @@ from collections.abc import Callable
 import optax
 
 from ngd_jax.auto import Auto
-from ngd_jax.kfac import Kronecker
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.metric import Metric
-from ngd_jax.solvers.cg import CG
 from ngd_jax.solvers.protocol import Solver
 from ngd_jax.transform.arguments import Damping, Radius, Rate, Settings
 from ngd_jax.transform.state import (
@@ -42,9 +40,7 @@ __all__ = [
 STATIC_ARGS = ("model_fn", "likelihood", "solver", "loss_fn", "accept", "metric")
 """`static_args` of `optax.inject_hyperparams(natural_gradient, static_args=...)`."""
 
-# Exact where that costs little; otherwise a few steps of CG (more would fit this batch
-# and lose what the factors know from earlier ones) or K-FAC's single step.
-_SOLVER = Auto(otherwise=CG(max_steps=3, preconditioner=Kronecker()))
+_SOLVER = Auto()
 
 
 def natural_gradient(
