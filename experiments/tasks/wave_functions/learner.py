@@ -24,6 +24,7 @@ from experiments.tasks.wave_functions.ansatz import (
 from experiments.tasks.wave_functions.chains import SpinChain, make_chain
 from experiments.tasks.wave_functions.checks import check
 from experiments.tasks.wave_functions.energy import energy_batch
+from experiments.tasks.wave_functions.error_bars import standard_error
 from experiments.tasks.wave_functions.exact import (
     MAX_SPINS,
     Configurations,
@@ -55,6 +56,10 @@ __all__ = ["WaveFunctionLearner", "annealed", "make_parts"]
 
 # Folded into the key of a run for its evaluations; steps do not get that far.
 EVALUATION_STREAM = 2**31 - 1
+MARKOV_COLUMNS = (
+    Column("moves", "moves_taken", ".0%"),
+    Column("autocorr", "autocorrelation_time", ".1f"),
+)
 
 PyTree = Any
 
@@ -78,11 +83,13 @@ class WaveFunctionLearner:
         self._ground = _ground_energy(task, self._all)
         self._parts = make_parts(config, chain, self._all)
         self._train_chunk = make_train_chunk(self._parts, config.steps_per_dispatch)
-        self._energy = self._make_energy_fn()
+        self._measure = self._make_measure_fn()
         self.first_state = init_state(self._parts, config.seed)
         last = "test_energy" if self._ground is None else "test_energy_error"
         self.columns = (
+            Column("std error", "loss_standard_error", ".1e"),
             Column("variance", "energy_variance", ".2e"),
+            *(MARKOV_COLUMNS if task.sampler.name == "metropolis" else ()),
             Column("residual", "solver_residual", ".1e"),
             Column(last.replace("_", " "), last, ".2e"),
         )
@@ -102,12 +109,13 @@ class WaveFunctionLearner:
     def evaluate(self, state: WaveFunctionState) -> dict[str, Any]:
         """The energy, and where the ground state's is known its relative error.
 
-        Over all configurations where they can be listed; else on samples of its own.
+        Over all configurations where they can be listed; else on samples of its own,
+        with the standard error of their mean.
         """
-        energy = float(self._energy(state))
-        values = {"test_energy": energy}
+        values = {name: float(value) for name, value in self._measure(state).items()}
         if self._ground is not None:
-            values["test_energy_error"] = (energy - self._ground) / abs(self._ground)
+            error = values["test_energy"] - self._ground
+            values["test_energy_error"] = error / abs(self._ground)
         return values
 
     def draw(
@@ -120,37 +128,43 @@ class WaveFunctionLearner:
         name = f"{task.hamiltonian} ring of {task.num_spins} spins, {task.model.name}"
         draw_curves(records, folder / "curves.png", f"{name}; {title}", ground)
 
-    def _make_energy_fn(self) -> Any:
+    def _make_measure_fn(self) -> Any:
         parts, task = self._parts, self._config.task
         model_fn, batch_size = parts.model.model_fn, self._config.eval_batch_size
         if self._all is not None:
             all_of_them = self._all
 
             @jax.jit
-            def energy_of_all(state: WaveFunctionState) -> jax.Array:
+            def measure_all(state: WaveFunctionState) -> Records:
                 log_psi = _log_psi_of(
                     model_fn, state.params, all_of_them.spins, batch_size
                 )
-                return exact_energy(all_of_them, log_psi)
+                return {"test_energy": exact_energy(all_of_them, log_psi)}
 
-            return energy_of_all
+            return measure_all
         sampler: SamplerConfig = task.sampler
         assert sampler.eval_samples is not None
         samples = _metropolis(parts.chain, model_fn, sampler, sampler.eval_samples)
 
         @jax.jit
-        def energy_of_samples(state: WaveFunctionState) -> jax.Array:
+        def measure_samples(state: WaveFunctionState) -> Records:
             key = jax.random.fold_in(state.key, EVALUATION_STREAM)
             key = jax.random.fold_in(key, state.step)
-            spins, _, _ = samples(key, state.params, state.chains)
+            drawn, _, _ = samples(key, state.params, state.chains)
 
             def energy(spins: jax.Array) -> jax.Array:
                 batch = energy_batch(parts.chain, model_fn, state.params, spins[None])
                 return jnp.real(batch["energies"][0])
 
-            return jnp.mean(jax.lax.map(energy, spins, batch_size=batch_size))
+            spins = drawn.reshape(-1, task.num_spins)
+            energies = jax.lax.map(energy, spins, batch_size=batch_size)
+            error = standard_error(energies.reshape(drawn.shape[:-1]))
+            return {
+                "test_energy": jnp.mean(energies),
+                "test_energy_standard_error": error,
+            }
 
-        return energy_of_samples
+        return measure_samples
 
 
 def make_parts(
@@ -170,7 +184,7 @@ def make_parts(
         def sample(key: jax.Array, params: PyTree, chains: tuple[()]) -> Any:
             log_psi = _log_psi_of(model_fn, params, spins, config.eval_batch_size)
             drawn = sample_exactly(key, jnp.asarray(spins), log_psi, num_samples)
-            return drawn, chains, jnp.ones(())
+            return drawn[None], chains, {}
     else:
         start = functools.partial(_burn_in, chain, model_fn, sampler)
         sample = _metropolis(chain, model_fn, sampler, config.batch_size)
@@ -255,7 +269,7 @@ def _burn_in(
 def _metropolis(
     chain: SpinChain, model_fn: Any, sampler: SamplerConfig, num_samples: int
 ) -> Any:
-    """`num_samples` of Markov chains that go on from where they are."""
+    """`num_samples` of Markov chains that go on from where they are; a `Sampler`."""
     assert sampler.num_chains is not None
     assert sampler.sweeps is not None
     draws, num_moves = (
@@ -272,7 +286,7 @@ def _metropolis(
 
         keys = jax.random.split(key, draws)
         chains, (drawn, moved) = jax.lax.scan(draw, chains, keys)
-        return drawn.reshape(num_samples, chain.num_spins), chains, jnp.mean(moved)
+        return drawn, chains, {"moves_taken": jnp.mean(moved)}
 
     return sample
 

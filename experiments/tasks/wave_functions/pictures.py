@@ -43,7 +43,12 @@ def draw_curves(records: Records, path: Path, title: str, ground: float | None) 
 def _draw_energy(axis: Axes, records: Records, ground: float | None) -> None:
     axis.set(title="Energy", ylabel="energy per spin")
     steps, energies = series(records, "loss", is_before=True)
+    _, errors = series(records, "loss_standard_error")
     axis.plot(steps, energies, color=LIGHT, label="samples of the step")
+    low, high = energies - errors, energies + errors
+    axis.fill_between(
+        steps, low, high, color=LIGHT, alpha=0.4, label="± standard error"
+    )
     if ground is not None:
         axis.axhline(ground, ls="--", color=CONTRAST, label="ground state, exact")
     if energies.size and np.isfinite(energies).any():

@@ -18,6 +18,7 @@ from experiments.tasks.wave_functions.chains import CHAINS
 
 __all__ = ["ModelConfig", "SamplerConfig", "WaveFunctionConfig"]
 
+AT_LEAST_TWO = Rule("at least 2", lambda value: value >= 2)
 AT_LEAST_THREE = Rule("at least 3", lambda value: value >= 3)
 
 
@@ -45,14 +46,15 @@ class SamplerConfig:
 
     Attributes:
       name: "exact", from all configurations, or "metropolis".
-      num_chains: Markov chains side by side; null for "exact", like the others.
+      num_chains: Markov chains side by side, at least 2 of them, whose means tell the
+        error of the energy; null for "exact", like the others.
       sweeps: moves for each spin between two samples of a chain.
       burn_in: sweeps before the first sample of all.
       eval_samples: of an evaluation, where there are too many configurations to list.
     """
 
     name: Annotated[str, one_of("exact", "metropolis")]
-    num_chains: Annotated[int | None, AT_LEAST_ONE]
+    num_chains: Annotated[int | None, AT_LEAST_TWO]
     sweeps: Annotated[int | None, AT_LEAST_ONE]
     burn_in: Annotated[int | None, NON_NEGATIVE]
     eval_samples: Annotated[int | None, AT_LEAST_ONE]

@@ -24,6 +24,10 @@ from experiments.tasks.wave_functions.energy import (
     output_loss,
     reweighted_energy,
 )
+from experiments.tasks.wave_functions.error_bars import (
+    autocorrelation_time,
+    standard_error,
+)
 
 __all__ = ["Parts", "WaveFunctionState", "init_state", "make_train_chunk", "model_task"]
 
@@ -49,8 +53,9 @@ class WaveFunctionState(NamedTuple):
     opt_state: PyTree
 
 
-# (key, params, chains) -> samples [N, L], chains, part of the moves that was taken.
-Sampler = Callable[[jax.Array, PyTree, PyTree], tuple[jax.Array, PyTree, jax.Array]]
+# (key, params, chains) -> samples [draws, C, L] of C independent chains, where
+# these are then, and records of the sampler's own.
+Sampler = Callable[[jax.Array, PyTree, PyTree], tuple[jax.Array, PyTree, Records]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +101,13 @@ def take_step(
     """One step, on samples of the model as it is."""
     model_fn, params = parts.model.model_fn, state.params
     key = jax.random.fold_in(state.key, state.step)
-    spins, chains, moved = parts.sample(key, params, state.chains)
-    batch = energy_batch(parts.chain, model_fn, params, spins)
-    energies = jnp.real(batch["energies"])
+    samples, chains, sampled = parts.sample(key, params, state.chains)
+    num_spins = parts.chain.num_spins
+    batch = energy_batch(parts.chain, model_fn, params, samples.reshape(-1, num_spins))
+    energies = jnp.real(batch["energies"]).reshape(samples.shape[:-1])
     energy = jnp.mean(energies)
+    if len(energies) > 1:
+        sampled = sampled | {"autocorrelation_time": autocorrelation_time(energies)}
     grads = energy_gradient(model_fn, params, batch)
     updates, opt_state = parts.tx.update(
         grads,
@@ -112,9 +120,10 @@ def take_step(
     )
     new_params = optax.apply_updates(params, updates)
     record = {
-        "loss": energy / parts.chain.num_spins,
+        "loss": energy / num_spins,
+        "loss_standard_error": standard_error(energies) / num_spins,
         "energy_variance": jnp.var(energies),
-        "moves_taken": moved,
+        **sampled,
         **read_step_info(opt_state),
     }
     if parts.measure_kl and "measured_kl" not in record:

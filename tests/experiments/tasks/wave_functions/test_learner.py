@@ -1,17 +1,21 @@
 """The task `vmc` by its program: quality, resumption, pictures, mistakes."""
 
+import io
 import shutil
 
+import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.running.config import compose_config, read_config
 from experiments.running.loop import run_training
 from experiments.running.run_folder import read_json_lines
 from experiments.running.settings import ConfigError
-from experiments.tasks.wave_functions.learner import annealed
+from experiments.tasks.wave_functions.learner import WaveFunctionLearner, annealed
+from experiments.tasks.wave_functions.pictures import _draw_energy
 from tests.experiments.helpers import assert_same_bits
 
 SMALL = (
@@ -32,9 +36,9 @@ METROPOLIS = (
 )
 
 
-def train(folder, *overrides):
+def train(folder, *overrides, console=None):
     config = read_config(compose_config([*SMALL, *overrides]))
-    return run_training(config, folder, Console(quiet=True))
+    return run_training(config, folder, console or Console(quiet=True))
 
 
 @pytest.mark.long
@@ -50,8 +54,67 @@ def test_finds_the_ground_state_within_the_radius(tmp_path):
     errors = [r["test_energy_error"] for r in records if "test_energy_error" in r]
     assert 0 < errors[-1] < 0.02 < errors[0]
     assert all(record["measured_kl"] <= 0.05 for record in records)
+    # Of independent samples, √(variance / N).
+    found = [record["loss_standard_error"] ** 2 for record in records]
+    variances = np.array([record["energy_variance"] for record in records])
+    np.testing.assert_allclose(found, variances / (64 - 1) / 6**2)
+    assert not {"moves_taken", "autocorrelation_time"} & set(records[0])
     picture = matplotlib.image.imread(tmp_path / "curves.png")
     assert picture.shape[:2] == (900, 1320)
+
+
+STILL = ("optimizer=sgd", "optimizer.learning_rate=1e-12")
+
+
+@pytest.mark.long
+def test_error_bars_of_markov_chains_are_the_spread_of_the_energy(tmp_path):
+    """Of parameters that stay, so that all steps measure the same."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    overrides = (*STILL, *METROPOLIS, "steps=100", "steps_per_dispatch=100")
+    train(tmp_path, *overrides, "eval_every=100", console=console)
+    records = read_json_lines(tmp_path / "metrics.jsonl")
+    columns = {
+        name: np.array([record[name] for record in records])
+        for name in ("loss", "loss_standard_error", "moves_taken")
+    }
+    bar = np.sqrt(np.mean(columns["loss_standard_error"] ** 2))
+    assert bar == pytest.approx(np.std(columns["loss"]), rel=0.3)
+    energy = records[-1]["test_energy"] / 6  # of all configurations
+    assert abs(np.mean(columns["loss"]) - energy) < 5 * bar / np.sqrt(100)
+    assert ((columns["moves_taken"] > 0.3) & (columns["moves_taken"] < 1)).all()
+    assert 0.5 < np.mean([r["autocorrelation_time"] for r in records]) < 4
+    assert "test_energy_standard_error" not in records[-1]
+    heading = console.export_text().splitlines()[1]
+    assert "std error" in heading
+    assert "moves autocorr" in heading
+
+
+@pytest.mark.long
+def test_error_bars_of_evaluations_are_the_spread_of_the_energy():
+    overrides = ("task.num_spins=18", *METROPOLIS, "task.sampler.sweeps=5")
+    learner = WaveFunctionLearner(read_config(compose_config([*SMALL, *overrides])))
+    state = learner.first_state
+    found = [
+        learner.evaluate(state._replace(key=jax.random.key(seed))) for seed in range(60)
+    ]
+    energies, bars = (
+        np.array([values[name] for values in found])
+        for name in ("test_energy", "test_energy_standard_error")
+    )
+    assert np.sqrt(np.mean(bars**2)) == pytest.approx(np.std(energies), rel=0.4)
+
+
+def test_the_curve_of_the_energy_has_a_band():
+    records = [
+        {"step": step, "loss": -1.0 / step, "loss_standard_error": 0.1 / step}
+        for step in (1, 2, 3)
+    ]
+    axis = Figure().subplots()
+    _draw_energy(axis, records, None)
+    [band] = axis.collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.round(6)}
+    edges = ((0, -1.1), (0, -0.9), (1, -0.55), (1, -0.45))
+    assert {tuple(map(float, edge)) for edge in edges} <= corners
 
 
 def test_radius_and_damping_shrink_by_the_same_factor_in_every_step():
@@ -148,6 +211,10 @@ def test_a_shrinking_radius_is_better_by_a_factor(tmp_path, seed):
         (
             ("sampler=metropolis", "task.sampler.burn_in=null"),
             "`task.sampler.burn_in` must be a number",
+        ),
+        (
+            (*METROPOLIS, "task.sampler.num_chains=1"),
+            "`task.sampler.num_chains` must be at least 2, got 1",
         ),
         ((*METROPOLIS, "batch_size=60"), "`batch_size` must be a multiple of the"),
         (("model=cnn", "task.model.kernel_size=null"), "`task.model.kernel_size` is"),

@@ -1,5 +1,6 @@
 """Samples of |ψ|²: as often as they should be."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,33 @@ def test_markov_chains_come_to_the_distribution(chain):
     assert 0.05 < float(taken) < 1.0
     assert p_value(chain, samples) > 1e-3
     assert p_value(chain, start) < 1e-6  # so that the test can fail
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [1, 3, 4, 7])
+def test_convolutions_are_those_of_flax(width):
+    spins = jnp.asarray(enumerate_configurations(make_ising(5, 1.0)).spins, jnp.float32)
+    module = Convolutional((3, 3), width, jnp.float32)
+    params = module.init(jax.random.key(0), spins)["params"]
+    x = spins[..., None]
+    for number in range(2):
+        layer = dict(params[f"Dense_{number}"])
+        layer["kernel"] = layer["kernel"].reshape(width, -1, 3)
+        convolution = nn.Conv(3, (width,), padding="CIRCULAR")
+        update = jnp.tanh(convolution.apply({"params": layer}, x))
+        x = x + update if number else update
+    expected = x.sum(1) @ params["Dense_2"]["kernel"]
+    found = module.apply({"params": params}, spins)
+    np.testing.assert_allclose(found, expected[:, 0], atol=1e-5)
+
+
+def test_gradients_of_single_examples_have_no_grouped_convolutions():
+    """Which XLA has no fast code for in float64 on a CPU."""
+    module, spins = Convolutional((3,), 3, jnp.float32), jnp.ones((2, 4))
+    params = module.init(jax.random.key(0), spins)
+    row = jax.grad(lambda params, spins: module.apply(params, spins[None])[0])
+    program = jax.jit(jax.vmap(row, (None, 0))).lower(params, spins)
+    assert "convolution" not in program.as_text()
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
