@@ -32,7 +32,12 @@ if "quick=true" in sys.argv and jaxlib.version.__version_info__ < (0, 11):
 
 from experiments.claims.catalog import CLAIMS  # noqa: E402
 from experiments.claims.demonstrations import demonstrate_all  # noqa: E402
-from experiments.claims.report import Outcome, save_plots, write_report  # noqa: E402
+from experiments.claims.report import (  # noqa: E402
+    Outcome,
+    save_plots,
+    summarize,
+    write_report,
+)
 from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
 from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError, one_of  # noqa: E402
@@ -79,6 +84,7 @@ def claims(tree: DictConfig) -> None:
             )
     in_order = [outcomes[claim.name] for claim in chosen]
     write_report(in_order, folder, quick=config.quick)
+    console.print(summarize(in_order), highlight=False, markup=False)
     console.print(f"{folder / 'report.html'}, and {folder / 'report.md'}.")
     if not all(outcome.evidence.holds for outcome in in_order):
         sys.exit(1)

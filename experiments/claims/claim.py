@@ -1,14 +1,29 @@
 """What a claim is, and what an experiment found about it."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from matplotlib.figure import Figure
 
 from experiments.benchmarks.markdown import Table
 
-__all__ = ["Check", "Claim", "Evidence", "Plot", "at_most", "between", "exactly"]
+__all__ = [
+    "Check",
+    "Claim",
+    "Evidence",
+    "Plot",
+    "Source",
+    "at_most",
+    "between",
+    "exactly",
+]
+
+# Where a range comes from: a derivation, if only of a sign or an order of magnitude; a
+# paper, which the reason names; the documentation of this library; or else earlier runs
+# of the same experiment and margins set by hand, which show a change and prove nothing.
+Source = Literal["theory", "literature", "promise", "measured"]
 
 
 class Check(NamedTuple):
@@ -19,15 +34,16 @@ class Check(NamedTuple):
       measured: the figure.
       low: the smallest value that bears the claim out.
       high: the largest one.
-      source: where the range comes from: a theorem, a paper, a figure measured before
-        by others; never what this code happens to give.
+      source: where the range comes from.
+      reason: the derivation, the paper or the earlier figure, in a few words.
     """
 
     name: str
     measured: float
     low: float
     high: float
-    source: str
+    source: Source
+    reason: str
 
     @property
     def holds(self) -> bool:
@@ -41,24 +57,32 @@ class Check(NamedTuple):
             return f"{self.low:.4g}"
         if self.low == -math.inf:
             return f"≤ {self.high:.3g}"
+        if (self.low, self.high) == (sys.float_info.min, math.inf):
+            return "> 0"
         if self.high == math.inf:
             return f"≥ {self.low:.3g}"
         return f"{self.low:.3g} to {self.high:.3g}"
 
 
-def at_most(name: str, measured: float, high: float, source: str) -> Check:
+def at_most(
+    name: str, measured: float, high: float, source: Source, reason: str
+) -> Check:
     """A figure with an upper bound."""
-    return Check(name, float(measured), -math.inf, float(high), source)
+    return Check(name, float(measured), -math.inf, float(high), source, reason)
 
 
-def between(name: str, measured: float, low: float, high: float, source: str) -> Check:
+def between(
+    name: str, measured: float, low: float, high: float, source: Source, reason: str
+) -> Check:
     """A figure with a range; `math.inf` for one that is open above."""
-    return Check(name, float(measured), float(low), float(high), source)
+    return Check(name, float(measured), float(low), float(high), source, reason)
 
 
-def exactly(name: str, measured: float, value: float, source: str) -> Check:
+def exactly(
+    name: str, measured: float, value: float, source: Source, reason: str
+) -> Check:
     """A figure that must have this very value, to the last bit."""
-    return Check(name, float(measured), value, value, source)
+    return Check(name, float(measured), value, value, source, reason)
 
 
 class Plot(NamedTuple):

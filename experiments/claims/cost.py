@@ -76,6 +76,7 @@ def demonstrate(quick: bool) -> Evidence:
                     measured,
                     expected * (1 - _TOLERANCE),
                     expected * (1 + _TOLERANCE),
+                    "theory",
                     "count of multiplications",
                 )
             )

@@ -149,13 +149,15 @@ def demonstrate(quick: bool) -> Evidence:
             once,
             -2.04,
             -2.0,
-            "2 log(1 - η) / η = -2.02 for one layer; measured before: -2.03",
+            "theory",
+            "2 log(1 - η) / η = -2.02 for one layer; within η of it",
         ),
         between(
             f"the same for η to 0, from η = {2 * _RATE:g} and {_RATE:g}",
             2 * once - twice,
             -2.01,
             -1.99,
+            "literature",
             "-2 (Bernacchia et al. 2018); error of second order in η",
         ),
         between(
@@ -163,6 +165,7 @@ def demonstrate(quick: bool) -> Evidence:
             damped,
             _SLOWEST,
             0.0,
+            "theory",
             "slower: rates σ / (σ + λ)",
         ),
     ]

@@ -212,16 +212,25 @@ def demonstrate(quick: bool) -> Evidence:
             "twice the residuals, natural step: error of the factor 2, relative",
             errors[0],
             1e-12,
+            "theory",
             "F⁻¹(2g) = 2 F⁻¹g",
         ),
         at_most(
             "twice the residuals, empirical step: error of the factor ½, relative",
             errors[1],
             1e-12,
+            "theory",
             "(4F̃)⁻¹(2g) = ½ F̃⁻¹g",
         ),
         *(
-            between(f"smallest cosine, {name}", smallest[name], -1.0, 0.0, can_oppose)
+            between(
+                f"smallest cosine, {name}",
+                smallest[name],
+                -1.0,
+                0.0,
+                "literature",
+                can_oppose,
+            )
             for name in smallest
             if not name.endswith("standardised")
         ),
@@ -230,6 +239,7 @@ def demonstrate(quick: bool) -> Evidence:
             smallest_natural,
             0.0,
             1.0,
+            "theory",
             "gᵀF̃⁻¹g > 0",
         ),
     ]

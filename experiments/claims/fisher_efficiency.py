@@ -207,6 +207,7 @@ def demonstrate(quick: bool) -> Evidence:
             scaled[index, -1],
             float(exact[index, -1] - _STANDARD_ERRORS * uncertain[index, -1]),
             float(exact[index, -1] + _STANDARD_ERRORS * uncertain[index, -1]),
+            "theory",
             f"exact second moments, ± {_STANDARD_ERRORS:g} standard errors",
         )
         for index, name in enumerate(names)
@@ -217,6 +218,7 @@ def demonstrate(quick: bool) -> Evidence:
             exact[0, -1] / _DIMENSION,
             0.98,
             1.02,
+            "literature",
             "goes to 1 as t grows (Amari 1998)",
         )
     )

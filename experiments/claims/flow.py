@@ -224,7 +224,7 @@ def demonstrate(quick: bool) -> Evidence:
 
     falls, flow_falls = (x[:, :-1] / x[:, 1:] for x in (apart, from_flow))
     last = f"from {counts[-2]} to {counts[-1]} steps"
-    theory = [
+    reasons = [
         "another flow in other parameters: 1",
         "first order: 2",
         "second order: 4",
@@ -235,10 +235,11 @@ def demonstrate(quick: bool) -> Evidence:
             fall[-1],
             2**order * 0.975,
             2**order * 1.025,
-            source,
+            "theory",
+            reason,
         )
-        for method, fall, order, source in zip(
-            _METHODS, falls, _ORDERS, theory, strict=True
+        for method, fall, order, reason in zip(
+            _METHODS, falls, _ORDERS, reasons, strict=True
         )
     ]
     checks += [
@@ -247,10 +248,11 @@ def demonstrate(quick: bool) -> Evidence:
             fall[-1],
             2**order * 0.975,
             2**order * 1.025,
-            f"{source}; closed form of the flow",
+            "theory",
+            f"{reason}; closed form of the flow",
         )
-        for method, fall, order, source in list(
-            zip(_METHODS, flow_falls, _ORDERS, theory, strict=True)
+        for method, fall, order, reason in list(
+            zip(_METHODS, flow_falls, _ORDERS, reasons, strict=True)
         )[1:]
     ]
     checks.append(
@@ -259,6 +261,7 @@ def demonstrate(quick: bool) -> Evidence:
             f"from {counts[0]} steps on, relative difference",
             linear,
             1e-11,
+            "theory",
             "exact for any step; round-off",
         )
     )

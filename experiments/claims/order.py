@@ -121,7 +121,7 @@ def demonstrate(quick: bool) -> Evidence:
         natural[0] / plain[0],
         natural[-1] / plain[-1],
     )
-    source = "Pascanu and Bengio 2014, section 7"
+    paper = "Pascanu and Bengio 2014, section 7"
     return Evidence(
         headline=(
             f"at the loss of the best SGD, the influence of all segments together is "
@@ -140,13 +140,18 @@ def demonstrate(quick: bool) -> Evidence:
         ),
         checks=[
             at_most(
-                "influence of all segments, natural gradient over SGD", total, 1, source
+                "influence of all segments, natural gradient over SGD",
+                total,
+                1,
+                "literature",
+                paper,
             ),
             at_most(
                 "influence of the first segment, natural gradient over SGD",
                 first,
                 1,
-                source,
+                "literature",
+                paper,
             ),
         ],
         tables=[_tabulate(contestants, found)],

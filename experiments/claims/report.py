@@ -14,9 +14,19 @@ from typing import Any, NamedTuple
 from markdown_it import MarkdownIt
 
 from experiments.benchmarks.markdown import Table, describe_environment, write_table
-from experiments.claims.claim import Claim, Evidence
+from experiments.claims.claim import Check, Claim, Evidence, Source
 
-__all__ = ["Outcome", "save_plots", "write_report"]
+__all__ = ["Outcome", "save_plots", "summarize", "write_report"]
+
+_STANDARDS: dict[Source, str] = {
+    "theory": "theory",
+    "literature": "the literature",
+    "promise": "what the library promises",
+    "measured": (
+        "earlier measurements of our own or bounds set by hand, which show a change "
+        "and are no evidence"
+    ),
+}
 
 
 class Outcome(NamedTuple):
@@ -41,6 +51,17 @@ def save_plots(outcome: Outcome, folder: Path) -> None:
         plot.figure.savefig(plots / f"{plot.name}.png")
 
 
+def summarize(outcomes: Sequence[Outcome]) -> str:
+    """How many figures are as expected, by what their ranges come from."""
+    checks = [check for outcome in outcomes for check in outcome.evidence.checks]
+    parts = [
+        f"{_count(some)} held to {words}"
+        for source, words in _STANDARDS.items()
+        if (some := [check for check in checks if check.source == source])
+    ]
+    return f"{_count(checks)} figures are as expected: {', '.join(parts)}."
+
+
 def write_report(outcomes: Sequence[Outcome], folder: Path, *, quick: bool) -> None:
     """Writes `report.md`, `report.html` and `figures.json`, after `save_plots`."""
     markdown = _write_markdown(outcomes, quick=quick)
@@ -52,26 +73,17 @@ def write_report(outcomes: Sequence[Outcome], folder: Path, *, quick: bool) -> N
 
 
 def _write_markdown(outcomes: Sequence[Outcome], *, quick: bool) -> str:
-    checks = [check for outcome in outcomes for check in outcome.evidence.checks]
-    good = sum(check.holds for check in checks)
     size = "Quick runs: fewer steps, seeds and sizes. " if quick else ""
-    rows = [
-        [
-            f"[{claim.title}](#{claim.name})",
-            evidence.headline,
-            _count(evidence),
-            f"{seconds:.0f}",
-        ]
+    contents = [
+        f"- [{claim.title}](#{claim.name}): {evidence.headline}. "
+        f"{_verdict(evidence)} figures as expected, in {seconds:.0f} s."
         for claim, evidence, seconds in outcomes
     ]
-    head = ["claim", "what came out", "figures as expected", "seconds"]
     parts = [
-        "# The claims of the natural gradient, measured",
-        (
-            f"{good} of {len(checks)} figures are in the range that theory or the "
-            f"literature gives them. {size}{describe_environment()}."
-        ),
-        write_table(Table("In one page", head, rows)),
+        f"# {_TITLE}",
+        f"{summarize(outcomes)} {size}{describe_environment()}.",
+        '<a id="contents"></a>\n\n## Contents',
+        "\n".join(contents),
         *map(_write_outcome, outcomes),
     ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
@@ -81,13 +93,14 @@ def _write_outcome(outcome: Outcome) -> str:
     claim, evidence, _ = outcome
     figures = Table(
         "Measured against expected",
-        ["figure", "measured", "expected", "whence", ""],
+        ["figure", "measured", "expected", "source", "reason", ""],
         [
             [
                 check.name,
                 _number(check.measured),
                 check.expected,
                 check.source,
+                check.reason,
                 "as expected" if check.holds else "**NOT as expected**",
             ]
             for check in evidence.checks
@@ -105,14 +118,17 @@ def _write_outcome(outcome: Outcome) -> str:
     parts += map(write_table, evidence.tables)
     parts += evidence.notes
     again = f"python -m experiments.claims claim={claim.name}"
-    parts.append(f"Again: `{again}`")
+    parts.append(f"Again: `{again}`. [Back to the contents](#contents)")
     return "\n\n".join(part.rstrip() for part in parts)
 
 
-def _count(evidence: Evidence) -> str:
-    good = sum(check.holds for check in evidence.checks)
-    verdict = f"{good} of {len(evidence.checks)}"
-    return verdict if evidence.holds else f"**{verdict}**"
+def _count(checks: Sequence[Check]) -> str:
+    return f"{sum(check.holds for check in checks)} of {len(checks)}"
+
+
+def _verdict(evidence: Evidence) -> str:
+    count = _count(evidence.checks)
+    return count if evidence.holds else f"**{count}**"
 
 
 def _number(value: float) -> str:
@@ -130,6 +146,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
                 "measured": _or_null(check.measured),
                 "low": _or_null(check.low),
                 "high": _or_null(check.high),
+                "source": check.source,
                 "holds": check.holds,
             }
             for check in outcome.evidence.checks
@@ -141,20 +158,29 @@ def _or_null(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+_TITLE = "The claims of the natural gradient, measured"
+# The colours of text, links and ground are the browser's own, light or dark.
 _STYLE = """
+:root { color-scheme: light dark; --line: #ddd; --shade: #f4f4f4; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --shade: #262626; } }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5;
-       font-family: system-ui, sans-serif; color: #1b1b1b; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; }
-th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.6rem; text-align: left; }
-th { background: #f4f4f4; }
-img { max-width: 100%; }
-code { background: #f4f4f4; padding: 0.1rem 0.3rem; }
-h2 { margin-top: 3rem; border-top: 2px solid #ddd; padding-top: 1rem; }
+       font-family: system-ui, sans-serif; overflow-wrap: break-word; }
+p, li { max-width: 42rem; }
+p:has(img) { max-width: none; }
+li { margin: 0.5rem 0; }
+.scroll, pre { overflow-x: auto; }
+table { border-collapse: collapse; width: max-content; margin: 1rem 0;
+        font-size: 0.9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem;
+         max-width: 14rem; text-align: left; vertical-align: top; }
+th, code { background: var(--shade); }
+img { max-width: 100%; height: auto; }
+h2 { margin-top: 3rem; border-top: 2px solid var(--line); padding-top: 1rem; }
 """
 
 
 def _to_html(markdown: str, folder: Path) -> str:
-    """One page with the pictures inside."""
+    """One page with the pictures inside, for screens of any width."""
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
 
     def inside(match: re.Match[str]) -> str:
@@ -162,9 +188,12 @@ def _to_html(markdown: str, folder: Path) -> str:
         return f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"'
 
     body = re.sub(r'src="(plots/[^"]+\.png)"', inside, body)
-    title = "The claims of the natural gradient, measured"
+    # Only the table moves sideways where it is wider than the screen, with keys too.
+    body = body.replace("<table>", '<div class="scroll" tabindex="0">\n<table>')
+    body = body.replace("</table>", "</table>\n</div>")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_TITLE}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}</body>\n</html>\n"
     )

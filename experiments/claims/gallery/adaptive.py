@@ -132,7 +132,7 @@ def adam(quick: bool) -> Identity:
                 "Adam, empirical and exact diagonal at its end: difference",
                 empirical,
                 exact,
-                "Kunstner et al. 2019: residuals enter the empirical one",
+                "residuals enter the empirical one (Kunstner et al. 2019)",
             )
         ],
     )

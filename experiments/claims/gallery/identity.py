@@ -125,13 +125,15 @@ def equal(
         f"{name}: difference",
         relative_error(ours, truth),
         bound,
+        "theory",
         f"exact; round-off n ε κ, n = {num_rounded}, κ = {condition:.2g}",
     )
 
 
-def unequal(name: str, ours: Any, truth: Any, source: str) -> Check:
-    """Two results that differ by more than any round-off."""
-    return between(name, relative_error(ours, truth), _CLEARLY, np.inf, source)
+def unequal(name: str, ours: Any, truth: Any, reason: str) -> Check:
+    """Two results that differ, for that reason, by more than any round-off."""
+    error = relative_error(ours, truth)
+    return between(name, error, _CLEARLY, np.inf, "theory", reason)
 
 
 def call_in(function: Callable[..., Any]) -> str:

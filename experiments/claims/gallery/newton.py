@@ -135,6 +135,7 @@ def reweighting() -> tuple[Identity, Descent]:
                 f"natural gradient: norm of the gradient after {_STEPS} steps",
                 norms.natural[_STEPS],
                 1e-12,
+                "measured",
                 f"{before}: 1e-13; Newton's method is quadratic",
             ),
             between(
@@ -142,6 +143,7 @@ def reweighting() -> tuple[Identity, Descent]:
                 below,
                 0.99 * _BEFORE,
                 1.01 * _BEFORE,
+                "measured",
                 f"{before}: {_BEFORE:,}",
             ),
             between(
@@ -149,6 +151,7 @@ def reweighting() -> tuple[Identity, Descent]:
                 tuned_below,
                 _STEPS + 1,
                 below,
+                "theory",
                 "first order: linear where Newton's method is quadratic",
             ),
         ],

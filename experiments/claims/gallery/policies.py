@@ -99,7 +99,7 @@ def trpo(quick: bool) -> Identity:
         lengths.append(length)
         conditions.append(_largest_eigenvalue(weights, batch) / _DAMPING + 1)
     ours, by_model, accepted = np.array(kls).T / _RADIUS
-    promise = "what natural_gradient(None, ..., max_kl=δ) promises"
+    promised = 0.92, 1.0, "promise", "steps fill 0.92 to 1 of `max_kl`"
     return Identity(
         algorithm="TRPO",
         ours=natural_trpo,
@@ -132,12 +132,8 @@ def trpo(quick: bool) -> Identity:
             f"{_DAMPING:g}, 10 CG steps"
         ),
         others=[
-            between(
-                "TRPO: smallest KL of our steps, over δ", ours.min(), 0.92, 1.0, promise
-            ),
-            between(
-                "TRPO: largest KL of our steps, over δ", ours.max(), 0.92, 1.0, promise
-            ),
+            between("TRPO: smallest KL of our steps, over δ", ours.min(), *promised),
+            between("TRPO: largest KL of our steps, over δ", ours.max(), *promised),
         ],
     )
 

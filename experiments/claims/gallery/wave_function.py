@@ -139,6 +139,7 @@ def reconfiguration(quick: bool) -> Identity:
                 kl / quadratic,
                 3.9,
                 4.1,
+                "theory",
                 "4, but for the third order of a small step",
             ),
         ],

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import threading
+from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure
@@ -21,11 +22,17 @@ from experiments.claims.claim import (
     exactly,
 )
 from experiments.claims.demonstrations import demonstrate_all
-from experiments.claims.report import Outcome, save_plots, write_report
+from experiments.claims.report import (
+    Outcome,
+    save_plots,
+    summarize,
+    write_report,
+)
 from tests.experiments.helpers import run_program
 
-GOOD = at_most("an error", 1e-16, 1e-15, "round-off")
-BAD = between("a ratio | of two", 3.0, 1.0, 2.0, "a theorem")
+GOOD = at_most("an error", 1e-16, 1e-15, "theory", "round-off")
+BAD = between("a ratio | of two", 3.0, 1.0, 2.0, "literature", "Somebody 1998")
+SEEN = exactly("a count", 4.0, 4.0, "measured", "seen before: 4")
 
 
 def outcome(*checks):
@@ -51,21 +58,29 @@ def outcome(*checks):
 
 
 def test_ranges_are_inclusive_and_hold_no_nan():
-    assert exactly("a", 0.0, 0.0, "").holds
-    assert not exactly("a", 5e-324, 0.0, "").holds
-    assert between("a", 1.0, 1.0, math.inf, "").holds
-    assert at_most("a", 1.0, 1.0, "").holds
-    assert not at_most("a", 1.0 + 1e-15, 1.0, "").holds
-    assert not between("a", math.nan, -math.inf, math.inf, "").holds
+    why = "theory", ""
+    assert exactly("a", 0.0, 0.0, *why).holds
+    assert not exactly("a", 5e-324, 0.0, *why).holds
+    assert between("a", 1.0, 1.0, math.inf, *why).holds
+    assert at_most("a", 1.0, 1.0, *why).holds
+    assert not at_most("a", 1.0 + 1e-15, 1.0, *why).holds
+    assert not between("a", math.nan, -math.inf, math.inf, *why).holds
+
+
+@pytest.mark.parametrize("make", [at_most, exactly])
+def test_a_range_without_a_source_cannot_be_made(make):
+    with pytest.raises(TypeError, match="reason"):
+        make("a", 1.0, 1.0, "round-off")
 
 
 @pytest.mark.parametrize(
     ("check", "text"),
     [
-        (exactly("a", 1.0, 0.0, ""), "0"),
-        (at_most("a", 1.0, 1e-15, ""), "≤ 1e-15"),
-        (between("a", 1.0, 0.1, math.inf, ""), "≥ 0.1"),
-        (between("a", 1.0, 0.1, 2.0, ""), "0.1 to 2"),
+        (exactly("a", 1.0, 0.0, "theory", ""), "0"),
+        (at_most("a", 1.0, 1e-15, "theory", ""), "≤ 1e-15"),
+        (between("a", 1.0, 0.1, math.inf, "theory", ""), "≥ 0.1"),
+        (between("a", 1.0, sys.float_info.min, math.inf, "theory", ""), "> 0"),
+        (between("a", 1.0, 0.1, 2.0, "theory", ""), "0.1 to 2"),
     ],
 )
 def test_ranges_read_as_they_are_meant(check, text):
@@ -82,13 +97,13 @@ def test_report_tells_all_of_a_claim(tmp_path):
     report([outcome(GOOD)], tmp_path, quick=False)
     markdown = (tmp_path / "report.md").read_text()
     for text in (
-        "1 of 1 figures are in the range",
-        "[Something is so](#some)",
-        "the figures that tell",
+        "1 of 1 figures are as expected: 1 of 1 held to theory.",
+        "- [Something is so](#some): the figures that tell. 1 of 1 figures",
+        "[Back to the contents](#contents)",
         "**Claimed.** It is so. (Somebody 1998)",
         "**Whether it holds.** It is, mostly.",
         "**Set-up.** A network.",
-        "| an error | 1e-16 | ≤ 1e-15 | round-off | as expected |",
+        "| an error | 1e-16 | ≤ 1e-15 | theory | round-off | as expected |",
         "**More**",
         "The honest side.",
         "python -m experiments.claims claim=some",
@@ -102,13 +117,70 @@ def test_report_tells_all_of_a_claim(tmp_path):
 def test_report_shows_a_figure_out_of_its_range(tmp_path):
     report([outcome(GOOD, BAD)], tmp_path, quick=True)
     markdown = (tmp_path / "report.md").read_text()
-    assert "1 of 2 figures are in the range" in markdown
+    assert "1 of 2 figures are as expected" in markdown
     assert "**1 of 2**" in markdown
-    assert "| 1 to 2 | a theorem | **NOT as expected** |" in markdown
+    assert "| 1 to 2 | literature | Somebody 1998 | **NOT as expected** |" in markdown
     assert "Quick runs" in markdown
     figures = json.loads((tmp_path / "figures.json").read_text())["some"]
     assert figures["holds"] is False
-    assert [check["holds"] for check in figures["checks"]] == [True, False]
+    found = [(check["holds"], check["source"]) for check in figures["checks"]]
+    assert found == [(True, "theory"), (False, "literature")]
+
+
+def test_summary_tells_evidence_from_earlier_measurements():
+    summary = summarize([outcome(GOOD, BAD), outcome(GOOD, SEEN, SEEN)])
+    assert summary.startswith(
+        "4 of 5 figures are as expected: 2 of 2 held to theory, 0 of 1 held to the "
+        "literature, 2 of 2 held to earlier measurements of our own"
+    )
+    assert "promises" not in summary
+
+
+class Page(HTMLParser):
+    """Links, anchors, names of `<meta>`, alt texts, and what is around tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.anchors, self.metas, self.alts = [], [], {}, []
+        self.open, self.around_tables = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.anchors += [attributes["id"]] if "id" in attributes else []
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        elif tag == "meta":
+            self.metas[attributes.get("name")] = attributes.get("content")
+        elif tag == "img":
+            self.alts.append(attributes["alt"])
+        elif tag == "table":
+            self.around_tables.append(self.open[-1])
+        if tag != "meta":
+            self.open.append((tag, attributes.get("class")))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+
+def test_page_has_contents_with_links_and_fits_a_phone(tmp_path):
+    first, second = outcome(GOOD, BAD), outcome(SEEN)
+    second = second._replace(claim=second.claim._replace(name="other"))
+    report([first, second], tmp_path, quick=False)
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.anchors == ["contents", "some", "other"]
+    assert page.links == ["#some", "#other", "#contents", "#contents"]
+    assert page.metas["viewport"] == "width=device-width, initial-scale=1"
+    assert page.around_tables == [("div", "scroll")] * 4
+    assert page.alts == ["What is to be seen."] * 2
+    for rule in (
+        r"\.scroll, pre \{ overflow-x: auto",
+        r"img \{ max-width: 100%",
+        r"prefers-color-scheme: dark",
+    ):
+        assert re.search(rule, text)
 
 
 def test_page_needs_nothing_but_itself(tmp_path):
@@ -119,7 +191,7 @@ def test_page_needs_nothing_but_itself(tmp_path):
     assert sources[0].startswith("data:image/png;base64,")
     assert "http" not in page
     assert '<a id="some"></a>' in page
-    assert page.count("<table>") == 3
+    assert page.count("<table>") == 2
     assert "a ratio | of two" in page
 
 
@@ -183,7 +255,7 @@ def test_program_writes_the_report_and_says_where(tmp_path):
     )
     assert status == 0, output
     assert "divergence" in output
-    assert "as expected" in output
+    assert "8 of 8 figures are as expected: 8 of 8 held to theory." in output
     assert str(folder / "report.html") in output.replace("\n", "")
     assert (folder / "report.md").exists()
     assert json.loads((folder / "figures.json").read_text())["divergence"]["holds"]
