@@ -25,6 +25,7 @@ from experiments.benchmarks.tables import (  # noqa: E402
     write_tables,
 )
 from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
+from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError  # noqa: E402
 
 
@@ -39,9 +40,9 @@ def benchmark(tree: DictConfig) -> None:
     for name in track(select(config.table), "tables", transient=True):
         tables += measure_tables(name, config)
     markdown = write_tables(tables)
-    print(markdown)
     if config.output is not None:
         Path(config.output).write_text(markdown)
+    Terminal(highlight=False, markup=False, soft_wrap=True).print(markdown)
 
 
 def main() -> None:

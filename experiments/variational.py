@@ -18,8 +18,10 @@ import numpy as np
 import optax
 import sklearn.datasets
 from jax.flatten_util import ravel_pytree
+from threadpoolctl import threadpool_limits
 
 import ngd_jax as ngd
+from experiments.running.screen import Terminal
 
 __all__ = [
     "Gaussian",
@@ -166,12 +168,14 @@ def linear_data(seed: int = 0, size: int = 6, num_examples: int = 40) -> Data:
 
 def main() -> None:
     """Prints both checks."""
-    with jax.enable_x64(True):
+    console = Terminal(highlight=False, markup=False, soft_wrap=True)
+    # On a busy machine the threads of LAPACK wait for each other.
+    with jax.enable_x64(True), threadpool_limits(limits=1, user_api="blas"):
         x, y = linear_data()
         q, _ = fit(log_likelihood_linear, (x, y), rate=1.0, num_steps=1)
         precision = np.eye(x.shape[1]) + np.asarray(x.T @ x)
         mean = np.linalg.solve(precision, x.T @ y)
-        print(
+        console.print(
             f"linear regression, one step: the posterior mean is off by "
             f"{np.abs(q.mean - mean).max():.1e}, its precision by "
             f"{np.abs(q.precision - precision).max() / np.abs(precision).max():.1e}"
@@ -182,12 +186,14 @@ def main() -> None:
         log_prob = log_likelihood_logistic(x @ q.mean, 0 * spread, y).mean()
         accuracy = (jnp.sign(x @ q.mean) == y).mean()
         flat = ravel_pytree(q)[0]
-        print(
+        console.print(
             f"logistic regression, {x.shape[1]} weights, {flat.size} parameters of q:"
         )
         for count in (0, 1, 2, 3, 5, 10, 20, 30):
-            print(f"  free energy after {count:3d} steps {float(values[count]):.9f}")
-        print(
+            console.print(
+                f"  free energy after {count:3d} steps {float(values[count]):.9f}"
+            )
+        console.print(
             f"  test accuracy {float(accuracy):.1%}, log-probability at the mean "
             f"{float(log_prob):.3f}"
         )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ngd_jax.trust_region import (
@@ -229,8 +229,9 @@ def test_mixtures_of_power_laws_fill_the_radius(a, b, p, q, overshoot):
 
 
 def step_function(s, *values):
-    index = jnp.clip(jnp.floor(4 + jnp.log10(s)), 0, 7).astype(int)
-    return jnp.stack(values)[jnp.where(jnp.isnan(s), 0, index)]
+    # By comparisons, which no way of compiling rounds differently at a jump.
+    edges = 10.0 ** np.arange(-3, 4, dtype=np.float32)
+    return jnp.stack(values)[jnp.sum(s >= edges)]
 
 
 def test_kl_that_stays_zero_never_gives_an_infinite_step():
@@ -239,6 +240,7 @@ def test_kl_that_stays_zero_never_gives_an_infinite_step():
     assert np.isfinite(result.scale)
 
 
+@example(values=[0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0], max_kl=1.0, start=0.01)
 @given(
     values=st.lists(st.floats(width=32), min_size=8, max_size=8),
     max_kl=st.floats(1e-6, 1e3),

@@ -6,7 +6,6 @@ and writes both into `output`. The numbers are in `configs/physics_table.yaml`.
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 import sys
@@ -26,6 +25,7 @@ import threadpoolctl  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
+from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import AT_LEAST_ONE, POSITIVE, ConfigError  # noqa: E402
 from experiments.tasks.equations.derivatives import init_network  # noqa: E402
 from experiments.tasks.equations.learner import POINTS_STREAM, l2_error  # noqa: E402
@@ -225,6 +225,7 @@ def draw(config: TableConfig, paths: dict[str, list[Course]], file: Path) -> Non
 )
 def table(tree: DictConfig) -> None:
     """Measures, prints and writes the table that `tree` describes."""
+    console = Terminal(highlight=False, markup=False, soft_wrap=True)
     try:
         # Of the problem's file, all but the steps of a run.
         own = [field.name for field in dataclasses.fields(TableConfig)]
@@ -234,14 +235,14 @@ def table(tree: DictConfig) -> None:
             jax.enable_x64(config.task.precision == "float64"),
             threadpoolctl.threadpool_limits(1, user_api="blas"),
         ):
-            paths = measure(config, functools.partial(print, flush=True))
+            paths = measure(config, console.print)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     text = render(config, paths)
-    print(text)
     (folder / "table.md").write_text(text + "\n")
+    console.print(text)
     raw = {name: [run._asdict() for run in runs] for name, runs in paths.items()}
     (folder / "paths.json").write_text(json.dumps(raw))
     draw(config, paths, folder / "paths.png")
