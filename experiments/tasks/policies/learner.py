@@ -79,7 +79,9 @@ class PolicyLearner:
             Column("residual", "solver_residual", ".1e"),
             Column("accepted", "accepted", ".0%"),
         )
-        is_solved = "solver_residual" in read_step_info(self.first_state)
+        # The value function may have a natural gradient of its own.
+        info = read_step_info(self.first_state.agents.opt_state)
+        is_solved = "solver_residual" in info
         self.columns = (
             Column("return", "return", ".1f"),
             *(solves if is_solved else ()),

@@ -195,6 +195,13 @@ def test_run_that_normalizes_and_squashes_leaves_the_policy_that_it_evaluates(
     assert learner.evaluate(restored)["test_return"] == result.metrics["test_return"]
 
 
+@pytest.mark.parametrize("optimizer", ["trpo", "adam"])
+def test_screen_shows_the_solver_of_the_policy_not_that_of_the_value(optimizer):
+    natural = ("task.value.method=natural_gradient", f"optimizer={optimizer}")
+    names = [column.name for column in PolicyLearner(config(*natural)).columns]
+    assert ("solver_residual" in names) == (optimizer == "trpo")
+
+
 def test_env_brings_its_numbers_and_the_command_line_has_the_last_word():
     chosen = make_config("task=trpo", "env=Pendulum-v1")
     assert (chosen.task.env, chosen.task.discount) == ("Pendulum-v1", 0.9)
