@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.running.plots import add_legend
+
 __all__ = ["COLORS", "finish", "new_figure"]
 
 # One colour for each optimizer in every picture; all tell apart without colour vision.
@@ -30,5 +32,5 @@ def finish(axis: Axes, *, title: str, x: str, y: str, legend: bool = True) -> No
     """Names an axis and what is on it; both labels with their units."""
     axis.set(title=title, xlabel=x, ylabel=y)
     axis.grid(visible=True, which="major", alpha=0.3)
-    if legend and axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False)
+    if legend:
+        add_legend(axis)

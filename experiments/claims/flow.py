@@ -329,10 +329,7 @@ def _draw(counts: list[int], paths: np.ndarray, apart: np.ndarray) -> Figure:
         title=f"Flow time {_FLOW_TIME:g} in {counts[0]} steps",
         x="shape a",
         y="rate b",
-        legend=False,
     )
-    left.set_xlim(right=3.2)
-    left.legend(frameon=False, loc="lower right")
     for method, distance, (color, style) in zip(_METHODS, apart, _STYLES, strict=True):
         right.loglog(counts, distance, style, color=COLORS[color], label=method)
     for order in (1, 2):
@@ -347,7 +344,6 @@ def _draw(counts: list[int], paths: np.ndarray, apart: np.ndarray) -> Figure:
         )
     right.set_xticks(counts, [str(count) for count in counts])
     right.minorticks_off()
-    right.set_ylim(top=50)
     finish(
         right,
         title="Difference between parametrisations",

@@ -269,15 +269,13 @@ def _draw(results: dict[str, Drift], well: np.ndarray, dampings: np.ndarray) -> 
         )
         left.plot(steps, np.median(chosen, 0), style, color=COLORS[color], label=label)
     left.set_yscale("log")
-    left.set_ylim(1e-17, 1e4)
+    left.set_ylim(bottom=1e-17)
     finish(
         left,
         title="The two networks drift apart, or do not",
         x="step",
         y="largest difference of the outputs",
-        legend=False,
     )
-    left.legend(frameon=False, ncols=2, loc="upper right", fontsize="small")
     for named, color, marker, label in (
         (_plain, "natural gradient, fixed rate", "o", "λI in both"),
         (_mapped, "natural gradient", "s", "λ in the mapped metric"),

@@ -359,19 +359,16 @@ def _draw(results: dict[str, _Result], is_outlier: np.ndarray) -> Figure:
         title="Test error",
         x="step (grey line: a batch with a wrong label)",
         y="mean square distance to the teacher",
-        legend=False,
     )
-    left.set_ylim(top=left.get_ylim()[1] * 12)
-    left.legend(frameon=False, fontsize="small", loc="upper left")
     right.set_yscale("log")
-    right.axhline(_RADIUS, color=COLORS["theory"], ls="--", lw=1)
-    right.text(2.5, _RADIUS * 1.15, "radius", color=COLORS["theory"], fontsize="small")
+    label = "the radius, which holds on the batch of the step"
+    right.axhline(_RADIUS, color=COLORS["theory"], ls="--", lw=1, label=label)
     right.set_xticks(range(len(results)), _SHORT, fontsize="small")
     finish(
         right,
         title="KL of each step: clean (grey), outlier (colour)",
         x="optimizer",
-        y="mean KL per example, held-out (nats)",
+        y=f"mean KL on {HELD_OUT} other inputs (nats)",
     )
     return figure
 

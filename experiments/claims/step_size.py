@@ -335,7 +335,6 @@ def _draw(
             color=orange,
             label=f"SGD, rate {rate:g}",
         )
-    left.set_ylim(top=sgd.max() * 1000)
     finish(left, title="KL of each step", x="step", y="mean KL per example (nats)")
     shades, styles = ("#a63603", "#e6550d", "#fd8d3c", "#969696"), ("-", "--", ":", "-")
     for (radius, damping), ratio, color, style in zip(
@@ -347,16 +346,13 @@ def _draw(
     for fill in fills[first:]:
         right.semilogy(steps, fill, ".", color=blue, label=label)
         label = None
-    right.set_ylim(top=ratios.max() * 300)
     right.axhline(1.0, color=COLORS["theory"], ls="--", lw=1)
     finish(
         right,
         title="What the quadratic model alone would do",
         x="step",
         y="KL of the step over the radius",
-        legend=False,
     )
-    right.legend(frameon=False, fontsize="small", loc="upper right")
     return figure
 
 

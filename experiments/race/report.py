@@ -79,10 +79,16 @@ def plot_race(
         axis.axhline(target, color="black", lw=0.8, ls=":", label="target")
     if everything and min(everything) > 0:
         axis.set_yscale("log")
-    axis.set_xscale("symlog", linthresh=10 if kind == "steps" else config.seconds / 100)
+    linear = 10 if kind == "steps" else config.seconds / 100
+    axis.set_xscale("symlog", linthresh=linear)
     axis.set_xlim(left=0)
     unit = "steps" if kind == "steps" else f"seconds of training ({config.clock})"
-    finish(axis, title=f"{config.task.name}", x=unit, y="loss on the training set")
+    finish(
+        axis,
+        title=config.task.name,
+        x=f"{unit}, logarithmic from {linear:g} on",
+        y="loss on the training set",
+    )
     draft = path.with_name(f".{path.name}")
     figure.savefig(draft, format="png")
     draft.replace(path)

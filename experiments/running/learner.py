@@ -79,6 +79,8 @@ class Learner(Protocol):
     def draw(self, state: Any, records: Rows, folder: Path, title: str) -> None:
         """Draws a run that ended in `state` into `folder`, at least `curves.png`.
 
+        What else is to be kept of the run besides checkpoints is written here too.
+
         Args:
           state: the last one.
           records: the lines of `metrics.jsonl`, one for each step, and the `seconds` of

@@ -85,10 +85,7 @@ def _run(
     console: Console,
     stop: StopRequest,
 ) -> Result:
-    names = dict.fromkeys(
-        (config.task.name, config.optimizer["name"])
-    )  # "trpo" is both
-    title = f"{', '.join(names)}, seed {config.seed}"
+    title = _title(config)
     is_first = jax.process_index() == 0
     checkpoints = Checkpoints(folder / "checkpoints")
     first_state = learner.first_state
@@ -137,10 +134,16 @@ def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
         if name == "train_loss" or name.startswith("test_")
     )
     return (
-        f"{config.task.name}, {config.optimizer['name']}, seed {config.seed}: {values} "
-        f"after {result.steps} steps and {result.seconds:.1f} s of training "
+        f"{_title(config)}: {values} after {result.steps} steps and "
+        f"{result.seconds:.1f} s of training "
         f"(compiled in {result.compile_seconds:.1f} s). All of it is in {folder}"
     )
+
+
+def _title(config: TrainConfig) -> str:
+    # "trpo" is both a task and an optimizer.
+    names = dict.fromkeys((config.task.name, config.optimizer["name"]))
+    return f"{', '.join(names)}, seed {config.seed}"
 
 
 def _describe_stop(step: int, config: TrainConfig, folder: Path) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "CONTRAST",
     "DARK",
     "LIGHT",
+    "add_legend",
     "draw_kl",
     "plot_curves",
     "save_figure",
@@ -29,6 +30,7 @@ __all__ = [
 Records = list[dict[str, Any]]
 
 LIGHT, DARK, CONTRAST = "#9ecae1", "#08519c", "#d94801"
+FONT_SIZE = 8.5  # points, of legends
 SETS = (
     ("{}", "-", LIGHT, "batch, before the step"),
     ("train_{}", "o-", DARK, "training set"),
@@ -83,21 +85,47 @@ def save_figure(
             part.remove()
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure.set_size_inches(5.5 * columns, 3.75 * rows)
+    figure.set_size_inches(5.5 * columns, 4.0 * rows)
     grid = figure.add_gridspec(rows, columns)
     steps, seconds = series(records, "seconds")
     for number, axis in enumerate(shown):
         for part in _panel(axis):
             part.set_subplotspec(grid[number])
         axis.grid(visible=True, which="major", alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
         axis.tick_params(labelbottom=True)
         axis.set_xlabel(label)
+        add_legend(axis)
         axis.set_xlim(left=0.0)
         if steps.size:
             _add_seconds(axis, scale * steps, seconds)
     write_figure(figure, path)
+
+
+def add_legend(axis: Axes, *, title: str | None = None) -> None:
+    """Puts the legend, if there is one, below the axis, where it covers no curve.
+
+    Call it after the label of the axis is set.
+    """
+    labels = axis.get_legend_handles_labels()[1]
+    figure, grid, whole = axis.figure, axis.get_gridspec(), axis.get_tightbbox()
+    assert figure is not None
+    assert grid is not None
+    assert whole is not None
+    # What ticks and label take below the axis, in points.
+    below = (axis.get_window_extent().y0 - whole.y0) * 72 / figure.dpi
+    room = 0.85 * figure.bbox.width / grid.ncols
+    for columns in range(min(3, len(labels)), 0, -1):
+        legend = axis.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            borderaxespad=below / FONT_SIZE + 0.2,  # as it counts
+            ncols=columns,
+            frameon=False,
+            fontsize=FONT_SIZE,
+            title=title,
+        )
+        if legend.get_window_extent().width <= room:
+            break
 
 
 def write_figure(figure: Figure, path: Path) -> None:

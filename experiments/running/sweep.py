@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
-from experiments.running.plots import series, write_figure
+from experiments.running.plots import add_legend, series, write_figure
 from experiments.running.run_folder import read_json_lines, shorten
 from experiments.running.screen import Terminal
 
@@ -150,7 +150,8 @@ def _best(results: dict[str, list[dict[str, Any]]], goal: str) -> str | None:
 
 def draw_sweep(groups: dict[str, list[Run]], path: Path) -> None:
     """Draws the loss of each setting over steps, its median and range over seeds."""
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    height = 4.5 + 0.2 * len(groups)  # a line of the legend each, at most
+    figure = Figure(figsize=(7.5, height), layout="constrained")
     axis = figure.subplots()
     lowest = np.inf
     for label, runs in groups.items():
@@ -169,8 +170,7 @@ def draw_sweep(groups: dict[str, list[Run]], path: Path) -> None:
     axis.set(xlabel="step", ylabel="loss of the batch (nats)")
     axis.set_yscale("log" if lowest > 0.0 else "linear")
     axis.grid(visible=True, alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, title="median and range over seeds")
+    add_legend(axis, title="median and range over seeds")
     write_figure(figure, path)
 
 

@@ -153,7 +153,8 @@ def _draw_descent(axis: Axes, descent: Descent) -> None:
     axis.set_xscale("symlog", linthresh=10)
     axis.set_yscale("log")
     axis.set_xticks([0, 5, 10, 100, 1000], ["0", "5", "10", "100", "1,000"])
-    finish(axis, title="Logistic regression", x="step", y="norm of the gradient")
+    x = "step, logarithmic from 10 on"
+    finish(axis, title="Logistic regression", x=x, y="norm of the gradient")
 
 
 def _draw_errors(axis: Axes, identities: Sequence[Identity]) -> None:

@@ -123,3 +123,5 @@ def _draw(
     if is_signed_log:
         bar.ax.set_yticklabels([f"{tick:.0e}" if tick else "0" for tick in ticks])
         bar.ax.minorticks_off()
+        linear = largest / 10**_DECADES
+        bar.set_label(f"symmetric log scale, linear within ±{linear:.0e}")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import ngd_jax as ngd
 from experiments.running.build import locate
@@ -54,10 +55,11 @@ class Environment:
       observation_shape: of one observation.
       num_actions: of the actions to choose from; 0 where they are vectors.
       action_size: entries of the vectors; 0 where actions are chosen.
-      action_low: bounds of the vectors, to which actions are clipped.
+      action_low: bounds of the vectors.
       action_high: likewise.
       max_episode_steps: the time limit.
       observation_scale: what observations are divided by.
+      is_squashed: whether vectors come to their bounds by tanh; else they are clipped.
     """
 
     name: str
@@ -70,28 +72,29 @@ class Environment:
     action_high: float | tuple[float, ...]
     max_episode_steps: int
     observation_scale: tuple[float, ...] = (1.0,)
+    is_squashed: bool = False
 
     @property
     def likelihood(self) -> ngd.Likelihood:
         """The distribution of the actions: categorical, or normal with learned width.
 
-        That of vectors is not cut off at the bounds: clipping them is what the
-        environment does.
+        That of vectors is not cut off at the bounds: it is of u, and the environment
+        acts by `bounded(u)`. Where that is tanh the density of the action is
+        p(u) / |da/du|. The Jacobian has no parameters: it cancels in the ratio of two
+        policies, and with it in their KL, so that surrogate and metric are those of
+        the normal distribution. Not in the entropy, which is that of u.
         """
         return ngd.Categorical() if self.num_actions else ngd.DiagonalGaussian()
 
     def reset(self, key: jax.Array) -> tuple[jax.Array, PyTree]:
         """The first observation and the state of a new episode."""
         observation, state = self.dynamics.reset_env(key, self.constants)
-        return self._scaled(observation), jax.tree.map(_strong, state)
+        return self.scaled(observation), jax.tree.map(_strong, state)
 
     def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> Transition:
         """Takes `action`; where the episode ends, a new one has begun after it."""
-        if not self.num_actions:
-            low, high = jnp.asarray(self.action_low), jnp.asarray(self.action_high)
-            action = jnp.clip(action, low, high)
         observation, next_state, reward, terminated, truncated, info = (
-            self.dynamics.step(key, state, action, self.constants)
+            self.dynamics.step(key, state, self.bounded(action), self.constants)
         )
         # The dtypes of a state must not change from step to step.
         next_state = jax.tree.map(
@@ -102,20 +105,33 @@ class Environment:
             state,
         )
         return Transition(
-            observation=self._scaled(observation),
+            observation=self.scaled(observation),
             state=next_state,
             reward=_as_float(reward),
             terminated=terminated,
             truncated=truncated & ~terminated,
-            next_observation=self._scaled(info["final_observation"]),
+            next_observation=self.scaled(info["final_observation"]),
         )
 
-    def _scaled(self, observation: Any) -> jax.Array:
+    def bounded(self, action: jax.Array) -> jax.Array:
+        """What the environment is given for an `action` that a policy drew."""
+        if self.num_actions:
+            return action
+        low, high = jnp.asarray(self.action_low), jnp.asarray(self.action_high)
+        if self.is_squashed:
+            action = low + (high - low) * (1 + jnp.tanh(action)) / 2
+        return jnp.clip(action, low, high)  # a squashed one, by round-off
+
+    def scaled(self, observation: Any) -> jax.Array:
+        """An observation of the environment as the policy is given it."""
         return _as_float(observation) / jnp.asarray(self.observation_scale, jnp.float32)
 
 
 def make_environment(
-    name: str, observation_scale: Sequence[float] = (1.0,)
+    name: str,
+    observation_scale: Sequence[float] = (1.0,),
+    *,
+    squash_actions: bool = False,
 ) -> Environment:
     """Builds the environment that gymnax has under `name`.
 
@@ -124,6 +140,8 @@ def make_environment(
         `gymnax.make` does: an environment and its parameters.
       observation_scale: what observations are divided by: one number, or one for each
         entry of a vector.
+      squash_actions: whether tanh maps vectors of actions into their bounds, instead
+        of clipping them.
 
     Raises:
       ConfigError: gymnax is not installed, has no such environment, or has one whose
@@ -167,6 +185,11 @@ def make_environment(
             f"{len(observation_scale)}."
         )
     low, high = (0.0, 0.0) if is_discrete else _bounds(actions)
+    if squash_actions and (is_discrete or not np.isfinite([low, high]).all()):
+        raise ConfigError(
+            f"`task.squash_actions` must be false unless actions are vectors with "
+            f"finite bounds, got true for {name} with actions {actions!r}."
+        )
     return Environment(
         name=name,
         dynamics=dynamics,
@@ -178,6 +201,7 @@ def make_environment(
         action_high=high,
         max_episode_steps=int(constants.max_steps_in_episode),
         observation_scale=tuple(observation_scale),
+        is_squashed=squash_actions,
     )
 
 

@@ -20,7 +20,9 @@ from experiments.running.screen import Column
 from experiments.running.settings import ConfigError
 from experiments.tasks.policies.environments import make_environment
 from experiments.tasks.policies.evaluation import make_evaluate_fn, run_episode
+from experiments.tasks.policies.export import export_policy
 from experiments.tasks.policies.networks import make_policy_fn, make_value_fn
+from experiments.tasks.policies.observations import normalizing
 from experiments.tasks.policies.pictures import can_draw, draw_curves, draw_frames
 from experiments.tasks.policies.settings import PolicyConfig, PPOConfig
 from experiments.tasks.policies.training import (
@@ -59,12 +61,13 @@ class PolicyLearner:
         self._config = config
         self._num_agents = task.num_agents
         self._parts = make_parts(config)
+        self._policy_fn = normalizing(self._parts.policy_fn)
         self._train_chunk = make_train_chunk(
             self._parts, task.num_agents, config.steps_per_dispatch
         )
         self._returns = make_evaluate_fn(
             self._parts.environment,
-            self._parts.policy_fn,
+            self._policy_fn,
             num_agents=task.num_agents,
             num_episodes=task.eval_episodes,
             batch_size=config.eval_batch_size,
@@ -76,7 +79,9 @@ class PolicyLearner:
             Column("residual", "solver_residual", ".1e"),
             Column("accepted", "accepted", ".0%"),
         )
-        is_solved = "solver_residual" in read_step_info(self.first_state)
+        # The value function may have a natural gradient of its own.
+        info = read_step_info(self.first_state.agents.opt_state)
+        is_solved = "solver_residual" in info
         self.columns = (
             Column("return", "return", ".1f"),
             *(solves if is_solved else ()),
@@ -100,7 +105,7 @@ class PolicyLearner:
 
         With several agents also the median and the lowest of the agents' means.
         """
-        returns = np.asarray(self._returns(state.agents.params, self._evaluation_key))
+        returns = np.asarray(self._returns(state.agents.policy, self._evaluation_key))
         values = {"test_return": returns.mean(), "test_return_lowest": returns.min()}
         if self._num_agents > 1:
             means = returns.mean(axis=1)
@@ -109,7 +114,11 @@ class PolicyLearner:
         return values
 
     def draw(self, state: PolicyState, records: Rows, folder: Path, title: str) -> None:
-        """Draws the curves, and frames of an episode where they can be drawn."""
+        """Draws the curves, and frames of an episode where they can be drawn.
+
+        Writes the policy, too. Of several agents the policy and the episode are those
+        of the first.
+        """
         environment = self._parts.environment
         title = f"{environment.name}, {title}"
         draw_curves(
@@ -118,13 +127,14 @@ class PolicyLearner:
             title,
             steps_per_update=self._parts.num_envs * self._parts.num_steps,
         )
+        agent = state.agents
+        if self._num_agents > 1:
+            agent = jax.tree.map(lambda leaf: leaf[0], agent)
+        export_policy(environment, agent.params, agent.used, folder)
         if not can_draw(environment.name):
             return
-        params = state.agents.params
-        if self._num_agents > 1:
-            params = jax.tree.map(lambda leaf: leaf[0], params)
         observations, running, total = jax.jit(run_episode, static_argnums=(0, 1))(
-            environment, self._parts.policy_fn, params, self._evaluation_key
+            environment, self._policy_fn, agent.policy, self._evaluation_key
         )
         observations = np.asarray(observations)[np.asarray(running)]
         draw_frames(
@@ -144,7 +154,9 @@ def make_parts(config: TrainConfig) -> Parts:
     _check(config)
     task: PolicyConfig = config.task
     assert config.batch_size is not None
-    environment = make_environment(task.env, task.observation_scale)
+    environment = make_environment(
+        task.env, task.observation_scale, squash_actions=task.squash_actions
+    )
     init_policy, policy_fn = make_policy_fn(
         environment, task.hidden_sizes, task.initial_scale
     )
@@ -159,6 +171,7 @@ def make_parts(config: TrainConfig) -> Parts:
         discount=task.discount,
         trace_decay=task.trace_decay,
         reward_scale=task.reward_scale,
+        normalize_observations=task.normalize_observations,
         init_policy=init_policy,
         policy_fn=policy_fn,
         init_optimizer=init_optimizer,

@@ -45,11 +45,9 @@ def draw_curves(
     _draw_kl(axes[0, 1], curves)
     _draw_acceptance(axes[0, 2], curves)
     _draw_solver(axes[1, 0], curves)
-    curves.draw(axes[1, 1], "entropy", DARK, "entropy")
+    curves.draw(axes[1, 1], "entropy", DARK)
     axes[1, 1].set(title="Entropy of the policy", ylabel="nats per action")
-    curves.draw(axes[1, 2], "explained_variance", DARK, "explained variance")
-    axes[1, 2].set(title="Value function", ylabel="explained variance of the returns")
-    axes[1, 2].set_ylim(-1.0, 1.05)
+    _draw_value(axes[1, 2], curves)
     label = "environment steps of an agent (thousands)"
     scale = steps_per_update / 1000
     save_figure(figure, axes, path, records, label=label, scale=scale)
@@ -74,7 +72,7 @@ class _Curves:
         axis: Axes,
         name: str,
         color: str,
-        label: str,
+        label: str | None = None,
         style: str = "-",
         bounds: Sequence[str] = ("{}_min", "{}_max"),
     ) -> bool:
@@ -116,14 +114,10 @@ def _draw_acceptance(axis: Axes, curves: _Curves) -> None:
     _, expected = curves.get("expected_improvement")
     if actual.size and actual.size == expected.size:
         with np.errstate(divide="ignore", invalid="ignore"):
-            axis.plot(
-                steps,
-                actual / expected,
-                ".-",
-                ms=4,
-                color=DARK,
-                label="actual over expected improvement",
-            )
+            ratio = actual / expected
+        label = "actual over expected improvement"
+        axis.plot(steps, ratio, ".-", ms=4, color=DARK, label=label)
+        _limit(axis, steps, ratio, -0.2, 1.8)
         steps, accepted = curves.get("accepted")
         if steps.size:
             axis.step(
@@ -133,23 +127,56 @@ def _draw_acceptance(axis: Axes, curves: _Curves) -> None:
                 color=CONTRAST,
                 label="share of updates taken",
             )
-        axis.set(title="Acceptance", ylabel="ratio", ylim=(-0.2, 1.8))
+        axis.set(title="Acceptance", ylabel="ratio")
         return
-    curves.draw(axis, "improvement", DARK, "improvement of the surrogate")
+    curves.draw(axis, "improvement", DARK)
     axis.set(title="Improvement", ylabel="of the surrogate")
 
 
 def _draw_solver(axis: Axes, curves: _Curves) -> None:
     axis.set(title="Solver and step", ylabel="relative residual")
-    if not curves.draw(axis, "solver_residual", DARK, "relative residual", ".-"):
+    if not curves.draw(axis, "solver_residual", DARK, style=".-"):
         axis.set_yticks([])
         axis.text(0.5, 0.5, "no inner solver", ha="center", transform=axis.transAxes)
         return
     axis.set_yscale("log")
     twin = axis.twinx()
-    curves.draw(twin, "step_scale", CONTRAST, "step scale")
+    curves.draw(twin, "step_scale", CONTRAST)
     twin.set_ylim(bottom=0.0)
     twin.set_ylabel("step scale s in θ ← θ - s d", color=CONTRAST)
+
+
+def _draw_value(axis: Axes, curves: _Curves) -> None:
+    axis.set(title="Value function", ylabel="explained variance of the returns")
+    name = "explained_variance"
+    curves.draw(axis, name, DARK)
+    steps, lowest = curves.get(f"{name}_min")  # of several agents
+    if not steps.size:
+        steps, lowest = curves.get(name)
+    _limit(axis, steps, lowest, -1.0, 1.05)
+
+
+def _limit(
+    axis: Axes, steps: np.ndarray, values: np.ndarray, low: float, high: float
+) -> None:
+    """Limits `axis`, and marks at its edge the steps whose values are beyond."""
+    axis.set_ylim(low, high)
+    for edge, beyond, marker, text in (
+        (low, values < low, "v", "below {:g}, down to {:.3g}"),
+        (high, values > high, "^", "above {:g}, up to {:.3g}"),
+    ):
+        if beyond.any():
+            extreme = values[beyond][np.argmax(np.abs(values[beyond] - edge))]
+            axis.plot(
+                steps[beyond],
+                np.full(beyond.sum(), edge),
+                marker,
+                ms=5,
+                color=DARK,
+                clip_on=False,
+                zorder=3,
+                label=text.format(edge, extreme),
+            )
 
 
 def can_draw(name: str) -> bool:

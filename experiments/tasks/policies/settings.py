@@ -82,10 +82,15 @@ class PolicyConfig:
       trace_decay: λ of the advantages.
       observation_scale: what observations are divided by: a number for each entry, or
         one for all.
+      normalize_observations: whether they are then shifted and divided by the mean and
+        the standard deviation of all that the agent had seen before the rollout.
       reward_scale: what rewards are multiplied by in learning; logs and evaluations
         know the true ones.
       hidden_sizes: widths of the policy's hidden layers.
       initial_scale: standard deviation of the first actions, where they are vectors.
+      squash_actions: whether vectors of actions come to their bounds by tanh, and are
+        not clipped; `initial_scale` and the entropy in the logs are then of what tanh
+        is taken of.
       eval_episodes: episodes of an evaluation, in which the policy takes its most
         likely action.
       value: the value function.
@@ -98,8 +103,10 @@ class PolicyConfig:
     discount: Annotated[float, UP_TO_ONE]
     trace_decay: Annotated[float, UP_TO_ONE]
     observation_scale: Annotated[list[float], POSITIVE]
+    normalize_observations: bool
     reward_scale: Annotated[float, POSITIVE]
     hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
     initial_scale: Annotated[float, POSITIVE]
+    squash_actions: bool
     eval_episodes: Annotated[int, AT_LEAST_ONE]
     value: ValueConfig

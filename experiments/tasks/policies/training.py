@@ -17,6 +17,13 @@ import jax.numpy as jnp
 from experiments.running.dispatch import fix_types, match_types, take_steps
 from experiments.tasks.policies.advantages import generalized_advantages, normalize
 from experiments.tasks.policies.environments import Environment
+from experiments.tasks.policies.observations import (
+    Statistics,
+    merge,
+    no_statistics,
+    normalized,
+    normalizing,
+)
 from experiments.tasks.policies.rollouts import (
     Actors,
     collect,
@@ -52,6 +59,11 @@ class Agent(NamedTuple):
       value_params: of the value function.
       value_opt_state: of its fit.
       actors: where its environments are.
+      seen: statistics of all observations so far, by which the next rollout and all
+        that is learned from it will see; None where they stay as they are.
+      used: those that the last update saw by: of the observations before its rollout.
+        It is with them that the policy is within the radius of the one before, and is
+        evaluated.
     """
 
     params: PyTree
@@ -59,6 +71,13 @@ class Agent(NamedTuple):
     value_params: PyTree
     value_opt_state: PyTree
     actors: Actors
+    seen: Statistics | None
+    used: Statistics | None
+
+    @property
+    def policy(self) -> tuple[PyTree, Statistics | None]:
+        """What `normalizing(policy_fn)` takes for the policy as it was learned."""
+        return self.params, self.used
 
 
 class PolicyState(NamedTuple):
@@ -86,12 +105,13 @@ class Parts:
       discount: γ.
       trace_decay: λ of the advantages.
       reward_scale: what rewards are multiplied by in learning.
+      normalize_observations: whether the networks see by running statistics.
       init_policy: key -> parameters.
-      policy_fn: (params, batch) -> outputs.
+      policy_fn: (params, batch) -> outputs, of observations that are normalised.
       init_optimizer: parameters -> state of the optimizer.
       update: of the policy.
       init_value: key -> parameters.
-      value_fn: (params, batch) -> values.
+      value_fn: (params, batch) -> values, likewise.
       init_value_optimizer: parameters -> state of the fit.
       fit: of the value function.
     """
@@ -102,6 +122,7 @@ class Parts:
     discount: float
     trace_decay: float
     reward_scale: float
+    normalize_observations: bool
     init_policy: Callable[[jax.Array], PyTree]
     policy_fn: Callable[[PyTree, PyTree], PyTree]
     init_optimizer: Callable[[PyTree], PyTree]
@@ -117,12 +138,17 @@ def init_agent(parts: Parts, key: jax.Array) -> Agent:
     policy_key, value_key, actor_key = jax.random.split(key, 3)
     params = parts.init_policy(policy_key)
     value_params = parts.init_value(value_key)
+    statistics = None
+    if parts.normalize_observations:
+        statistics = no_statistics(parts.environment.observation_shape)
     return Agent(
         params=params,
         opt_state=parts.init_optimizer(params),
         value_params=value_params,
         value_opt_state=parts.init_value_optimizer(value_params),
         actors=start_actors(parts.environment, actor_key, parts.num_envs),
+        seen=statistics,
+        used=statistics,
     )
 
 
@@ -133,12 +159,15 @@ class Experience(NamedTuple):
       policy: "observations", "actions", "log_probs" and normalised "advantages".
       value: "observations" and "targets".
       actors: the environments after it.
+      seen: the statistics of observations after it; what is in the batches has been
+        normalised by those before.
       records: what it tells by itself.
     """
 
     policy: PyTree
     value: PyTree
     actors: Actors
+    seen: Statistics | None
     records: Records
 
 
@@ -146,8 +175,20 @@ def gather(parts: Parts, agent: Agent, key: jax.Array) -> Experience:
     """Lets the policy act, and weighs what came of it by the value function."""
     environment = parts.environment
     rollout, actors = collect(
-        environment, parts.policy_fn, agent.params, agent.actors, key, parts.num_steps
+        environment,
+        normalizing(parts.policy_fn),
+        (agent.params, agent.seen),
+        agent.actors,
+        key,
+        parts.num_steps,
     )
+    seen = None
+    if agent.seen is not None:
+        seen = merge(agent.seen, rollout.observations)
+        rollout = rollout._replace(
+            observations=normalized(agent.seen, rollout.observations),
+            next_observations=normalized(agent.seen, rollout.next_observations),
+        )
     flat = jax.tree.map(_merge_axes, rollout)
 
     def values_of(observations: jax.Array) -> jax.Array:
@@ -178,7 +219,7 @@ def gather(parts: Parts, agent: Agent, key: jax.Array) -> Experience:
         "explained_variance": explained_variance(values.ravel(), targets),
     }
     value_batch = {"observations": flat.observations, "targets": targets}
-    return Experience(batch, value_batch, actors, records)
+    return Experience(batch, value_batch, actors, seen, records)
 
 
 def iterate(parts: Parts, agent: Agent, key: jax.Array) -> tuple[Agent, Records]:
@@ -191,7 +232,15 @@ def iterate(parts: Parts, agent: Agent, key: jax.Array) -> tuple[Agent, Records]
     value_params, value_opt_state = parts.fit(
         agent.value_params, agent.value_opt_state, experience.value, fit_key
     )
-    new = Agent(params, opt_state, value_params, value_opt_state, experience.actors)
+    new = Agent(
+        params=params,
+        opt_state=opt_state,
+        value_params=value_params,
+        value_opt_state=value_opt_state,
+        actors=experience.actors,
+        seen=experience.seen,
+        used=agent.seen,
+    )
     # The loop over steps needs types that do not change.
     return match_types(new, agent), {**experience.records, **records}
 

@@ -160,6 +160,8 @@ def test_a_diverging_run_ends_with_a_result_and_valid_json(tmp_path):
     result = train(tmp_path, "optimizer=sgd", "optimizer.learning_rate=1e38")
     assert result.metrics["train_loss"] is None
     assert "not finite" in describe_result(result, make_config(), tmp_path)
+    text = describe_result(result, make_config("task=trpo"), tmp_path)
+    assert text.startswith("trpo, seed 0: ")
     assert read_json_lines(tmp_path / "metrics.jsonl")[-1]["loss"] is None
     assert (tmp_path / "curves.png").exists()
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.running.plots import plot_curves, save_figure, series
+from experiments.running.plots import add_legend, plot_curves, save_figure, series
 
 STEP = {"loss": 1.0, "measured_kl": 0.01}
 
@@ -29,7 +29,7 @@ def test_curves_of_any_optimizer_and_task_become_one_picture(tmp_path, extra):
     plot_curves(records, path, "a run", metric=metric)
     # All of them are flat, and the loss stays.
     height, width, _ = matplotlib.image.imread(path).shape
-    assert (width, height) == (660, 450)
+    assert (width, height) == (660, 480)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -65,6 +65,34 @@ def test_panels_are_over_steps_from_zero_and_seconds_and_flat_ones_are_left_out(
         (0, 0),
         (0, 1),
     }
+
+
+@pytest.mark.parametrize("num_curves", [1, 2, 7])
+def test_legends_cover_no_panel_and_no_labels(num_curves):
+    figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for axis in axes.flat:
+        for number in range(num_curves):
+            axis.plot(np.arange(5), label=f"the curve of number {number}")
+        axis.set(title="A panel", xlabel="steps,\nin two lines", ylabel="value")
+        add_legend(axis)
+    figure.draw_without_rendering()
+    for axis in axes.flat:
+        legend = axis.get_legend().get_window_extent()
+        assert figure.bbox.count_contains([legend.min, legend.max]) == 2
+        assert not legend.overlaps(axis.xaxis.label.get_window_extent())
+        for other in axes.flat:
+            assert not legend.overlaps(other.get_window_extent())
+            assert not legend.overlaps(other.title.get_window_extent())
+            if other is not axis:
+                assert not legend.overlaps(other.get_legend().get_window_extent())
+
+
+def test_a_panel_without_labels_has_no_legend():
+    axis = Figure().subplots()
+    axis.plot([1.0, 2.0])
+    add_legend(axis)
+    assert axis.get_legend() is None
 
 
 def test_what_is_measured_before_a_step_starts_at_zero():

@@ -13,7 +13,9 @@ from experiments.running.config import CONFIG_DIR, compose_config, read_config
 from experiments.running.loop import run_training
 from experiments.running.run_folder import read_json_lines
 from experiments.running.settings import ConfigError
+from experiments.tasks.policies.export import load_policy
 from experiments.tasks.policies.learner import PolicyLearner, make_parts
+from experiments.tasks.policies.observations import normalizing
 from tests.experiments.helpers import assert_same_bits, make_config
 
 TINY = (
@@ -162,6 +164,44 @@ def test_other_environments_run_with_their_own_settings(env, tmp_path):
     assert (tmp_path / "episode.png").exists() == (env != "Breakout-MinAtar")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_agents", [1, 2])
+def test_run_that_normalizes_and_squashes_leaves_the_policy_that_it_evaluates(
+    tmp_path, num_agents
+):
+    overrides = ("env=Pendulum-v1", "steps=2", f"task.num_agents={num_agents}")
+    overrides += ("task.normalize_observations=true", "task.squash_actions=true")
+    result = run(tmp_path, *overrides)
+    parts = make_parts(config(*overrides))
+    agent = result.state.agents
+    if num_agents > 1:
+        agent = jax.tree.map(lambda leaf: leaf[0], agent)
+    assert agent.used.number == 64
+    assert agent.seen.number == 128
+    observation, state = parts.environment.reset(jax.random.key(0))
+    act, policy_fn = load_policy(tmp_path), normalizing(parts.policy_fn)
+    for step in range(5):
+        raw = observation * np.array(parts.environment.observation_scale)
+        batch = {"observations": observation[None]}
+        outputs = policy_fn((agent.params, agent.used), batch)
+        expected = 2 * np.tanh(outputs["mean"][0])
+        np.testing.assert_allclose(act(raw), expected, rtol=1e-4, atol=1e-6)
+        new = parts.environment.step(jax.random.key(step), state, outputs["mean"][0])
+        observation, state = new.observation, new.state
+    # The checkpoint has the statistics.
+    learner = PolicyLearner(config(*overrides))
+    restored = Checkpoints(tmp_path / "checkpoints").restore_latest(learner.first_state)
+    assert_same_bits(restored, result.state)
+    assert learner.evaluate(restored)["test_return"] == result.metrics["test_return"]
+
+
+@pytest.mark.parametrize("optimizer", ["trpo", "adam"])
+def test_screen_shows_the_solver_of_the_policy_not_that_of_the_value(optimizer):
+    natural = ("task.value.method=natural_gradient", f"optimizer={optimizer}")
+    names = [column.name for column in PolicyLearner(config(*natural)).columns]
+    assert ("solver_residual" in names) == (optimizer == "trpo")
+
+
 def test_env_brings_its_numbers_and_the_command_line_has_the_last_word():
     chosen = make_config("task=trpo", "env=Pendulum-v1")
     assert (chosen.task.env, chosen.task.discount) == ("Pendulum-v1", 0.9)
@@ -184,6 +224,7 @@ def test_env_brings_its_numbers_and_the_command_line_has_the_last_word():
         (["eval_train_examples=5"], "`eval_train_examples` is about a training set"),
         (["stream_above=1"], "`stream_above` is about a training set"),
         (["distributed.num_processes=2"], "`distributed.num_processes` must be 1"),
+        (["task.squash_actions=true"], "`task.squash_actions` must be false"),
         (["task.env=Nowhere-v0"], "`task.env` must be one of"),
     ],
 )

@@ -1,15 +1,22 @@
 """Rollouts against gymnax stepped in a Python loop, and episodes that end."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
+from gymnax.environments import spaces
 
 from experiments.running.settings import ConfigError
 from experiments.tasks.policies.environments import make_environment
-from experiments.tasks.policies.evaluation import make_evaluate_fn, run_episode
+from experiments.tasks.policies.evaluation import (
+    greedy_actions,
+    make_evaluate_fn,
+    run_episode,
+)
 from experiments.tasks.policies.rollouts import _remember, collect, start_actors
 
 
@@ -115,6 +122,46 @@ def test_vectors_of_actions_are_clipped_to_their_bounds():
     np.testing.assert_array_equal(far.observation, edge.observation)
 
 
+def test_squashed_actions_fill_their_bounds_and_the_best_one_is_tanh_of_the_mean():
+    env = make_environment("Pendulum-v1", squash_actions=True)
+    inner = np.linspace(-50.0, 50.0, 1001, dtype=np.float32)[:, None]
+    outer = np.asarray(env.bounded(inner))
+    np.testing.assert_allclose(outer, 2 * np.tanh(inner), atol=1e-6)
+    assert (outer.min(), outer.max()) == (-2.0, 2.0)
+    # Bounds that no float32 has, and not around zero.
+    uneven = dataclasses.replace(env, action_low=(-0.1,), action_high=(0.3,))
+    outer = np.asarray(uneven.bounded(inner))
+    assert (outer.min(), outer.max()) == (np.float32(-0.1), np.float32(0.3))
+    np.testing.assert_allclose(outer, 0.1 + 0.2 * np.tanh(inner), atol=1e-6)
+    _, state = env.reset(jax.random.key(0))
+    new = env.step(jax.random.key(1), state, jnp.array([0.4]))
+    plain = environment("Pendulum-v1")
+    expected = plain.step(jax.random.key(1), state, 2 * jnp.tanh(jnp.array([0.4])))
+    np.testing.assert_allclose(new.observation, expected.observation, rtol=1e-6)
+    assert greedy_actions(env, {"mean": 0.4, "log_scale": 1.0}) == 0.4
+
+
+def test_ratio_and_kl_of_squashed_policies_are_those_of_their_normal_distributions(x64):
+    """By their densities in the action a = tanh(u), integrated over (-1, 1)."""
+    likelihood = make_environment("Pendulum-v1", squash_actions=True).likelihood
+    actions = np.tanh(np.linspace(-9.0, 9.0, 100_001))[:, None]
+    inner = np.arctanh(actions)
+    outputs, densities = [], []
+    for mean, scale in ((0.3, 0.8), (-0.1, 1.1)):
+        log_scale = np.full(inner.shape, np.log(scale))
+        outputs.append({"mean": np.full(inner.shape, mean), "log_scale": log_scale})
+        normal = scipy.stats.norm(mean, scale).pdf(inner)
+        densities.append(normal[:, 0] / (1 - actions[:, 0] ** 2))
+    old, new = densities
+    total = scipy.integrate.trapezoid(old, actions[:, 0])
+    np.testing.assert_allclose(total, 1.0, rtol=1e-6)
+    log_probs = [likelihood.log_prob(each, inner) for each in outputs]
+    ratio = np.exp(log_probs[1] - log_probs[0])
+    np.testing.assert_allclose(ratio, new / old, rtol=1e-9)
+    kl = scipy.integrate.trapezoid(old * np.log(old / new), actions[:, 0])
+    np.testing.assert_allclose(likelihood.kl(*outputs)[0], kl, rtol=1e-6)
+
+
 def test_observations_are_divided_by_their_scale():
     plain, _ = environment("Pendulum-v1").reset(jax.random.key(0))
     scaled, _ = environment("Pendulum-v1", (1.0, 2.0, 4.0)).reset(jax.random.key(0))
@@ -164,3 +211,14 @@ def test_greedy_episode_is_that_of_a_python_loop():
 def test_bad_environments_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         make_environment(*arguments)
+
+
+def test_actions_without_bounds_are_not_squashed(monkeypatch):
+    with pytest.raises(ConfigError, match=r"`task.squash_actions` must be.*Discrete"):
+        make_environment("CartPole-v1", squash_actions=True)
+    dynamics = type(environment("Pendulum-v1").dynamics)
+    unbounded = spaces.Box(-1.0, np.inf, (1,))
+    monkeypatch.setattr(dynamics, "action_space", lambda *_: unbounded)
+    with pytest.raises(ConfigError, match=r"`task.squash_actions` must be.*inf"):
+        make_environment("Pendulum-v1", squash_actions=True)
+    assert make_environment("Pendulum-v1").action_high == (np.inf,)
