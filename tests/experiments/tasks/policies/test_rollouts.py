@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy
-from gymnax.environments import spaces
 
 from experiments.running.settings import ConfigError
 from experiments.tasks.policies.environments import make_environment
@@ -18,6 +17,9 @@ from experiments.tasks.policies.evaluation import (
     run_episode,
 )
 from experiments.tasks.policies.rollouts import _remember, collect, start_actors
+
+
+spaces = pytest.importorskip("gymnax.environments.spaces")
 
 
 def linear_policy(params, batch):
