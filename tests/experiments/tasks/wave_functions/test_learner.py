@@ -51,7 +51,7 @@ def test_finds_the_ground_state_within_the_radius(tmp_path):
     assert 0 < errors[-1] < 0.02 < errors[0]
     assert all(record["measured_kl"] <= 0.05 for record in records)
     picture = matplotlib.image.imread(tmp_path / "curves.png")
-    assert picture.shape[:2] == (900, 1320)
+    assert picture.shape[:2] == (960, 1320)
 
 
 def test_radius_and_damping_shrink_by_the_same_factor_in_every_step():
