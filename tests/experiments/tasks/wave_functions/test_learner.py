@@ -60,7 +60,7 @@ def test_finds_the_ground_state_within_the_radius(tmp_path):
     np.testing.assert_allclose(found, variances / (64 - 1) / 6**2)
     assert not {"moves_taken", "autocorrelation_time"} & set(records[0])
     picture = matplotlib.image.imread(tmp_path / "curves.png")
-    assert picture.shape[:2] == (900, 1320)
+    assert picture.shape[:2] == (960, 1320)
 
 
 STILL = ("optimizer=sgd", "optimizer.learning_rate=1e-12")
