@@ -86,6 +86,7 @@ def from_rows(monkeypatch):
 # --- Against the truth.
 
 
+@pytest.mark.long
 @every_case
 def test_forms_equal_columns_of_the_operator(case, x64, rng):
     params, x = case.make(rng, "float64")
@@ -459,6 +460,7 @@ def test_models_that_fail_on_one_example_raise(rng):
 # --- Parameters and outputs of every kind.
 
 
+@pytest.mark.long
 def test_models_that_are_not_holomorphic_are_linear_over_the_reals(x64, rng):
     x = jnp.asarray(rng.choice([-1.0, 1.0], (7, 3)))
     params = jnp.asarray(rng.normal(size=3) + 1j * rng.normal(size=3)) * 0.4

@@ -132,7 +132,7 @@ def test_layers_whose_outputs_come_first_are_checked_too(problem):
     assert failing(found) == []
 
 
-@pytest.mark.parametrize("scale", [1.0, 77.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.long), 77.0])
 def test_the_radius_is_said_in_units_of_predictions_and_targets(scale):
     # Means of 0 and targets of ±77, so that the distance is 77 / scale.
     batch = {"x": jnp.ones((6, 2)), "y": 77.0 * jnp.asarray([[1.0, -1.0, 1.0]] * 6)}

@@ -52,6 +52,7 @@ def test_page_runs(page, tmp_path):
     run(page, tmp_path)
 
 
+@pytest.mark.long
 def test_physics_informed_network_solves_its_equation(tmp_path):
     output = run(DOCS / "learn" / "equation.md", tmp_path)
     found = re.search(r"^L2 error (\S+)$", output, re.MULTILINE)
@@ -59,6 +60,7 @@ def test_physics_informed_network_solves_its_equation(tmp_path):
     assert float(found[1]) <= 1e-5
 
 
+@pytest.mark.long
 def test_wave_function_finds_the_ground_state(tmp_path):
     output = run(DOCS / "learn" / "wave_function.md", tmp_path)
     found = re.search(r"relative error of the energy: (\S+)", output)

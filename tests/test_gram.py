@@ -55,6 +55,7 @@ def test_functions_jitted_by_themselves_are_seen_through(x64, rng):
     assert len(found_layers(fisher)) == 2
 
 
+@pytest.mark.long
 def test_long_means_cost_no_digits(x64, rng):
     model_fn = functools.partial(network, lambda z: z[:, 0])
     # Inputs far from zero, and hidden units that they do not saturate.

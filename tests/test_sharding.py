@@ -32,6 +32,7 @@ def run(*names):
     return json.loads(result.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "names",
     [

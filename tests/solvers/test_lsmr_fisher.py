@@ -299,6 +299,7 @@ def test_a_good_guess_saves_steps(rng):
 # --- Real Fishers in float32: kinds, weights, microbatches, precisions.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "weighted", "microbatch_size", "name"),
     [

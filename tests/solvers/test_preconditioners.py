@@ -199,6 +199,7 @@ def test_trees_without_leaves_have_a_state(make):
 # --- Other parameters.
 
 
+@pytest.mark.long
 def test_bfloat16_parameters_are_solved_for(rng):
     params, x, truth = network_problem(rng, "float32")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)

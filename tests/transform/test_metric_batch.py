@@ -98,6 +98,7 @@ def test_radius_and_weights_are_those_of_the_metric_batch():
     np.testing.assert_allclose(state.info.measured_kl, kl, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("given", "microbatch_size"),
     [("value_fn", None), ("loss_fn", None), ("loss_fn", 4)],

@@ -74,6 +74,7 @@ def test_narrow_parameters_keep_their_dtype_and_directions_are_wide(mixed):
     assert cosine / np.linalg.norm(expected) > 0.98
 
 
+@pytest.mark.long
 def test_float64_is_kept_throughout(x64):
     params, batch = make_problem(dtype=jnp.float64)
     state = TX.init(params)
@@ -84,6 +85,7 @@ def test_float64_is_kept_throughout(x64):
     assert new_state.info.measured_kl.dtype == np.float64
 
 
+@pytest.mark.long
 def test_jit_equals_eager():
     tx = make_tx(solver=ngd.CG(2))
     arguments = GRADS, tx.init(PARAMS), PARAMS
@@ -118,6 +120,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CHAINS)
 def test_info_is_found_in_every_chain(name):
     tx = CHAINS[name]()
@@ -151,6 +154,7 @@ LINE_SEARCHES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LINE_SEARCHES)
 def test_line_searches_behind_it_see_the_batch_and_reduce_the_loss(name):
     tx = optax.chain(make_tx(1.0, max_kl=0.5, solver=ngd.CG(5)), LINE_SEARCHES[name])
@@ -252,6 +256,7 @@ def test_scan_over_steps_equals_single_steps():
     assert (kls <= 1e-2).all()
 
 
+@pytest.mark.long
 def test_cond_takes_or_leaves_a_step():
     @jax.jit
     def maybe(take, state):

@@ -98,6 +98,7 @@ def test_small_damping_does_not_lose_the_direction(name, x64):
     assert error < 1e-9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SOLVERS)
 def test_small_damping_does_not_lose_the_momentum(name, x64):
     """λ → 0: of all steps that fit the batch, the nearest to μ times the last one.
@@ -236,6 +237,7 @@ def test_wave_functions_with_complex_amplitudes(name, x64):
     assert error < 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SOLVERS)
 def test_classification_in_single_precision(name):
     params, batch = make_problem()

@@ -32,6 +32,7 @@ def test_networks_give_logits_for_their_labels(name):
     assert int(problem.batch["y"].max()) < logits.shape[-1]
 
 
+@pytest.mark.long
 def test_table_of_prices_has_a_row_for_each_optimizer(monkeypatch):
     tiny = functools.partial(make_problem, (4, 5, 3), 6)
     monkeypatch.setitem(NETWORKS, "mlp_small", tiny)

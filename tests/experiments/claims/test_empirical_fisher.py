@@ -9,6 +9,7 @@ from experiments.claims import empirical_fisher
 from tests.experiments.claims.helpers import assert_as_expected, run
 
 
+@pytest.mark.long
 def test_figures_are_as_expected():
     evidence = run(empirical_fisher.EMPIRICAL_FISHER)
     assert_as_expected(evidence)

@@ -15,6 +15,7 @@ def failed_figures():
     return [check.name for check in run(INVARIANCE).checks if not check.holds]
 
 
+@pytest.mark.long
 def test_figures_are_as_expected():
     evidence = run(INVARIANCE)
     assert_as_expected(evidence)

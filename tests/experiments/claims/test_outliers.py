@@ -10,6 +10,7 @@ from experiments.claims.bad_batches import CLASSIFICATION, REGRESSION, SHIFT
 from tests.experiments.claims.helpers import assert_as_expected, run
 
 
+@pytest.mark.long
 def test_figures_are_as_expected():
     evidence = run(outliers.OUTLIERS)
     assert_as_expected(evidence)

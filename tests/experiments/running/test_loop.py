@@ -50,8 +50,13 @@ def test_python_looks_again_at_every_interval_and_at_the_end(step, k, n, m):
 
 # L-BFGS takes long to compile; the quick tests of the training step have it.
 CHOICES = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "lbfgs" else name
-    for name in OPTIMIZERS
+    "natural_gradient",
+    pytest.param("lbfgs", marks=pytest.mark.slow),
+    *(
+        pytest.param(name, marks=pytest.mark.long)
+        for name in OPTIMIZERS
+        if name not in ("natural_gradient", "lbfgs")
+    ),
 ]
 
 

@@ -18,7 +18,6 @@ from experiments.tasks.policies.evaluation import (
 )
 from experiments.tasks.policies.rollouts import _remember, collect, start_actors
 
-
 spaces = pytest.importorskip("gymnax.environments.spaces")
 
 
