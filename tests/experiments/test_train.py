@@ -22,6 +22,8 @@ from experiments.running.config import (
     compose_config,
     read_config,
 )
+from experiments.running.distributed import EXIT_CONFIG_ERROR
+from experiments.running.interruption import EXIT_INTERRUPTED
 from experiments.running.run_folder import latest_step, read_json_lines
 from experiments.tasks.supervised.digits import make_digits
 from tests.experiments.helpers import (
@@ -189,7 +191,7 @@ def test_interrupt_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     wait_for(folder / "checkpoints" / "40.sha256", process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == program.EXIT_INTERRUPTED
+    assert process.returncode == EXIT_INTERRUPTED
     assert "Traceback" not in output
     last_line = output.splitlines()[-1]
     step = int(re.match(r"Stopped after step (\d+) of 1200", last_line)[1])
@@ -236,7 +238,7 @@ def test_interrupt_before_the_first_step_ends_at_once_in_one_line(tmp_path, mome
         wait_for(folder / "tensorboard", process)  # the last file before it compiles
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == program.EXIT_INTERRUPTED
+    assert process.returncode == EXIT_INTERRUPTED
     assert "Traceback" not in output
     last_line = output.splitlines()[-1]
     if moment == "imports":
@@ -355,7 +357,7 @@ def test_run_without_a_step_ends_with_an_error_that_names_the_row(command):
         words = [f"task={__name__}:make_with_a_hole", f"+{SMALL[0]}", *SMALL[1:]]
         words += [f"optimizer={optimizer}", "batch_size=null", "steps=2"]
         status, out, err = command(*words)
-        assert status == program.EXIT_CONFIG_ERROR
+        assert status == EXIT_CONFIG_ERROR
         assert "training loss not finite" in out
         [line] = err.splitlines()
         assert line.endswith(": row 17 of the training data, ['x'], is not finite.")

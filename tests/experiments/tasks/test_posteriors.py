@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from experiments import variational
-from experiments.variational import Gaussian
+from experiments.tasks import posteriors
+from experiments.tasks.posteriors import Gaussian
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,9 @@ def _x64():
 
 @pytest.mark.long
 def test_one_step_is_the_posterior_of_linear_regression():
-    x, y = variational.linear_data(size=4, num_examples=20)
-    q, values = variational.fit(
-        variational.log_likelihood_linear, (x, y), rate=1.0, num_steps=1
+    x, y = posteriors.linear_data(size=4, num_examples=20)
+    q, values = posteriors.fit(
+        posteriors.log_likelihood_linear, (x, y), rate=1.0, num_steps=1
     )
     precision = np.eye(4) + np.asarray(x.T @ x)
     np.testing.assert_allclose(q.precision, precision, rtol=1e-9, atol=1e-9)
@@ -34,12 +34,12 @@ def test_one_step_is_the_posterior_of_linear_regression():
 
 @pytest.mark.slow
 def test_logistic_regression_ends_where_scipy_ends():
-    train, test = variational.logistic_data(num_features=3)
+    train, test = posteriors.logistic_data(num_features=3)
     train = jax.tree.map(lambda leaf: leaf[:100], train)
-    q, values = variational.fit(
-        variational.log_likelihood_logistic, train, rate=1.0, num_steps=25
+    q, values = posteriors.fit(
+        posteriors.log_likelihood_logistic, train, rate=1.0, num_steps=25
     )
-    prior = variational.start(4)
+    prior = posteriors.start(4)
     rows, columns = np.tril_indices(4)
 
     # Another road: mean and root of the covariance, which need no care for their signs.
@@ -50,8 +50,8 @@ def test_logistic_regression_ends_where_scipy_ends():
         root = jnp.zeros((4, 4)).at[rows, columns].set(theta[4:])
         precision = jnp.linalg.inv(root @ root.T)
         other = Gaussian(precision @ mean, precision[rows, columns])
-        return variational.free_energy(
-            variational.log_likelihood_logistic, other, prior, train
+        return posteriors.free_energy(
+            posteriors.log_likelihood_logistic, other, prior, train
         )
 
     theta = np.concatenate([np.zeros(4), np.eye(4)[rows, columns]])
