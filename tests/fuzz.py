@@ -4,8 +4,8 @@
 
 Draws a model (layers with shared biases, convolutions, batch normalisation, leaves
 without entries), a likelihood, dtypes, a solver, a damping, a radius, schedules, and at
-times a gradient, a batch or parameters that are not finite; takes a few steps and checks
-what the library promises:
+times a gradient, a batch or parameters that are not finite; takes a few steps and
+checks what the library promises:
 
 * an update is finite, and so are the parameters after it;
 * the KL of a step that is taken, computed in float64 by `tests.reference` from the

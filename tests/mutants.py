@@ -5,9 +5,9 @@
     python -m tests.mutants --only fisher.py   # those of one file
 
 Each entry of `MUTANTS` replaces a piece of code that occurs once in its file, and names
-the tests that should notice. A fault is found if one of them fails. A fault that no test
-finds shows a missing test, unless it changes nothing that a user could see; then remove
-the entry.
+the tests that should notice. A fault is found if one of them fails. A fault that no
+test finds shows a missing test, unless it changes nothing that a user could see; then
+remove the entry.
 """
 
 import argparse
