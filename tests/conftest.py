@@ -1,4 +1,4 @@
-"""What all tests share: checked types, hypothesis, 64-bit mode, compiled programs."""
+"""Shared by all tests: checked types, hypothesis, 64-bit mode, compiled programs."""
 
 import inspect
 import os

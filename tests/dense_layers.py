@@ -1,4 +1,4 @@
-"""A network whose dense layers are found, behind every kind of likelihood."""
+"""A network whose dense layers are found, with every kind of likelihood."""
 
 import functools
 

@@ -224,7 +224,7 @@ def matvec(model_fn, params, batch, likelihood, vector, **options):
     return product(params, vector)
 
 
-# --- What the tests of several files compare and draw.
+# --- Comparisons and draws that several test files share.
 
 
 def assert_close(actual, truth, tolerance):

@@ -1,11 +1,11 @@
-"""Random settings, held to the promises of a step by arithmetic of its own.
+"""Random settings, checked against the promises of a step by independent arithmetic.
 
     python -m tests.fuzz --seconds 3600 --seed 0
 
 Draws a model (layers with shared biases, convolutions, batch normalisation, leaves
 without entries), a likelihood, dtypes, a solver, a damping, a radius, schedules, and at
-times a gradient, a batch or parameters that are not finite; takes a few steps and holds
-them to what the library promises:
+times a gradient, a batch or parameters that are not finite; takes a few steps and
+checks what the library promises:
 
 * an update is finite, and so are the parameters after it;
 * the KL of a step that is taken, computed in float64 by `tests.reference` from the
@@ -119,7 +119,7 @@ def normalised_model(rng, num_outputs):
 MODELS = [dense_model, two_inputs_model, scanned_model, conv_model, normalised_model]
 
 
-# --- Likelihoods: outputs of the model, head, and the KL of every example in NumPy.
+# --- Likelihoods: outputs of the model, head, and the KL of each example in NumPy.
 
 
 def _identity(z):

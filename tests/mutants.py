@@ -5,9 +5,9 @@
     python -m tests.mutants --only fisher.py   # those of one file
 
 Each entry of `MUTANTS` replaces a piece of code that occurs once in its file, and names
-the tests that should notice. A fault is found if one of them fails. What no test finds
-is a missing test, unless the fault changes nothing that a user could see; then the
-entry goes.
+the tests that should notice. A fault is found if one of them fails. A fault that no
+test finds shows a missing test, unless it changes nothing that a user could see; then
+remove the entry.
 """
 
 import argparse
@@ -789,7 +789,7 @@ def is_found(mutant, folder, seconds):
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return True  # a loop without an end is noticed
+        return True  # so that an endless loop is noticed
     # Fails, or could not be collected; 5 would be that no test was there.
     return done.returncode in (1, 2)
 

@@ -1,4 +1,4 @@
-"""The truth that the tests hold the library against: dense, float64, written plainly.
+"""The truth that the tests compare with: dense, float64, written plainly.
 
     F = Σₙ μₙ Jₙᵀ Hₙ Jₙ,    Hₙ = Σ_y p(y) s_y s_yᵀ,    s_y = ∂ log p(y) / ∂ outputs
 

@@ -1,6 +1,6 @@
 """Run by test_sharding with 8 devices: every solver, spread over a mesh or not.
 
-Prints one line of JSON: for each solver and layout the largest difference to the step
+Prints one line of JSON: for each solver and layout the largest difference from the step
 on one device, and the largest number of per-example entries that a collective gathers.
 With explicit mesh axes also products and KL of the Fisher, microbatches among them.
 """

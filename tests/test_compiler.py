@@ -12,7 +12,7 @@ ISSUE = "https://github.com/jax-ml/jax/issues/39103"
 @pytest.mark.parametrize("num_classes", [3, 10])
 @pytest.mark.parametrize("num_rows", [8192, 16384, 20000])
 def test_softmax_fisher_product_is_compiled_correctly(num_rows, num_classes):
-    # The form that is known to break: p shared by all rows, each row under vmap.
+    # The form that is known to fail: p shared by all rows, each row under vmap.
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(num_classes)).astype(np.float32)
     t = rng.normal(size=(num_rows, num_classes)).astype(np.float32)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("strict_ranks")
 # The blocks of "product" share one leaf of the batch, of which one takes a part: it is
 # right, but not made of rows.
 SEPARABLE = {name: case for name, case in CASES.items() if name != "product"}
-# The others differ in what has tests of its own, likelihoods and rows.
+# The others differ in likelihoods and rows, which have tests of their own.
 QUICK = {"categorical", "categorical over tokens", "holomorphic amplitude", "product"}
 every_case = pytest.mark.parametrize(
     "case",
@@ -318,7 +318,7 @@ def test_diagonal_is_right_for_every_number_of_examples(
 
 def test_many_examples_are_taken_in_blocks(x64, rng, monkeypatch):
     params = reference.network_params(rng, 2, num_inputs=3, dtype="float64")
-    # Five blocks of 121 examples, of which the last overlaps its neighbour.
+    # Five blocks of 121 examples; the last one overlaps its neighbour.
     x = jnp.asarray(rng.normal(size=(601, 3)))
     truth = columns(reference.network, params, x, ngd.Gaussian())
     from_rows(monkeypatch)
@@ -421,7 +421,7 @@ def test_models_that_do_not_mix_are_made_of_rows(name, dtype, rng, monkeypatch):
 
 
 def test_models_without_a_batch_of_examples_have_the_right_forms(x64):
-    # The batch is a number of points to lay out: nothing to run single examples on.
+    # The batch is only a number of points, so there are no single examples to run on.
     def model_fn(params, scale):
         points = scale * jnp.linspace(-1.0, 1.0, 5)[:, None]
         return jnp.sin(points * params[None])

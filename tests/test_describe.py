@@ -1,4 +1,4 @@
-"""`describe`: what it says of a model, and that it notices what is wrong."""
+"""`describe`: what it says about a model, and that it notices what is wrong."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every page of the site runs, and is in its menu; every public name has an entry."""
+"""Every page of the site runs, and the figures that it prints are right."""
 
 import os
 import re
@@ -27,7 +27,7 @@ PROGRAMS = [page for page in PAGES if program(page)]
 
 
 def run(page: Path, folder: Path) -> str:
-    """What a page prints; as the build of the site runs it."""
+    """What a page prints when it runs as in the build of the site."""
     done = subprocess.run(
         [sys.executable, "-c", program(page)],
         check=False,

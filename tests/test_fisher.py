@@ -1,4 +1,4 @@
-"""The Fisher operator against its dense definition, and what it promises around it."""
+"""The Fisher operator against its dense definition, and its other promises."""
 
 import functools
 
@@ -575,7 +575,7 @@ def test_keys_of_the_examples_are_split_with_them(rng):
 
 @pytest.mark.parametrize("likelihood", [ngd.Categorical(), ngd.LogDensity()], ids=repr)
 def test_peak_memory_is_that_of_the_microbatch(likelihood):
-    # Wide layers and a small input: activations are what memory goes to.
+    # Wide layers and a small input: activations take most of the memory.
     params = [jnp.zeros((4, 256)), jnp.zeros((256, 256)), jnp.zeros((256, 3))]
 
     def model_fn(params, x):
@@ -652,7 +652,7 @@ def test_square_root_is_one_and_its_parts_agree(name, kind, x64, rng):
             "|A v|²": (tree.vdot(pushed, pushed), fisher.quadratic(v)),
             "⟨A v, u⟩": (tree.vdot(pushed, u), tree.vdot(v, fisher.sqrt_rmatvec(u))),
             "Aᵀ u": (fisher.pullback(cotangents), fisher.sqrt_rmatvec(u)),
-            # The coefficients of least norm, and of what is in the range all of it.
+            # The coefficients of least norm; of those in the range, all is recovered.
             "solved": (fisher.sqrt_cotangents(solved), cotangents),
             "least": (tree.norm(solved) <= tree.norm(u) * (1 + 1e-12), True),
         }
@@ -669,7 +669,7 @@ def test_square_root_is_one_and_its_parts_agree(name, kind, x64, rng):
 
 
 def test_what_is_outside_of_the_range_is_left_out(x64):
-    """The gradient of something that is no function of the distribution alone."""
+    """The gradient of something that does not depend on the distribution alone."""
     logits = jnp.asarray([[0.3, -1.0, 0.5], [1.0, 0.0, 2.0]])
     fisher = ngd.linearize_fisher(
         lambda w, _: w, logits, jnp.ones(2), ngd.Categorical()

@@ -753,7 +753,7 @@ def test_signs_are_random(x64):
 
 @pytest.mark.long
 def test_first_steps_of_cg_gain_more_with_it(x64, rng):
-    # Inputs of very different sizes through two layers.
+    # Inputs of very different sizes, through two layers.
     sizes = jnp.logspace(-2, 2, 8)
     x = normal(rng, 200, 8) * sizes[None]
     params = {

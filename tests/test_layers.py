@@ -1,4 +1,4 @@
-"""Layers found in a program, held against the gradients of single examples.
+"""Layers found in a program, compared with the gradients of single examples.
 
 Where x W + b is all that a weight and a bias are used for, the gradient of the bias at
 an example is δ, and that of the weight a ⊗ δ: both by `jax.grad`, example by example.

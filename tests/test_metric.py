@@ -1,4 +1,4 @@
-"""The metric of outputs: weights and masks, blocks, and which examples it is of."""
+"""The metric of outputs: weights, masks, blocks, and the examples it is made from."""
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +195,7 @@ def test_examples_are_taken_and_the_rest_is_left_whole():
     assert part["temperature"] == 2.0
     assert part["rngs"]["dropout"] is BATCH["rngs"]["dropout"]
     assert jax.tree.structure(part) == jax.tree.structure(BATCH)
-    # All where there are no more; inside of a jitted function too.
+    # All of them if there are no more; inside a jitted function too.
     taken = jax.jit(lambda batch: ngd.take_examples(batch, 100)["x"])(BATCH)
     np.testing.assert_array_equal(taken, BATCH["x"])
 

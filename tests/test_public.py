@@ -91,7 +91,7 @@ READ_ONLY = {
 
 @pytest.mark.parametrize("name", sorted(set(ngd.__all__) - READ_ONLY))
 def test_public_callables_have_an_example_that_runs(name):
-    # That it runs is for the doctests to show; that there is one, for this test.
+    # The doctests show that it runs; this test shows that there is one.
     docstring = inspect.getdoc(getattr(ngd, name))
     assert "Example:" in docstring
     examples = doctest.DocTestParser().get_examples(docstring)

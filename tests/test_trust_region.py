@@ -254,7 +254,7 @@ def test_result_is_within_the_radius_whatever_the_kl(values, max_kl, start):
     assert bool(result.found) == (float(result.scale) > 0)
 
 
-# --- KLs that are not smooth: filled within ten evaluations, or said not to be.
+# --- KLs that are not smooth: filled in ten evaluations, or reported as not filled.
 
 
 def kinked(s, *knots):
@@ -282,7 +282,7 @@ def test_kinked_kls_are_filled_or_said_not_to_be(places, slopes, log_max_kl, log
     result = search(kinked, *places, *slopes, max_kl=max_kl, start=start)
     assert result.kl <= np.float32(max_kl)
     assert int(result.num_kl_evaluations) <= 10
-    # `search` has held `filled` against the KL itself.
+    # `search` has compared `filled` with the KL itself.
     if result.filled:
         assert_full(result, max_kl, evaluations=10)
     else:

@@ -192,7 +192,7 @@ def test_a_fit_that_round_off_keeps_from_settling_is_ended(x64):
 
 
 def test_a_curve_that_no_step_improves_is_not_called_converged(x64):
-    # Rounded to tenths, with the derivative of what it was rounded from.
+    # Rounded to tenths, but with the derivative of the value before rounding.
     def steps(x, a):
         return a * x + jax.lax.stop_gradient(jnp.round(10 * a) / 10 - a) * x
 
@@ -317,7 +317,7 @@ def check_certified(name):
         np.testing.assert_allclose(fit.residual_sum, problem.residual_sum, rtol=rtol)
 
 
-# An easy one, and those where column norms (MGH10, MGH17), the sizes of the parameters
+# An easy one, and those that column norms (MGH10, MGH17), the sizes of the parameters
 # (Rat43) or a greedy first step (BoxBOD) lead astray.
 HARD = ("Misra1a", "BoxBOD", "MGH10", "MGH17", "Rat43")
 

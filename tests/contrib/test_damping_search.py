@@ -1,4 +1,4 @@
-"""DampingSearch against trials made one by one in NumPy, and what it is for.
+"""DampingSearch against trials made one by one in NumPy, and the problems it is for.
 
 (F + λI) v = g,    (F + λI) q = Jᵀ ∂²outputs[v, v] / N,    d = s v + ½ s² q
 """
@@ -234,7 +234,7 @@ def test_short_steps_do_not_drive_the_damping_down(start, x64):
     """A network for u'' = -π² sin(πx), u(±1) = 0: chaotic, and solved from each start.
 
     Without the length in the score a tenth of a step at λ/27 beats a whole one at λ,
-    and some of the starts, which differ by 1e-15, creep until the end.
+    and some of the starts, which differ by 1e-15, hardly move until the end.
     """
     rng = np.random.default_rng(0)
     params = {

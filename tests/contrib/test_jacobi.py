@@ -1,4 +1,4 @@
-"""The diagonal as a preconditioner: the formula, its estimates, and CG with it."""
+"""The diagonal as a preconditioner: its formula, its estimates, and CG with it."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Lineax's solvers behind our protocol: what they report and never return."""
+"""Lineax's solvers behind our protocol: what they report and what they never return."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ Status = ngd.SolverStatus
 
 
 def test_lineax_breakdown_on_systems_of_network_size_is_reported_not_returned(rng):
-    # Their test for breakdown is absolute: well-conditioned, and yet it stops there.
+    # Their test for breakdown is absolute, so it stops this well-conditioned system.
     size = 1_000_000
     diagonal = jnp.asarray(rng.uniform(0.5, 1.5, size=size), jnp.float32)
     rhs = jnp.asarray(rng.normal(size=size), jnp.float32)
@@ -26,7 +26,7 @@ def test_lineax_breakdown_on_systems_of_network_size_is_reported_not_returned(rn
         return Lineax(lineax.CG(1e-5, 1e-5))(fisher, rhs, damping=0.0)
 
     theirs, their_info = solve(rhs)
-    # Should a later Lineax solve it, then it must really be solved.
+    # If a later Lineax solves it, the solution must be right.
     assert bool(jnp.isfinite(theirs).all())
     if int(their_info.status) == Status.CONVERGED:
         np.testing.assert_allclose(theirs, rhs / diagonal, atol=1e-3)

@@ -101,7 +101,7 @@ def test_preconditioned_condition_number_is_within_the_bound(damping, x64, rng):
 
 def test_nystrom_of_full_rank_is_the_inverse_up_to_a_factor(x64, rng):
     matrix = systems.spectrum(rng, np.linspace(0.1, 2.0, 12))
-    # More vectors than there are dimensions: cut to those.
+    # More vectors than dimensions: the rank is cut to the dimension.
     state, inverse = nystrom_of(jnp.asarray(systems.root_of(matrix)), 0.5, KEY, 99, 12)
     assert state.eigenvalues.shape == (12,)
     np.testing.assert_allclose(state.eigenvalues, np.linspace(2.0, 0.1, 12))

@@ -1,4 +1,4 @@
-"""Presets: the numbers of their sources, and that each of them trains."""
+"""Presets have the numbers of their sources, and each of them trains."""
 
 import jax
 import numpy as np

@@ -139,7 +139,7 @@ def test_a_radius_shortens_the_step_of_the_model():
     updates, state = tx.update(w / SIZE, tx.init(w), w, batch=batch)
     assert 0.92e-3 <= state.info.measured_kl <= 1.0001e-3
     assert state.info.step_scale < 1
-    # What the next step takes for the last one is the step that was taken.
+    # The next step uses the step that was really taken as the last one.
     np.testing.assert_allclose(state.direction, -updates, rtol=1e-5)
 
 

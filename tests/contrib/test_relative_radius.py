@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_a_number_is_no_decrease():
 
 
 def curve(params, batch):
-    """A point in the plane that shall come to the origin along a bent valley."""
+    """A point in the plane that has to reach the origin along a bent valley."""
     x, y = params
     return jnp.stack([10 * (y - x**2), 1 - x])[None] * batch
 

@@ -95,7 +95,7 @@ def test_solution_with_coefficients_equals_numpy(name, x64, rng):
         truth = p.v[:, :rank] @ (factors * (p.u[:, :rank].T @ w))
         solution, info = p.solve(p.root.T @ w, w, damping)
         error = np.linalg.norm(solution - truth) / np.linalg.norm(truth)
-        # Never the square of the condition number of what is kept.
+        # Never the square of the condition number of the part that is kept.
         assert error <= 100 * np.finfo(float).eps * p.s[0] / values[-1]
         assert int(info.status) == Status.CONVERGED
         assert int(info.num_steps) == 0
@@ -111,7 +111,7 @@ def test_solution_without_coefficients_equals_numpy(name, x64, rng):
         solution, info = p.solve(g, damping=damping)
         np.testing.assert_allclose(solution, truth, rtol=1e-9, atol=1e-11)
         assert int(info.status) == Status.CONVERGED
-    # Without damping, the shortest of all that are as close as can be.
+    # Without damping: of all closest solutions, the shortest.
     truth = np.linalg.pinv(p.root, rcond=1e-10) @ np.linalg.pinv(p.root.T) @ g
     solution, info = p.solve(g)
     np.testing.assert_allclose(solution, truth, rtol=1e-6, atol=1e-8 * abs(truth).max())

@@ -31,7 +31,7 @@ SMALL = (
 )
 
 
-# Those of `configs/optimizer/` that train on any data set.
+# The files in `configs/optimizer/` that train on any data set.
 OPTIMIZERS = (
     *("adam", "adamw", "lbfgs", "muon", "natural_gradient"),
     *("natural_gradient_defaults", "sgd"),

@@ -1,4 +1,4 @@
-"""Weights that every network of these tests can take."""
+"""Weights that fit every network in these tests."""
 
 import jax
 import pytest

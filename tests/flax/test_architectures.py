@@ -94,7 +94,7 @@ class NnxConv(nnx.Module):
         return self.out(nnx.relu(self.conv(x[..., None])).reshape(16, -1))
 
 
-# Those that take long to compile, without the default solver.
+# Those that take long to compile: without the default solver.
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("module", "options"),

@@ -1,4 +1,4 @@
-"""What the adapters refuse, in words that help."""
+"""What the adapters refuse, and that the messages help."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Mistakes are found while tracing, by messages that say what to do."""
+"""Mistakes are found while tracing, with messages that say what to do."""
 
 import dataclasses
 

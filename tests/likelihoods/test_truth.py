@@ -129,7 +129,7 @@ def test_categorical_root_is_the_documented_matrix(precision, rng):
 
 @pytest.mark.parametrize("gap", [5, 10, 15])
 def test_categorical_metric_keeps_its_digits_where_a_class_is_certain(gap, rng):
-    """Of p = 1 - δ, what the metric is made of is δ, which 1 - p has lost."""
+    """For p = 1 - δ the metric is made of δ, whose digits 1 - p has lost."""
     logits = (rng.normal(size=(50, 4)) + gap * np.eye(4)[1]).astype(np.float32)
     vectors = rng.normal(size=(50, 4)).astype(np.float32)
     p = scipy.special.softmax(logits.astype(np.float64), -1)

@@ -1,4 +1,4 @@
-"""Conjugate gradients: convergence, honesty of the report, safety beyond it."""
+"""Conjugate gradients: convergence, an honest report, safe results past convergence."""
 
 import functools
 
@@ -124,7 +124,7 @@ def test_reported_residual_is_the_true_one_where_converged(condition, rtol, rng)
         truth = residual_in_float32(matrix, x, rhs)
         if int(info.status) == Status.CONVERGED:
             assert float(info.relative_residual) <= rtol
-            # Evaluating b - A x in float32 costs this much.
+            # Evaluating b - A x in float32 has this error.
             size = np.linalg.norm(x) / np.linalg.norm(rhs)
             assert truth <= 1.5 * rtol + 4e-7 * (1 + size)
         else:
@@ -391,7 +391,7 @@ def test_products_of_low_precision_cannot_make_a_long_solve_worse(rng):
         size = jnp.sqrt(tree.vdot(rest, rest) / tree.vdot(rhs, rhs))
         return size, info.relative_residual
 
-    # Against 1 for no solution at all, and 18 without a look at what became of φ.
+    # Compare 1 for no solution at all, and 18 without checking what became of φ.
     for max_steps in (40, 100, 500):
         true, reported = residual_of(max_steps)
         assert true < 0.5

@@ -89,7 +89,7 @@ def test_first_guess_with_zero_right_hand_side_gives_zero():
 
 @pytest.mark.parametrize("preconditioned", [False, True])
 def test_from_a_guess_it_takes_a_step_for_each_eigenvalue(preconditioned, x64, rng):
-    # Only if the guess, which is conjugate to nothing, is no part of later directions.
+    # Only if later directions exclude the guess, which is conjugate to nothing.
     eigenvalues = np.repeat([0.5, 1.0, 3.0], 4)
     matrix, inverse = systems.spectrum(rng, eigenvalues), None
     if preconditioned:  # M⁻¹ A is similar to the matrix
@@ -272,7 +272,7 @@ def test_in_microbatches_nothing_is_pushed_along(rng):
 @pytest.mark.parametrize(("max_steps", "copies"), [(50, 1), (51, 2)])
 @pytest.mark.parametrize("guess", [False, True])
 def test_short_solves_compile_one_product(guess, max_steps, copies):
-    # Even with a guess, the step along which is one of the loop.
+    # Even with a guess: the step along it is one of the loop's steps.
     @jax.jit
     def solve(rhs, x0):
         return ngd.conjugate_gradient(

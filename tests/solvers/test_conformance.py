@@ -299,14 +299,14 @@ def test_leaves_without_entries_are_no_obstacle(solver, rng):
 
 @pytest.mark.parametrize("damping", [0.0, 1e-12, 1e-8, 1e-4, 1e-2, 1.0])
 def test_cholesky_reports_the_residual_of_the_system_asked_for(damping, rng):
-    # Rank 4 of 12: without damping there is no solution, and that must show.
+    # Rank 4 of 12: without damping there is no solution, and the report must say so.
     matrix = systems.matrices(rng)["low rank"]
     rhs = systems.tree_like(rng.normal(size=12), "float32")
     solution, info = solve(ngd.Cholesky(), matrix, rhs, damping)
     assert np.isfinite(systems.flat(solution)).all()
     truth = systems.true_residual(np.float32(matrix), damping, solution, rhs)
     relative = float(info.relative_residual)
-    # Round-off of the product with so long a solution is part of either.
+    # Both contain the round-off of the product with such a long solution.
     norm = np.linalg.norm(systems.flat(solution)) / np.linalg.norm(systems.flat(rhs))
     assert abs(relative - truth) <= 1e-5 * (1 + norm)
     converged = int(info.status) == Status.CONVERGED
@@ -390,7 +390,7 @@ def test_a_solver_is_never_asked_what_is_not_finite(where, bad):
 
 
 def test_a_direction_that_overflows_the_narrower_of_two_dtypes_is_refused(x64):
-    """One in units of the wide leaf, which is no number in the narrow one."""
+    """One in units of the wide leaf, which the narrow one cannot represent."""
     rhs = ngd.RightHandSide(
         {"wide": jnp.array([1e60]), "narrow": jnp.array([1.0], jnp.float32)}
     )

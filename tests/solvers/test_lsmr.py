@@ -154,7 +154,7 @@ def test_trees_of_small_and_large_leaves_are_one_system(rng):
         np.testing.assert_allclose(leaf, b / d, atol=1e-3)
 
 
-# --- The case: where the square root of F goes on, and F does not.
+# --- The case for LSMR: where the square root of F still works, and F does not.
 
 
 @jax.jit

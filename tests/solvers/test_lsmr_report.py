@@ -1,4 +1,4 @@
-"""What LSMR reports, also where it fails; the transformations of JAX; mistakes."""
+"""What LSMR reports, even when it fails; the transformations of JAX; mistakes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Every preconditioner: its state, what parameters it takes, its errors."""
+"""Every preconditioner: its state, the parameters that it takes, its errors."""
 
 import functools
 import inspect

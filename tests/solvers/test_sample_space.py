@@ -226,7 +226,7 @@ def test_residual_is_that_of_the_system_asked_for(x64, rng):
         d = np.asarray(solution)[:, 0]
         residual = g - root.T @ (root @ d) - damping * d
         truth = np.linalg.norm(residual) / np.linalg.norm(g)
-        # Below √ε it comes from G, else from the products themselves.
+        # Below √ε the residual comes from G, otherwise from the products themselves.
         size = 1e-13 * np.linalg.norm(d) / np.linalg.norm(g)
         assert abs(float(info.relative_residual) - truth) < 1e-8 + size
 
@@ -424,7 +424,7 @@ def test_memory_is_set_by_the_block_and_not_by_all_rows():
         compiled = jax.jit(solve).lower(params, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # Two blocks of rows, what makes them, the matrix a few times, activations.
+    # Two blocks of rows, what they are made from, a few matrices, activations.
     beside = 16 * 4 * num_examples**2 + 16 * 4 * num_examples * width
     small = temporaries(8)
     assert small < 6 * 8 * 4 * num_params + beside

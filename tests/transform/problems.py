@@ -1,4 +1,4 @@
-"""A small network, its batch, its gradient and its step, for all tests of the step."""
+"""A small network with its batch, gradient and step, for all tests of the step."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Steps that are halved or refused by what they do to the loss."""
+"""Steps that are halved or refused because of what they do to the loss."""
 
 import functools
 
@@ -45,7 +45,7 @@ def problem():
 
 
 def penalized(weight):
-    """A loss with the same gradient at the start, and a price for leaving it."""
+    """A loss with the same gradient at the start, and a penalty for leaving it."""
     start = problem()[0]
 
     def value_fn(params, batch):

@@ -1,4 +1,4 @@
-"""Mistakes are told at construction or trace time, naming the argument."""
+"""Mistakes raise errors at construction or trace time that name the argument."""
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +174,7 @@ def test_microbatches_of_a_batch_that_cannot_be_split_are_refused():
         update(tx, PARAMS, batch={"x": BATCH["x"].swapaxes(0, 1)})
 
 
-# --- Wrappers that hand on something else than the model's parameters and batch.
+# --- Wrappers that pass on something other than the model's parameters and batch.
 
 
 def test_multi_steps_is_refused_with_the_way_out():

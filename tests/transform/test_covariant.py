@@ -176,7 +176,7 @@ def _difference(damping, mapped_damping, solver):
         _tanh_net, _tanh_from_sigmoid(start), batch, mapped_damping, solver
     )
     first_loss = jnp.mean((_sigmoid_net(start, batch) - batch["y"]) ** 2) / 2
-    assert loss < 0.1 * first_loss  # They have gone somewhere.
+    assert loss < 0.1 * first_loss  # The parameters have really moved.
     return float(jnp.abs(sigmoid - tanh).max())
 
 
@@ -187,7 +187,7 @@ def test_damping_in_the_mapped_metric_keeps_the_invariance(solver, x64):
     start, _ = _teacher_and_start()
     scales = _scales(start)
     plain = ngd.CovariantDamping(1e-4, scales)
-    # S' = T S, of which T mixes the last layer's weights into its bias.
+    # S' = T S, where T mixes the last layer's weights into its bias.
     mapped = ngd.CovariantDamping(
         1e-4,
         lambda tree: _tanh_from_sigmoid(jax.tree.map(jnp.multiply, scales, tree)),

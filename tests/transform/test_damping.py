@@ -53,7 +53,7 @@ LOSS_GIVEN = {
         {"loss_fn": loss_of_outputs},
         {},
     ),
-    # A loss of outputs whose value is another one's; that of `value_fn` is weighed.
+    # A loss of outputs whose value is that of another one; `value_fn` decides.
     "value_fn before loss_fn": (
         {"loss_fn": lambda outputs, _: (outputs**2).mean() * 1e3},
         {"value_fn": wide_loss_fn},
@@ -174,7 +174,7 @@ def test_a_refused_step_keeps_parameters_and_state_to_the_bit():
             jax.tree.map(np.testing.assert_array_equal, old, new)
         is_weighed = expected == ngd.StepStatus.NO_REDUCTION
         assert refused.damping == state.damping * (1.5 if is_weighed else 1.0)
-        # The sketch is of these parameters, and ages whatever becomes of the step.
+        # The sketch is of these parameters, and ages whether or not the step is taken.
         assert refused.solver_state.age == state.solver_state.age + 1
 
 

@@ -107,7 +107,7 @@ def test_reduction_is_weighed_on_the_batch_of_the_gradient(given, microbatch_siz
     params, batch = make_problem()
 
     def batch_fn(batch):
-        """With labels, which the metric does not need, that the step unlearns."""
+        """With labels that the step unlearns; the metric does not need them."""
         part = first_examples(batch)
         return part | {"y": jnp.ones_like(part["y"])}
 
@@ -135,7 +135,7 @@ def test_reduction_is_weighed_on_the_batch_of_the_gradient(given, microbatch_siz
     factor = 2 / 3 if ratio > 0.75 else 1.0 if ratio >= 0.25 else 1.5
     assert min(abs(ratio - 0.75), abs(ratio - 0.25)) > 0.01
     np.testing.assert_allclose(state.damping, 10.0 * factor, rtol=1e-6)
-    # On the metric's batch the rule would have come to something else.
+    # On the metric's batch the rule would have given another result.
     there = batch_fn(batch)
     rise = wide_loss_fn(moved, there) - wide_loss_fn(params, there)
     assert rise > 0

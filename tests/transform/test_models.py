@@ -1,4 +1,4 @@
-"""Every likelihood through the whole step, and what no change of model may change."""
+"""Every likelihood through the whole step, and what must not depend on the model."""
 
 import jax
 import jax.numpy as jnp

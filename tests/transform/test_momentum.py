@@ -71,7 +71,7 @@ def test_directions_converge_as_block_kaczmarz_where_plain_ones_stall(solver, rn
     rate = 1 - smallest**2 / (NUM_ROWS / BATCH) / BATCH  # β ≤ BATCH for unit rows
     assert errors[-1] <= 10 * rate ** (num_steps / 2) + 1e-6
 
-    # Without momentum, but for a trace of it for which the directions are kept.
+    # Practically without momentum: just enough that the directions are kept.
     plain, _ = _run(x, y, *SOLVERS[solver], 1e-30, rate=0.0, num_steps=num_steps)
     plain_errors = np.linalg.norm(plain - truth, axis=1) / np.linalg.norm(truth)
     # Each sees three rows of 24: most of the truth is orthogonal to them.
@@ -127,7 +127,7 @@ def test_what_is_remembered_is_what_was_taken(rate, rng, x64):
     direction, updates, scale = kept[1e-3]
     assert scale < (rate or 1.0)
     np.testing.assert_allclose(updates, -(rate or 1.0) * direction, rtol=1e-10)
-    # A radius that does not bind, and the growth of a step towards it, change nothing.
+    # A radius that does not bind changes nothing, nor does growth towards it.
     whole, _, scale = kept[1e9]
     assert scale >= (rate or 1.0)
     np.testing.assert_allclose(

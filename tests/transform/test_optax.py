@@ -1,4 +1,4 @@
-"""Everything that Optax promises of a transformation, or refuses in words."""
+"""What Optax promises of a transformation; what does not work raises an error."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Gradients in the space of outputs: small damping, rests, wave functions."""
+"""Gradients in the space of outputs: small damping, remainders, wave functions."""
 
 import jax
 import jax.numpy as jnp

@@ -65,7 +65,7 @@ def DIRECTION_OF_CG(params, batch, grads):
 def check_promise(
     params, batch, grads, *, max_kl, rate=np.inf, damping=1e-3, tolerance=0.02
 ):
-    """Takes a step, holds the promise against it, and returns KL and info."""
+    """Takes a step, checks the promise, and returns KL and info."""
     updates, info = STEP(params, batch, grads, *jnp.array([max_kl, rate, damping]))
     kl = _kl(params, optax.apply_updates(params, updates), batch)
     assert info.num_kl_evaluations <= 10
@@ -189,7 +189,7 @@ def test_kl_is_that_of_the_parameters_as_rounded(dtype, radii):
             wide = jax.tree.map(lambda p: p.astype(jnp.float32), at)
             exact_kl = float(_kl(wide, exact, batch))
             unrounded += abs(exact_kl - kl) > 0.05 * max_kl
-    assert unrounded >= 2  # or this test would see nothing
+    assert unrounded >= 2  # or this test would show nothing
 
 
 def test_steps_at_the_radius_take_a_handful_of_measurements():

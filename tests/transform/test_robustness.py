@@ -72,7 +72,7 @@ def test_bad_batches_at_random_change_nothing_and_training_goes_on(damping):
     rng = np.random.default_rng(0)
     params, values, taken, bad_seen = PARAMS, [], 0, 0
     for index in range(200):
-        # The first one is bad: nothing good to go back to but the start.
+        # The first one is bad: there is only the start to go back to.
         is_bad = index == 0 or rng.random() < 0.3
         batch = BATCH
         if is_bad:
@@ -89,7 +89,7 @@ def test_bad_batches_at_random_change_nothing_and_training_goes_on(damping):
             # A batch that was seen may enter the averages of the solver, if finite.
             kept = new_state._replace(info=state.info, solver_state=state.solver_state)
             if status == ngd.StepStatus.NO_REDUCTION:
-                # Finite, and no good: the one thing that Levenberg-Marquardt learns.
+                # Finite but bad: the one case from which Levenberg-Marquardt learns.
                 assert new_state.damping > state.damping
                 kept = kept._replace(damping=state.damping)
             assert_bitwise_equal(kept, state)
@@ -156,7 +156,7 @@ def test_fixed_rate_that_leads_to_infinite_outputs_is_refused():
     assert not updates["w"].any()
 
 
-# --- Updates that would not be finite, whatever the KL says of them.
+# --- Updates that would not be finite, whatever their KL.
 
 
 @pytest.mark.parametrize("max_kl", [None, 1e-2])

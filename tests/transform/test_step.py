@@ -89,7 +89,7 @@ PREDICTIONS = {
 @pytest.mark.long
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_predicted_kl_is_that_of_the_update(name, x64):
-    """Whoever comes by J d: the form of the update with F by enumeration."""
+    """Whatever J d comes from: compared with the update and F by enumeration."""
     params, batch = make_problem(dtype=jnp.float64)
     options = {"rate": 0.3, "momentum": 0.0} | PREDICTIONS[name]
     rate = options.pop("rate")

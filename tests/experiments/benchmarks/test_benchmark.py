@@ -1,4 +1,4 @@
-"""The benchmark: its settings, clocks and contestants, by counts that no load moves."""
+"""The benchmark: its settings, clocks and contestants, by counts, not times."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The tables of policies in small, without the peer."""
+"""Small versions of the tables of policies, without the peer."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The table of preconditioners: its problems, and the counting of products."""
+"""The table of preconditioners: its problems, and how products are counted."""
 
 import dataclasses
 

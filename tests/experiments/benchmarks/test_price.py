@@ -1,4 +1,4 @@
-"""The table of prices: its structure on one tiny network, and never a time."""
+"""The table of prices: its structure on one tiny network; times are never asserted."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""The tables of the benchmark: what is fitted and judged, and each once in small."""
+"""The tables of the benchmark: fits and verdicts, and a small run of each."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The experiment on the deep autoencoder: its figures, and what they are held to."""
+"""The experiment on the deep autoencoder: its figures, and their ranges."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The gallery: its figures, that they can fail, and the textbooks' own sides."""
+"""The gallery: its figures, that they can fail, and the textbook versions."""
 
 import ast
 import functools
@@ -103,7 +103,7 @@ def test_a_little_damping_is_found_out(monkeypatch, x64, name):
     _with(monkeypatch, damping=1e-6)
     found = BREAKABLE[name]()
     assert not found.equality.holds
-    assert found.equality.measured < 1e-2  # little indeed, and seen all the same
+    assert found.equality.measured < 1e-2  # very little, and noticed all the same
 
 
 @pytest.mark.slow

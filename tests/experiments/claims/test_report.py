@@ -204,7 +204,7 @@ def test_claims_that_tell_times_run_alone_and_the_others_two_by_two():
     evidence = outcome(GOOD).evidence
     running: set[str] = set()
     alone: dict[str, set[str]] = {}
-    # Each of the others waits for one beside it: it would end in an error without.
+    # Each of the others waits for one beside it, and alone would end in an error.
     pair = threading.Barrier(2, timeout=60)
 
     def claim(name, *, is_timed):

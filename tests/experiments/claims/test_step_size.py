@@ -25,7 +25,7 @@ def test_figures_of_the_full_experiment_are_as_expected():
 
 @pytest.fixture(scope="module")
 def altered_steps():
-    """One run with steps half as long as the library says, one twice, one as it is."""
+    """One run: steps at half the right length, at twice that, and as they are."""
     natural_gradient = ngd.natural_gradient
 
     def altered(*args, max_kl, **kwargs):

@@ -9,7 +9,7 @@ from experiments.race.timing import Run, Trace, race
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """A clock that advances only when told to."""
 
     def __init__(self):
         self.now = 0.0
@@ -19,7 +19,7 @@ class Clock:
 
 
 class Halving:
-    """Halves its loss at each step, of so many seconds."""
+    """Halves its loss at each step, which takes the given seconds."""
 
     compile_seconds, peak_bytes = 0.0, None
 

@@ -32,7 +32,7 @@ from tests.experiments.helpers import (
 TWO = "distributed.num_processes=2"
 # Few CG steps: round-off grows by orders of magnitude in each of the later ones.
 SHORT_SOLVE = (*SMALL, "optimizer.solver.max_steps=4")
-# SGD, for it compiles fast and does not blow up round-off; long enough to be stopped.
+# SGD compiles fast and does not amplify round-off; long enough to be stopped.
 LONG = (
     "optimizer=sgd",
     "task.hidden_sizes=[8]",
@@ -101,7 +101,7 @@ def test_two_processes_give_the_result_of_one(one_process, tmp_path):
     status, output = run_program(*SHORT_SOLVE, TWO, f"hydra.run.dir={folder}")
     assert status == 0, output
     assert_same_numbers(folder, one_process, rtol=1e-4)
-    # The first process alone tells, and nothing but its own.
+    # Only the first process reports, and only what is its own.
     lines = output.splitlines()
     assert len(lines) == 2 + 6 + 1
     assert lines[0].endswith(f"starts, in {folder}")

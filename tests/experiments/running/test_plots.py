@@ -27,7 +27,7 @@ def test_curves_of_any_optimizer_and_task_become_one_picture(tmp_path, extra):
     path = tmp_path / "curves.png"
     metric = "rmse" if "rmse" in extra else "accuracy"
     plot_curves(records, path, "a run", metric=metric)
-    # All of them are flat, and the loss stays.
+    # All of them are flat, and the loss stays the same.
     height, width, _ = matplotlib.image.imread(path).shape
     assert (width, height) == (660, 480)
     assert list(tmp_path.iterdir()) == [path]

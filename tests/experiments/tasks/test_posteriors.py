@@ -42,7 +42,7 @@ def test_logistic_regression_ends_where_scipy_ends():
     prior = posteriors.start(4)
     rows, columns = np.tril_indices(4)
 
-    # Another road: mean and root of the covariance, which need no care for their signs.
+    # Another parametrisation: mean and root of the covariance, with signs left free.
     @jax.jit
     @jax.value_and_grad
     def loss(theta):

@@ -1,4 +1,4 @@
-"""Pictures of solutions: what their colours mean."""
+"""Pictures of solutions: the meaning of their colours."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The peers see the residuals and the Jacobian that they should; the table is told."""
+"""The peers see the right residuals and Jacobian, and the table is printed."""
 
 import jax
 import jax.flatten_util

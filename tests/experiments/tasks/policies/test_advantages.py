@@ -1,4 +1,4 @@
-"""Advantages against their definition as a sum, episode ends and all."""
+"""Advantages against their definition as a sum, including the ends of episodes."""
 
 import jax.numpy as jnp
 import numpy as np

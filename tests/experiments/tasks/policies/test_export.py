@@ -1,4 +1,4 @@
-"""The policy of the file against the one that was learned."""
+"""The policy in the file against the one that was learned."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The task through the real program: same numbers again, resumed, and for many."""
+"""The task through the real program: repeated, resumed, and with many agents."""
 
 import functools
 

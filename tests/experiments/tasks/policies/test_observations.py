@@ -1,4 +1,4 @@
-"""Running statistics against NumPy, and who sees by which of them."""
+"""Running statistics against NumPy, and who uses which of them."""
 
 import dataclasses
 import functools

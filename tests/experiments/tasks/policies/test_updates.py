@@ -51,7 +51,7 @@ def random_mdp(rng, num_states=4, num_actions=3, discount=0.9):
 
 @pytest.mark.long
 def test_natural_policy_gradient_of_a_table_is_its_advantages(x64, rng):
-    """F⁺ ∇J = A / (1 - γ), but for a constant in each state (Kakade 2001)."""
+    """F⁺ ∇J = A / (1 - γ), up to a constant in each state (Kakade 2001)."""
     discount = 0.9
     logits, visits, policy, advantages = random_mdp(rng, discount=discount)
     pairs = np.array(list(itertools.product(*map(range, logits.shape))))
@@ -61,7 +61,7 @@ def test_natural_policy_gradient_of_a_table_is_its_advantages(x64, rng):
         "states": jnp.asarray(states),
         "actions": jnp.asarray(actions),
         "log_probs": jnp.asarray(np.log(policy[states, actions])),
-        # The surrogate is a plain mean over pairs: their weights go in here.
+        # The surrogate is a plain mean over pairs, so their weights go in here.
         "advantages": jnp.asarray(
             len(pairs) * weights * advantages[states, actions] / (1 - discount)
         ),
@@ -197,7 +197,7 @@ def test_update_goes_to_the_radius_and_learns_the_width_of_actions(x64, rng):
 
 
 def test_step_that_makes_the_surrogate_worse_is_refused(x64, rollout):
-    """The old probabilities are wrong: what the gradient promises does not come."""
+    """The old probabilities are wrong, so the promised gain does not come."""
     params, batch = rollout
     model = make_model()
     tx = ngd.natural_gradient(

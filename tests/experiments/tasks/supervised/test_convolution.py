@@ -12,7 +12,7 @@ TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
 
 
 def draws(dtype=None):
-    """x, k, tangents of both, and a cotangent: a kernel longer than its image, too."""
+    """x, k, tangents of both, and a cotangent; also a kernel longer than its image."""
     image, kernel, out = (2, 6, 3, 3), (3, 5, 3, 2), (2, 3, 2, 2)
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = (image, kernel, image, kernel, out)

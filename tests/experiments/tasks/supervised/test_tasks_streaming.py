@@ -1,4 +1,4 @@
-"""Streamed batches: those of the device, in order, bounded, and resumed to the bits."""
+"""Streamed batches: equal to the device's, in order, bounded, resumed bit for bit."""
 
 import shutil
 import threading

@@ -75,7 +75,7 @@ def configure(name, data_dir, *overrides):
 
 
 def names_of(*names):
-    """Parameters; those that take long are for the slow tests."""
+    """Parameters of the tests; the tasks that take long are left to the slow tests."""
     return [
         pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
         for name in sorted(names)

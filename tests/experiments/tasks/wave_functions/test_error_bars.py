@@ -1,4 +1,4 @@
-"""Error bars and autocorrelation times of processes that are known."""
+"""Error bars and autocorrelation times of known processes."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The task `vmc` by its program: quality, resumption, pictures, mistakes."""
+"""The task `vmc` through its program: quality, resumption, pictures, mistakes."""
 
 import io
 import shutil

@@ -1,4 +1,4 @@
-"""Samples of |ψ|²: as often as they should be."""
+"""Samples of |ψ|²: each state as often as it should be."""
 
 import flax.linen as nn
 import jax
