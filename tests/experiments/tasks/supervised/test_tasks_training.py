@@ -138,7 +138,7 @@ class TestEveryTask:
         assert [row["step"] for row in rows] == [1, 2, 3]
         for row in rows:
             assert all(math.isfinite(value) for value in row.values())
-            assert row["measured_kl"] <= config.optimizer.max_kl
+            assert row["measured_kl"] <= config.optimizer["max_kl"]
         assert {"train_loss", "test_loss"} <= result.metrics.keys()
         resumed = tmp_path / "resumed"
         shutil.copytree(tmp_path / "run", resumed)
