@@ -1,7 +1,7 @@
 """Trains one network: `python -m experiments.train task=... optimizer=... name=value`.
 
 The library part is `experiments.running.loop`; `configs/` has all the settings.
-With `distributed.num_processes` above one, this either starts the others or is one.
+With `distributed.num_processes` above one, this starts the others or is one of them.
 """
 
 import signal
@@ -72,7 +72,7 @@ def train_one(tree: DictConfig) -> None:
 
 
 def _train(tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool) -> int:
-    # Of several processes, the first one has chosen the folder.
+    # If there are several processes, the first one has chosen the folder.
     folder = shorten(Path(broadcast_text(str(folder.absolute()))))
     config = open_run(tree, folder, overrides, is_sweep)
     check_same(config_text(config), "settings")
@@ -88,7 +88,7 @@ def _train(tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool)
         console.print(describe_result(result, config, folder))
     if result.failure:
         print(f"error: {result.failure}", file=sys.stderr)
-        return 0 if is_sweep else EXIT_CONFIG_ERROR  # the sweep goes on
+        return 0 if is_sweep else EXIT_CONFIG_ERROR  # a sweep continues
     return 0 if result.finished else EXIT_INTERRUPTED
 
 
