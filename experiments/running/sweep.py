@@ -88,7 +88,7 @@ class SweepReport(Callback):
 
 
 def label_runs(runs: list[Run]) -> dict[str, list[Run]]:
-    """Groups runs by their overrides other than the seed; the labels tell them apart."""
+    """Groups runs by their overrides other than the seed; labels tell them apart."""
     names = dict.fromkeys(name for run in runs for name in run.overrides)
     varied = [
         name
