@@ -1,4 +1,4 @@
-"""What a race leaves in its folder: `race.md`, `race.json`, two plots."""
+"""What a race writes into its folder: `race.md`, `race.json` and two plots."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from experiments.race.table import race_table, summarize, verdicts
 
 __all__ = ["plot_race", "write_report"]
 
-# Tell apart without colour vision, together with the order of the legend.
+# Distinguishable without colour vision, together with the order of the legend.
 COLORS = {
     "natural_gradient_defaults": "#6baed6",
     "natural_gradient": "#08519c",
@@ -36,7 +36,7 @@ def write_report(
     entrants: list[Entrant],
     folder: Path,
 ) -> str:
-    """Writes all of it; returns the Markdown."""
+    """Writes everything; returns the Markdown."""
     target = config.fixed_target
     if config.target == BY_PEERS and (level := best_peer_at(results, 1.0)):
         target = level.loss
@@ -69,7 +69,7 @@ def plot_race(
     kind: str,
     path: Path,
 ) -> None:
-    """Draws the losses against `kind`, "steps" or "seconds": medians and ranges."""
+    """Draws the losses over `kind`, "steps" or "seconds": medians and ranges."""
     figure, (axis,) = new_figure()
     everything = []
     for name, runs in results.items():
@@ -96,7 +96,7 @@ def plot_race(
 
 def _draw(axis: Axes, name: str, runs: list[Result], kind: str) -> list[float]:
     curves = [(getattr(run.trace, kind), run.trace.losses) for run in runs]
-    # On what all have seen, or the median would jump where a run ends.
+    # Only where all runs have data, or the median would jump where a run ends.
     points = np.unique(np.concatenate([x for x, _ in curves]))
     points = points[points <= min(x[-1] for x, _ in curves)]
     losses = np.array([np.interp(points, x, y) for x, y in curves])
@@ -149,7 +149,7 @@ def _describe_grid(entrant: Entrant) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: it becomes null."""
+    """JSON has no infinity, so it becomes null."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -200,7 +200,7 @@ def _make_train_chunk(
 def _loss_on(
     task: Task, points: Points, params: PyTree, *_: Any, **__: Any
 ) -> jax.Array:
-    """The loss for line searches, which pass more or fewer arguments than params."""
+    """The loss for line searches, which may pass further arguments."""
     return task.loss_fn(params, points)
 
 

@@ -82,7 +82,7 @@ def deviation(statistics: Statistics) -> jax.Array:
 
 
 def normalizing(network_fn: Callable[[PyTree, PyTree], Any]) -> Callable[..., Any]:
-    """Makes `(params, batch)` a function of `((params, statistics), batch)`."""
+    """Turns `f(params, batch)` into `f((params, statistics), batch)`."""
 
     def apply_fn(
         params_and_statistics: tuple[PyTree, Statistics | None], batch: PyTree

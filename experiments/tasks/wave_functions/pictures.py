@@ -52,7 +52,7 @@ def _draw_energy(axis: Axes, records: Records, ground: float | None) -> None:
     if ground is not None:
         axis.axhline(ground, ls="--", color=CONTRAST, label="ground state, exact")
     if energies.size and np.isfinite(energies).any():
-        # Limits from where the initial descent has ended, where details matter.
+        # Cut off the highest tenth, the initial descent, to show the rest in detail.
         low, high = np.nanmin(energies), np.nanpercentile(energies, 90)
         low = low if ground is None else min(low, ground)
         axis.set_ylim(low - 0.1 * (high - low) - 1e-6, high + 0.3 * (high - low) + 1e-6)
