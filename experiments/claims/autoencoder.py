@@ -1,7 +1,7 @@
-"""Deep autoencoders: where gradient descent sits at the mean image, curvature goes on.
+"""Deep autoencoders: gradient descent is stuck at the mean image, curvature helps.
 
-A deep network of logistic units first learns the mean of all images, and there its
-gradient all but vanishes: the plateau that Hessian-free optimization was made for.
+A deep network of logistic units first learns the mean of all images, where its gradient
+almost vanishes: the plateau for which Hessian-free optimization was invented.
 """
 
 import itertools
@@ -25,7 +25,7 @@ __all__ = ["AUTOENCODER"]
 
 _LIKELIHOOD = ngd.Bernoulli()
 _WIDTHS = [64, 100, 50, 25, 10, 25, 50, 100, 64]
-_CODE = 3  # the index of the layer that makes the code, which is linear
+_CODE = 3  # index of the layer that outputs the code; this layer is linear
 
 
 class _Run(NamedTuple):
@@ -35,8 +35,8 @@ class _Run(NamedTuple):
       name: the optimizer.
       settings: its settings in words.
       losses: before each step, nats per image.
-      seconds: CPU seconds from the start to each step, compiling left out.
-      error: of the reconstructions at the end, half the squared distance.
+      seconds: CPU seconds from the start to each step, without compiling.
+      error: final error of the reconstructions, half the squared distance.
     """
 
     name: str
@@ -47,7 +47,7 @@ class _Run(NamedTuple):
 
 
 def model_fn(params: Layers, x: jax.Array) -> jax.Array:
-    """Images in [0, 1] to logits of their reconstructions."""
+    """Maps images in [0, 1] to logits of their reconstructions."""
     for index, layer in enumerate(params):
         x = x @ layer["w"] + layer["b"]
         if index not in (_CODE, len(params) - 1):
@@ -75,7 +75,7 @@ def _natural_gradient() -> optax.GradientTransformation:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """64-100-50-25-10-25-50-100-64 on the digits, all of them in every step."""
+    """64-100-50-25-10-25-50-100-64 on the digits, with all of them in every step."""
     x = digits(200 if quick else 500)["x"].astype(jnp.float32)
     steps, many = (60, 600) if quick else (150, 6000)
     runs = [

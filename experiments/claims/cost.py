@@ -1,9 +1,9 @@
-"""It costs more than gradient descent: how much, counted and timed.
+"""The natural gradient costs more than gradient descent: operations and times.
 
-A gradient of a network with P weights, P₁ of them in the first layer, on N examples
-multiplies 6NP - 2NP₁ times; a further Fisher product, linearised before, 8NP - 4NP₁;
-the linearisation 2NP. So a product is at most 4/3 of a gradient, and k of them in a
-step make it 1 + 4k/3 gradients.
+For a network with P weights, P₁ of them in the first layer, and N examples, a gradient
+takes 6NP - 2NP₁ multiplications, the linearisation 2NP, and a further Fisher product
+with the linearisation given 8NP - 4NP₁. So a product is at most 4/3 of a gradient, and
+a step with k of them costs 1 + 4k/3 gradients.
 """
 
 import itertools
@@ -32,18 +32,18 @@ __all__ = ["COST"]
 _BATCH_SIZE = 256
 _SMALL = (64, 128, 64, 10)
 _NETWORKS = (_SMALL, (784, 1000, 300, 10))
-# Activations, biases and the likelihood, which the count of products leaves out.
+# Activations, biases and the likelihood, which the count does not include.
 _TOLERANCE = 0.08
 
 
 class _Prices(NamedTuple):
-    """What a network costs.
+    """The costs on one network.
 
     Attributes:
-      name: its widths and its parameters.
+      name: its widths and its number of parameters.
       product: operations of a further product, in gradients.
-      lone: the same with the linearisation.
-      product_expected, lone_expected: by the count of multiplications.
+      lone: the same including the linearisation.
+      product_expected, lone_expected: by counting multiplications.
       gradient: CPU seconds.
       steps: CPU time of a whole step, in gradients, for each number of products.
       kl_evaluations: forward passes for the radius, likewise.
@@ -146,7 +146,7 @@ def _price(widths: Sequence[int], counts: Sequence[int], *, repeats: int) -> _Pr
 
 
 def _operations(problem: Problem) -> tuple[float, float]:
-    """Of a further product and of a lone one, in gradients, as compiled."""
+    """Operations of a further and of a lone product, in gradients, as compiled."""
     args = (problem.params, problem.batch, problem.vector)
     gradient = operation_count(jax.value_and_grad(problem.loss_fn), *args[:2])
     once, twice = (operation_count(products(problem, k), *args) for k in (1, 2))
@@ -154,7 +154,7 @@ def _operations(problem: Problem) -> tuple[float, float]:
 
 
 def _multiplications(widths: Sequence[int]) -> tuple[float, float]:
-    """The same by hand; see the head of this module."""
+    """The same by hand; see the docstring of this module."""
     weights = [a * b for a, b in itertools.pairwise(widths)]
     gradient = 6 * sum(weights) - 2 * weights[0]
     product = 8 * sum(weights) - 4 * weights[0]

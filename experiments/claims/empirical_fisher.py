@@ -1,9 +1,9 @@
-"""The empirical Fisher is another matrix, and can point the other way.
+"""The empirical Fisher is a different matrix, whose step can point the other way.
 
     F = (1/N) Σ xₙ xₙᵀ,    F̃ = (1/N) Σ rₙ² xₙ xₙᵀ,    g = (1/N) Σ rₙ xₙ
 
-for linear regression with residuals r. Twice the residuals are twice g, the same F and
-four times F̃: the natural step F⁻¹g doubles, F̃⁻¹g halves.
+for linear regression with residuals r. Doubling the residuals doubles g, keeps F, and
+makes F̃ four times as large: the natural step F⁻¹g doubles, and F̃⁻¹g halves.
 """
 
 import functools
@@ -27,7 +27,7 @@ __all__ = ["EMPIRICAL_FISHER"]
 _LIKELIHOOD = ngd.Gaussian(event_ndims=0)
 _OTHER_KIND: Kind = "empirical"
 _GRID = (-1.0, 5.0)
-_SMALLEST_SHARE = 0.01  # of the way that is left at the end of the path
+_SMALLEST_SHARE = 0.01  # remaining share of the way at the end of the path
 _DESCENT = (
     "Opposite is a word of Euclid's metric. Both steps go downhill, since F and F̃ are "
     "positive definite, and in the metric of the model itself, ⟨a, b⟩ = aᵀFb, they are "
@@ -46,7 +46,7 @@ class Data(NamedTuple):
     """A linear regression.
 
     Attributes:
-      name: as it is to be read.
+      name: as shown to the reader.
       x: inputs with a constant, `[N, D]`.
       y: targets, `[N]`.
     """
@@ -57,13 +57,13 @@ class Data(NamedTuple):
 
     @property
     def best(self) -> np.ndarray:
-        """The parameters of least squares."""
+        """The least-squares parameters."""
         scales = np.abs(self.x).max(0)
         return np.linalg.lstsq(self.x / scales, self.y, rcond=None)[0] / scales
 
 
 def textbook_data() -> Data:
-    """Those of the vector fields of Kunstner et al.: y = 2 + 2x + noise."""
+    """The data of the vector fields of Kunstner et al.: y = 2 + 2x + noise."""
     rng = np.random.default_rng(0)
     x = rng.lognormal(0.0, 0.75, 1000)
     y = 2 + 2 * x + rng.normal(size=1000)
@@ -71,17 +71,17 @@ def textbook_data() -> Data:
 
 
 def with_constant(name: str, x: Any, y: Any) -> Data:
-    """The data with one more input, 1."""
+    """The data with one more input, which is always 1."""
     return Data(name, np.column_stack([x, np.ones(len(x))]), y)
 
 
 def standardize(values: Any) -> np.ndarray:
-    """Every column with mean 0 and standard deviation 1."""
+    """Scales every column to mean 0 and standard deviation 1."""
     return (values - values.mean(0)) / values.std(0)
 
 
 def tabular_data() -> list[Data]:
-    """Diabetes in three units, and Boston housing in two where mlxtend is installed."""
+    """Diabetes in three units, and Boston housing in two if mlxtend is installed."""
     x, y = sklearn.datasets.load_diabetes(return_X_y=True)
     raw, _ = sklearn.datasets.load_diabetes(return_X_y=True, scaled=False)
     data = [
@@ -104,10 +104,10 @@ def tabular_data() -> list[Data]:
 
 
 class Steps(NamedTuple):
-    """The two steps at some parameters.
+    """The two steps at given parameters.
 
     Attributes:
-      natural: F⁻¹g; all are arrays, JAX's or NumPy's.
+      natural: F⁻¹g; all fields are JAX or NumPy arrays.
       empirical: F̃⁻¹g.
       cosine: of the angle between them.
       natural_cosine: the same in the metric F.
@@ -125,14 +125,14 @@ def model_fn(params: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def loss_fn(params: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """Half the mean squared error: nats, less a constant."""
+    """Half the mean squared error: nats, up to a constant."""
     return 0.5 * jnp.mean((model_fn(params, batch) - batch["y"]) ** 2)
 
 
 def take_steps(
     params: jax.Array, times: jax.Array, batch: dict[str, jax.Array], kind: Kind
 ) -> Steps:
-    """Both at the same parameters, undamped; with the residuals so many times."""
+    """Both at the same parameters, undamped, with residuals multiplied by `times`."""
     outputs = model_fn(params, batch)
     batch = {**batch, "y": outputs + times * (batch["y"] - outputs)}
     grads = jax.grad(loss_fn)(params, batch)
@@ -157,17 +157,17 @@ def steps_everywhere(
     params: jax.Array, times: jax.Array, batch: dict[str, jax.Array], kind: Kind
 ) -> Steps:
     """Steps at many parameters, `[points, D]`, with residuals `times` `[points]`."""
-    # One after the other: of two batched Cholesky factorisations at the same time, on
-    # two cores, each may wait for the other's thread for ever (jaxlib 0.10.1).
+    # Sequentially: two batched Cholesky factorisations at the same time, on two cores,
+    # may deadlock waiting for each other's threads (jaxlib 0.10.1).
     return jax.lax.map(
         lambda point: take_steps(point[0], point[1], batch, kind), (params, times)
     )
 
 
 def explore(data: Data, points: np.ndarray) -> tuple[Steps, np.ndarray]:
-    """Steps at `points`, and by how much twice the residuals change those at the first.
+    """Steps at `points`, and the effect of doubled residuals at the first point.
 
-    The latter as `[2, D]`: the ratios of the natural and of the empirical step.
+    The latter is `[2, D]`: the ratios of the natural and of the empirical step.
     """
     batch = {"x": jnp.asarray(data.x), "y": jnp.asarray(data.y)}
     times = np.ones(len(points) + 1)
@@ -179,10 +179,10 @@ def explore(data: Data, points: np.ndarray) -> tuple[Steps, np.ndarray]:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """Steps on a grid, on the way to least squares, and around it."""
+    """Steps on a grid, on the way to the least-squares solution, and around it."""
     side, count = (21, 200) if quick else (41, 2000)
 
-    # 1. Two parameters, on a grid; and at least squares, where the model is right.
+    # 1. Two parameters, on a grid; and at the least-squares solution of a true model.
     textbook = textbook_data()
     ticks = np.linspace(*_GRID, side)
     grid = np.stack(np.meshgrid(ticks, ticks), axis=-1)
@@ -190,7 +190,7 @@ def demonstrate(quick: bool) -> Evidence:
     found = {textbook.name: (field.cosine, field.natural_cosine, ratios)}
     apart = _difference_at_best(textbook)
 
-    # 2. Real data: the way of the natural gradient from zero, and random parameters.
+    # 2. Real data: the natural gradient's path from zero, and random parameters.
     left = np.geomspace(1, _SMALLEST_SHARE, count)
     paths = {}
     for data in tabular_data():
@@ -316,7 +316,7 @@ def demonstrate(quick: bool) -> Evidence:
 
 
 def _difference_at_best(data: Data) -> float:
-    """‖F̃ - F‖ / ‖F‖ at least squares."""
+    """‖F̃ - F‖ / ‖F‖ at the least-squares solution."""
     batch = {"x": jnp.asarray(data.x), "y": jnp.asarray(data.y)}
     best = jnp.asarray(data.best)
     exact = ngd.dense_fisher(model_fn, best, batch, _LIKELIHOOD)

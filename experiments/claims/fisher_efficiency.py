@@ -1,10 +1,10 @@
-"""Fisher efficiency: online natural gradient loses nothing of what the data say.
+"""Fisher efficiency: online natural gradient loses no information from the data.
 
     θ_t+1 = θ_t - F⁻¹g_t / (t + 20),    t·E‖θ_t - θ*‖²_F → d
 
 No unbiased estimate from t examples has a smaller error than d / t (Cramér and Rao).
-For linear regression on Gaussian inputs the error of every step is known in closed form
-too, which is what the experiment is held against.
+For linear regression on Gaussian inputs, the error at every step is also known in
+closed form, and the experiment is checked against it.
 """
 
 from typing import Any, NamedTuple
@@ -25,8 +25,8 @@ __all__ = ["FISHER_EFFICIENCY"]
 _LIKELIHOOD = ngd.Gaussian()
 _EIGENVALUES = 200.0 ** -np.linspace(0, 1, 6)  # of the covariance of the inputs
 _DIMENSION = len(_EIGENVALUES)
-# The rate 1 / (t + 20) is that of a mean which has seen 20 examples, so that is where
-# the runs start: around the truth, with the error that 20 examples would leave.
+# The rate 1 / (t + 20) is that of a running mean after 20 examples, so the runs start
+# like that: around the truth, with the error that 20 examples would leave.
 _HEAD_START = 20
 _KEY_SEED = 0
 _STANDARD_ERRORS = 4.0
@@ -50,14 +50,14 @@ _BEFORE = (
 
 
 class Method(NamedTuple):
-    """A way to use one example at a time.
+    """A method that uses one example at a time.
 
     Attributes:
-      name: as it is to be read.
-      color: of `COLORS`.
+      name: as shown to the reader.
+      color: a key of `COLORS`.
       rate: rate[t] of the step after t examples, an array.
-      eigenvalues: of the covariance of the inputs as the method sees them: of F⁻¹C for
-        the natural gradient, so all 1.
+      eigenvalues: of the covariance of the inputs as the method sees them; for the
+        natural gradient those of F⁻¹C, so all 1.
     """
 
     name: str
@@ -69,8 +69,8 @@ class Method(NamedTuple):
 def methods(steps: int) -> tuple[Method, Method, Method]:
     """Natural gradient, SGD at the same rates, SGD at rates for its slowest direction.
 
-    The last is what 1/t asks for in the direction of the smallest eigenvalue; it starts
-    late enough to be stable.
+    The last has the rate 1/t that the direction of the smallest eigenvalue needs; it
+    starts late enough to be stable.
     """
     t = np.arange(1, steps + 1)
     fastest = 1 / _EIGENVALUES.min()
@@ -106,7 +106,8 @@ def expected_errors(method: Method, start: np.ndarray) -> np.ndarray:
 
     Args:
       method: the rates η and the eigenvalues λ.
-      start: λᵢ mᵢ before the first step: the part of each direction in the error.
+      start: λᵢ mᵢ before the first step: the contribution of each direction to the
+        error.
     """
     scales = method.eigenvalues
     moments = start / scales
@@ -125,7 +126,7 @@ def model_fn(params: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def natural_gradient(rate: np.ndarray) -> optax.GradientTransformationExtraArgs:
-    """F is C for every run, so one solve serves them all, in d steps."""
+    """F is C for every run, so one solve of d steps serves all of them."""
     return ngd.natural_gradient(
         lambda count: jnp.asarray(rate)[count],
         model_fn,
@@ -138,8 +139,8 @@ def natural_gradient(rate: np.ndarray) -> optax.GradientTransformationExtraArgs:
 def simulate(key: jax.Array, runs: int, steps: int) -> np.ndarray:
     """The mean of ‖θ_t - θ*‖²_F over the runs, and its standard error: `[2, t, 4]`.
 
-    For t = 1, 2, ... and for each of `methods`; the last is the average of the iterates
-    of SGD at a constant rate.
+    For t = 1, 2, ... and for each of `methods`, then for the average of the iterates of
+    SGD at a constant rate.
     """
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(_DIMENSION,) * 2))[0]
     root = jnp.asarray(basis * np.sqrt(_EIGENVALUES))  # x = root z, C = root rootᵀ
@@ -155,7 +156,7 @@ def simulate(key: jax.Array, runs: int, steps: int) -> np.ndarray:
     txs = [optax.with_extra_args_support(tx) for tx in txs]
 
     def loss_fn(params: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Each run has an example of its own."""
+        """Each run has its own example."""
         return 0.5 * jnp.sum((jnp.sum(x * params, axis=0) - y) ** 2)
 
     def error(params: jax.Array) -> jax.Array:
@@ -192,7 +193,7 @@ def simulate(key: jax.Array, runs: int, steps: int) -> np.ndarray:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """Many runs at once, each on examples of its own."""
+    """Many runs at once, each with its own examples."""
     runs, steps = (1000, 600) if quick else (4000, 3000)
     means, errors = simulate(jax.random.key(_KEY_SEED), runs, steps)
     t = np.arange(1, steps + 1)

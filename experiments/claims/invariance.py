@@ -1,4 +1,4 @@
-"""Sigmoid or tanh: the gradient learns another function, the natural gradient not."""
+"""Sigmoid or tanh: it matters to gradient descent, not to the natural gradient."""
 
 import numpy as np
 import optax
@@ -20,7 +20,7 @@ from experiments.claims.twins import (
 __all__ = ["INVARIANCE"]
 
 _EPS = float(np.finfo(np.float64).eps)
-# Up to this condition number of F, ten of the sixteen digits survive a solve.
+# Up to this condition number of F, a solve keeps ten of the sixteen digits.
 _WELL_CONDITIONED = 1e6
 _SGD_RATE, _ADAM_RATE = 0.1, 0.01
 _DAMPINGS = 10.0 ** np.arange(-9, -1)
@@ -44,7 +44,7 @@ def _mapped(damping: float) -> str:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """2-3-1 networks on a teacher's data; natural gradient, SGD and Adam."""
+    """2-3-1 networks on a teacher's data: natural gradient, SGD and Adam."""
     near, own = starts(8 if quick else 24)
     dampings = _DAMPINGS[[0, 1, 5]] if quick else _DAMPINGS
     settings = {
@@ -262,7 +262,7 @@ def _draw(results: dict[str, Drift], well: np.ndarray, dampings: np.ndarray) -> 
     ]
     steps = np.arange(1, STEPS + 1)
     for name, color, style, label in lines:
-        # A difference of exactly 0 has no place on a logarithmic axis.
+        # A difference of exactly 0 cannot be shown on a logarithmic axis.
         chosen = np.maximum(results[name].difference[well], _EPS / 4)
         left.fill_between(
             steps, chosen.min(0), chosen.max(0), color=COLORS[color], alpha=0.15, lw=0

@@ -1,10 +1,10 @@
-"""The order of the examples: how much a segment of the stream decides of the outcome.
+"""The order of the examples: how much a segment of the stream affects the outcome.
 
-    Vₖ = E over fresh segments k of Var(outputs after training),    k = 1 … S
+    Vₖ = E over new segments k of Var(outputs after training),    k = 1 … S
 
 A network learns online, seeing each example once. The stream is cut into segments; one
-of them is drawn anew several times, the others stay. The variance of the outputs that
-this makes is the influence of the segment.
+of them is drawn several times, while the others stay the same. The resulting variance
+of the outputs is the influence of that segment.
 """
 
 import functools
@@ -31,13 +31,13 @@ _TRAINING_IMAGES = 1297
 
 
 class _Sizes(NamedTuple):
-    """How large the experiment is.
+    """The size of the experiment.
 
     Attributes:
       segments: S.
-      steps: in a segment, each on a batch of its own.
-      draws: of each segment.
-      seeds: initial parameters and streams.
+      steps: number of steps in a segment, each on its own batch.
+      draws: number of draws of each segment.
+      seeds: number of seeds, for initial parameters and streams.
     """
 
     segments: int
@@ -47,13 +47,13 @@ class _Sizes(NamedTuple):
 
 
 class _Contestant(NamedTuple):
-    """An optimizer, with the settings that decide how far it goes.
+    """An optimizer, with the setting that determines how far it goes.
 
     Attributes:
       name: in words.
-      setting: what they are.
-      values: of it.
-      make: a value -> the optimizer.
+      setting: the name of the setting.
+      values: the values of the setting.
+      make: makes the optimizer from a value.
     """
 
     name: str
@@ -63,10 +63,10 @@ class _Contestant(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """Of a contestant; the leading axis is that of its settings.
+    """The result of a contestant; the leading axis is over its settings.
 
     Attributes:
-      loss: on held-out examples after training, nats.
+      loss: final loss on held-out examples, in nats.
       influence: of each segment, `[settings, S]`.
     """
 
@@ -75,7 +75,7 @@ class _Result(NamedTuple):
 
 
 def model_fn(params: Layers, batch: dict[str, jax.Array]) -> jax.Array:
-    """Pictures to logits."""
+    """Maps pictures to logits."""
     return mlp(params, batch["x"])
 
 
@@ -112,7 +112,7 @@ def demonstrate(quick: bool) -> Evidence:
             natural._replace(values=natural.values[:2]),
         )
     found = {each.name: _measure(each, sizes) for each in contestants}
-    # The best that plain gradient descent can do, and the others no better.
+    # Compare at the loss of the best run of plain gradient descent.
     best = int(np.argmin(found["SGD"].loss))
     loss, plain = found["SGD"].loss[best], found["SGD"].influence[best]
     natural = _at_loss(found["natural gradient"], loss)
@@ -181,7 +181,7 @@ def _measure(contestant: _Contestant, sizes: _Sizes) -> _Result:
     training = {name: leaf[:_TRAINING_IMAGES] for name, leaf in images.items()}
     rest = {name: leaf[_TRAINING_IMAGES:] for name, leaf in images.items()}
     held_out = _draw_examples(np.random.default_rng(0), rest, (_HELD_OUT,))
-    # Of each segment, besides the draws to compare, the one that is usual.
+    # For each segment: the draws to compare, and one to use by default.
     shape = (sizes.segments * (sizes.draws + 1), sizes.steps, _BATCH_SIZE)
     streams = [
         _draw_examples(np.random.default_rng([1, seed]), training, shape)
@@ -262,9 +262,9 @@ def _draw_examples(
 
 
 def _at_loss(result: _Result, loss: float) -> np.ndarray:
-    """The influences at a loss between those of two settings, by interpolation.
+    """The influences at a given loss, interpolated between two settings.
 
-    Where none is as bad, or none as good, those of the nearest.
+    Outside the range of losses, those of the nearest setting.
     """
     order = np.argsort(result.loss)
     logs = np.log(result.influence[order])

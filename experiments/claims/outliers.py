@@ -1,4 +1,4 @@
-"""One wrong label in a batch: how far a step goes, and what is left of the training."""
+"""One wrong label in a batch: how far a step goes, and how it affects the training."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ __all__ = ["OUTLIERS"]
 _RADIUS = 1e-3
 _RATE, _DAMPING = 0.1, 1e-2
 _SGD_RATE, _MAX_NORM, _ADAM_RATE, _SOFTMAX_RATE = 0.1, 1.0, 0.01, 0.3
-# The first steps go far whatever the labels are; the last ones tell how it ended.
+# The first steps go far whatever the labels are; the last ones show the outcome.
 _SETTLED, _LAST = 100, 100
 
 _SGD = "SGD"
@@ -60,12 +60,12 @@ TxFn = Callable[[Run], optax.GradientTransformation]
 
 
 class _Result(NamedTuple):
-    """Of one optimizer, over seeds.
+    """The result of one optimizer, over seeds.
 
     Attributes:
-      with_outliers, without: what was watched, `[seeds, steps]`.
+      with_outliers, without: the records, `[seeds, steps]`.
       ratio: mean KL of an outlier step over that of a clean one, `[seeds]`.
-      errors: the test error at the end, a mean over the last steps and all seeds, with
+      errors: the final test error, a mean over the last steps and all seeds, with
         outliers and without.
     """
 
@@ -87,7 +87,7 @@ def _natural_gradient(task: Task) -> TxFn:
             task.likelihood,
             max_kl=lambda _: run.max_kl,
             damping=_DAMPING,
-            # F of 32 examples has rank 32 times the outputs: this is an exact solve.
+            # F of 32 examples has rank 32 times the outputs: the solve is exact.
             solver=ngd.CG(max_steps=100, rtol=1e-6),
         )
 
@@ -100,7 +100,7 @@ def _compare(
     streams: Stream,
     settings: dict[str, dict[str, Any]],
 ) -> dict[str, _Result]:
-    """Each of `settings` with and without outliers, in one compiled program."""
+    """Runs each of `settings` with and without outliers, in one compiled program."""
     seeds = range(len(streams.x))
     runs = [
         Run(seed, **({"bad_labels": 1} | setting | outliers))
@@ -231,7 +231,7 @@ def _checks(results: dict[str, _Result], softmax: dict[str, _Result]) -> list[Ch
         """The error with outliers over that without."""
         return result.errors[0] / result.errors[1]
 
-    # One residual r beside those of a batch, whose mean has the variance σ²/batch.
+    # One residual r among those of a batch, whose mean has the variance σ²/batch.
     at_optimum = (
         f"1 + r²/{BATCH}σ² = {1 + SHIFT**2 / BATCH:.0f} for short steps at the "
         f"optimum, r = {SHIFT:g}σ; of that order"

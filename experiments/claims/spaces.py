@@ -1,10 +1,10 @@
-"""Solves in the space of samples and in that of parameters agree; small damping tells.
+"""Solves in sample space and in parameter space agree; small damping reveals round-off.
 
     (F + λI)⁻¹ Aᵀ w = Aᵀ (A Aᵀ + λI)⁻¹ w,    F = Aᵀ A
 
-with A of 60 rows for 300 parameters. The formula of the textbooks takes the gradient
-g = Aᵀ w in place of w and subtracts two terms of size ‖g‖/λ, so it loses digits as λ
-falls. The truth is computed with decimal numbers of 50 digits.
+with A of 60 rows for 300 parameters. The textbook formula uses the gradient g = Aᵀ w
+instead of w and subtracts two terms of size ‖g‖/λ, so it loses digits as λ decreases.
+The reference is computed with decimal numbers of 50 digits.
 """
 
 import decimal
@@ -27,10 +27,10 @@ __all__ = ["SPACES"]
 _LIKELIHOOD = ngd.Gaussian()
 _EXAMPLES, _OUTPUTS, _PARAMETERS = 20, 3, 300
 _ROWS = _EXAMPLES * _OUTPUTS
-_SMALLEST_SINGULAR_VALUE = 1e-2  # of A, whose largest is 1
+_SMALLEST_SINGULAR_VALUE = 1e-2  # of A; the largest is 1
 _DAMPING = 1e-3
 _DIGITS = 50
-# Exact arithmetic would take 60 steps, one for each row; round-off makes it more.
+# In exact arithmetic, 60 steps would do, one for each row; round-off requires more.
 _CG = ngd.CG(max_steps=10 * _ROWS, rtol=1e-14)
 _TEXTBOOK = "Woodbury from g, textbook formula"
 _IN_OUTPUTS = "SampleSpace, w known"
@@ -59,17 +59,17 @@ _CHEAPER = (
 
 
 def model_fn(params: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """Linear in the parameters, with the rows given: `[20, 3]`."""
+    """Linear in the parameters, with the given rows: `[20, 3]`."""
     return batch["rows"] @ params
 
 
 def output_loss_fn(outputs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """Half the squared error, a mean over examples: nats, less a constant."""
+    """Half the squared error, averaged over examples: nats, up to a constant."""
     return 0.5 * ((outputs - batch["y"]) ** 2).sum(-1).mean()
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:
-    """Rows with singular values from 1 down, once the mean over examples is taken."""
+    """Rows with singular values from 1 down, after taking the mean over examples."""
     rng = np.random.default_rng(seed)
     left = np.linalg.qr(rng.normal(size=(_ROWS, _ROWS)))[0]
     right = np.linalg.qr(rng.normal(size=(_PARAMETERS, _ROWS)))[0]
@@ -97,7 +97,7 @@ def solve_all(
         return ngd.solve_scaled(solver, fisher, rhs, damping=damping).direction
 
     def solve(damping: jax.Array) -> dict[str, Any]:
-        # Coefficients of zero tell the solver nothing: all of g is left to split.
+        # With coefficients of zero, the solver must split all of g by itself.
         known = jnp.stack([coefficients, jnp.zeros_like(coefficients)])
         told, untold = jax.lax.map(functools.partial(in_samples, damping), known)
         return {
@@ -113,7 +113,7 @@ def solve_all(
 def textbook_woodbury(
     rows: np.ndarray, gradient: np.ndarray, damping: float
 ) -> np.ndarray:
-    """(g - Aᵀ (A Aᵀ + λI)⁻¹ A g) / λ, as it is written everywhere."""
+    """(g - Aᵀ (A Aᵀ + λI)⁻¹ A g) / λ, the usual formula."""
     gram = rows @ rows.T + damping * np.eye(len(rows))
     inside = rows.T @ np.linalg.solve(gram, rows @ gradient)
     return (gradient - inside) / damping
@@ -125,7 +125,7 @@ def exact_directions(
     """(F + λI)⁻¹ g to 50 digits: Jᵀ (J Jᵀ + λN I)⁻¹ r, `[dampings, 300]` decimals.
 
     Args:
-      rows: J, `[60, 300]`; its entries are taken for exact.
+      rows: J, `[60, 300]`; its entries are taken to be exact.
       residuals: r, `[60]`; g = Jᵀ r / N and F = Jᵀ J / N.
       dampings: λ.
     """
@@ -138,7 +138,7 @@ def exact_directions(
 
 
 def _eliminate(matrix: np.ndarray, right: np.ndarray, shift: Any) -> np.ndarray:
-    """Solves (matrix + shift I) y = right, positive definite, without pivots."""
+    """Solves (matrix + shift I) y = right, positive definite, without pivoting."""
     matrix, right, size = matrix.copy(), right.copy(), len(right)
     for i in range(size):
         matrix[i, i] += shift
@@ -159,7 +159,7 @@ def to_decimal(values: np.ndarray) -> np.ndarray:
 
 
 def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
-    """‖found - exact‖ / ‖exact‖, without round-off of its own."""
+    """‖found - exact‖ / ‖exact‖, without round-off in the comparison."""
     with decimal.localcontext(prec=_DIGITS):
         rest = to_decimal(found) - exact
         square: Any = rest @ rest / (exact @ exact)

@@ -1,4 +1,4 @@
-"""A step asked for in KL: what is measured, and what the quadratic model guesses."""
+"""A step of a requested KL: what is measured, and what the quadratic model predicts."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -27,19 +27,19 @@ _RADII = (1e-3, 1e-4, 1e-5)
 _SGD_RATES = (0.1, 0.3, 1.0)
 _STEPS, _SGD_STEPS = 30, 300
 _DAMPING, _HARDLY_ANY = 1e-3, 1e-9
-# Of the radius, that the library promises to fill.
+# The share of the radius that the library promises to reach.
 FILL = 0.92
 
 Data = dict[str, jax.Array]
 
 
 class _Steps(NamedTuple):
-    """What was watched, `[runs, steps]` each; inside of a program, one number each.
+    """Records of steps, `[runs, steps]` each; inside a program, one number each.
 
     Attributes:
-      kl: of the step, measured anew outside of the transformation, nats per example.
-      guess: the KL of the step that the quadratic model takes for one of `max_kl`.
-      evaluations: forward passes that the search of the radius took.
+      kl: of the step, measured again outside the transformation, nats per example.
+      guess: the KL of the step for which the quadratic model predicts `max_kl`.
+      evaluations: number of forward passes in the search for the radius.
       loss: after the step.
     """
 
@@ -50,7 +50,7 @@ class _Steps(NamedTuple):
 
 
 def model_fn(params: Layers, batch: Data) -> jax.Array:
-    """Pictures to logits."""
+    """Maps pictures to logits."""
     return mlp(params, batch["x"])
 
 
@@ -73,7 +73,7 @@ def _train(
     steps: int,
     observe: Callable[[PyTree, Layers, Layers, Any, Data], Any],
 ) -> Any:
-    """Full-batch steps with each of `settings`, in one compiled program."""
+    """Takes full-batch steps with each of `settings`, in one compiled program."""
 
     def one(start: Layers, batch: Data, setting: PyTree) -> Any:
         batches = jax.tree.map(
@@ -84,7 +84,7 @@ def _train(
         )
         return kept
 
-    # In turn: batched factorisations of jaxlib may wait for one another for ever.
+    # Sequentially: batched factorisations of jaxlib may deadlock.
     @jax.jit
     def in_turn(start: Layers, batch: Data, settings: PyTree) -> Any:
         return jax.lax.map(lambda setting: one(start, batch, setting), settings)
@@ -110,7 +110,7 @@ def _to_the_radius(runs: Sequence[tuple[float, float]], batch: Data) -> _Steps:
         setting: jax.Array, before: Layers, after: Layers, state: Any, batch: Data
     ) -> _Steps:
         fisher = ngd.linearize_fisher(model_fn, before, batch, _LIKELIHOOD)
-        direction = jax.tree.map(jnp.subtract, before, after)  # any multiple of it
+        direction = jax.tree.map(jnp.subtract, before, after)  # up to a factor
         scale = ngd.quadratic_step_scale(fisher.quadratic(direction), setting[0])
         guessed = jax.tree.map(lambda p, d: p - scale * d, before, direction)
         return _Steps(
@@ -120,19 +120,20 @@ def _to_the_radius(runs: Sequence[tuple[float, float]], batch: Data) -> _Steps:
             loss=_loss_fn(after, batch),
         )
 
-    # OpenBLAS factorises a matrix of this size with threads of its own, which wait for
-    # each other by spinning: thirty times as long where other programs run.
+    # OpenBLAS factorises a matrix of this size with threads of its own, which spin
+    # while they wait for each other: thirty times as slow if other programs are
+    # running.
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         return _train(tx_fn, jnp.asarray(runs), batch, _STEPS, observe)
 
 
 def _rank(batch: Data) -> tuple[int, int]:
-    """The rank of F at the start, and the most that it can be."""
+    """The rank of F at the start, and the largest possible rank."""
     dense = jax.jit(lambda p, b: ngd.dense_fisher(model_fn, p, b, _LIKELIHOOD))
     matrix = np.asarray(dense(_start(), batch))
     dark = int((np.asarray(batch["x"]) == 0).all(0).sum())
     hidden = _WIDTHS[1]
-    # Weights of pixels that are always dark, and one constant added to all logits.
+    # Weights of pixels that are always dark, and a constant added to all logits.
     largest = len(matrix) - dark * hidden - (hidden + 1)
     return int(np.linalg.matrix_rank(matrix, hermitian=True)), largest
 

@@ -88,6 +88,5 @@ class Learner(Protocol):
             of `timings.jsonl` where they are known.
           folder: the run folder.
           title: a short description of the run.
-          title: what the run is, in a few words.
         """
         ...

@@ -1,7 +1,7 @@
-"""Many known algorithms are natural gradient in disguise: each identity, measured.
+"""Many known algorithms are the natural gradient in disguise: each identity, measured.
 
-A file for each identity or each pair of related ones; in it the call of this library,
-the textbook's way in NumPy, and what is left of the identity without its condition.
+One file for each identity or pair of related ones. It contains the call of this
+library, the textbook version in NumPy, and the difference if the condition is violated.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from experiments.claims.gallery.wave_function import reconfiguration
 
 __all__ = ["GALLERY"]
 
-_FLOOR = 1e-16  # of what double precision can show
+_FLOOR = 1e-16  # the smallest difference that double precision can show
 
 
 def demonstrate(quick: bool) -> Evidence:
@@ -139,7 +139,7 @@ def _draw(identities: Sequence[Identity], descent: Descent) -> Figure:
 
 
 def _draw_descent(axis: Axes, descent: Descent) -> None:
-    # Each with its name beside it, and until round-off is all that is left.
+    # Label the curves directly, and end them where only round-off is left.
     curves = [
         (descent.plain, "gradient descent,\nrate 1/L", (60, 0.05), "SGD"),
         (descent.tuned, "rate 25/L", (270, 1e-10), "SGD, clipped"),

@@ -80,8 +80,8 @@ def forward_operator(params: Params, x: jax.Array, coefficients: jax.Array) -> J
     """u, ∂u and D u of the network at one point, in one pass.
 
     Args:
-      params: of `init_network`.
       params: as from `init_network`.
+      x: the point, `[d]`.
       coefficients: c of D, `[d]`.
 
     References:
