@@ -84,15 +84,15 @@ def demonstrate(quick: bool) -> Evidence:
     dearest = max(price.steps[-1] for price in prices)
     return Evidence(
         headline=(
-            f"a product costs {prices[-1].product:.2f} gradients by operations; a "
-            f"whole step of {longest} products up to {dearest:.0f} by time, where 1 + "
-            f"4k/3 is {1 + 4 * longest / 3:.0f}"
+            f"a product costs {prices[-1].product:.2f} gradients in operations; a "
+            f"whole step with {longest} products costs up to {dearest:.0f} in time, "
+            f"where 1 + 4k/3 is {1 + 4 * longest / 3:.0f}"
         ),
         setup=(
             f"Tanh networks with softmax outputs, {_BATCH_SIZE} examples, float32. "
-            f"Operations as the compiler counts them. Times are CPU times of the whole "
-            f"process, each the median of turns taken in one process; they are of this "
-            f"machine, so they are told and not judged. A step is a gradient, k "
+            f"Operations are counted by the compiler. Times are CPU times of the whole "
+            f"process, each the median over turns in one process; they depend on the "
+            f"machine, so they are reported without a range. A step is a gradient, k "
             f"products of conjugate gradients, and the search for the radius, 0.01 "
             f"nats."
         ),
@@ -101,9 +101,9 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "cost",
-                "Price of a step against the products in it. The dashed line is what "
-                "the products and one gradient cost at most by operation count; the "
-                "forward passes that measure the KL come on top.",
+                "Cost of a step over its number of products. The dashed line is the "
+                "largest cost of one gradient and the products by operation count; the "
+                "forward passes that measure the KL are extra.",
                 _draw(prices, counts),
             )
         ],
@@ -113,10 +113,10 @@ def demonstrate(quick: bool) -> Evidence:
 
 _HONEST = (
     "So a natural gradient step is never as cheap as one of gradient descent, and must "
-    "make up for it by fewer steps. What lowers the price: fewer products from a warm "
-    "start or a preconditioner, the metric on a part of the batch, or a direct solve "
-    "where examples are few; `python -m experiments.benchmark table=solvers` has the "
-    "prices of those."
+    "make up for it by fewer steps. The cost can be reduced by fewer products, with a "
+    "warm start or a preconditioner, by the metric on a part of the batch, or by a "
+    "direct solve if there are few examples; `python -m experiments.benchmark "
+    "table=solvers` measures these costs."
 )
 
 
@@ -224,12 +224,13 @@ COST = Claim(
     title="It costs more than gradient descent",
     statement=(
         "A natural gradient step costs more than one of gradient descent: a Fisher "
-        "product is at most 4/3 of a gradient, a step of k products about 1 + 4k/3."
+        "product costs at most 4/3 of a gradient, and a step with k products about 1 + "
+        "4k/3 gradients."
     ),
     truth=(
-        "True. By operations a product keeps to the bound, and stays below it where "
-        "the first layer is a large part of the network. By time a whole step follows "
-        "1 + 4k/3, and pays for the forward passes that measure its KL besides."
+        "True. In operations, a product stays within the bound, and well below it if "
+        "the first layer is a large part of the network. In time, a whole step costs "
+        "about 1 + 4k/3 gradients, plus the forward passes that measure its KL."
     ),
     source="Martens 2010, Deep learning via Hessian-free optimization",
     demonstrate=demonstrate,

@@ -35,14 +35,14 @@ _DAMPING_BESIDE = 0.1
 _GRADIENT_RATES = 10.0 ** np.arange(-3, 0.1, 0.25)
 _SLOWEST = -1.9  # a slope above this counts as slowed down by damping
 _SINGULAR = (
-    "F is singular, of rank 25 at most for 100 parameters, and the claim is about its "
-    "pseudo-inverse. Damping takes it away: what the data say little of moves at the "
-    "rate σ / (σ + λ), with σ the eigenvalue of F."
+    "F is singular, with a rank of at most 25 for 100 parameters, and the claim is "
+    "about its pseudo-inverse. It does not hold with damping: a direction that the "
+    "data hardly determine moves at the rate σ / (σ + λ), with σ its eigenvalue of F."
 )
 _CONDITION = (
-    "It needs layers that can move the product in all directions, which they can while "
-    "at most one of them is singular; random square layers are not. All slopes are "
-    "fitted over the whole time, from the first step on."
+    "The layers must be able to move the product in all directions, which they can "
+    "while at most one of them is singular; random square layers are not singular. All "
+    "slopes are fitted over the whole time, from the first step on."
 )
 
 
@@ -182,9 +182,9 @@ def demonstrate(quick: bool) -> Evidence:
     ]
     return Evidence(
         headline=(
-            f"slope of the log loss gap against time: {once:.3f} at η = {_RATE:g}, "
-            f"{2 * once - twice:.4f} for η to 0; gradient descent at its best rate "
-            f"leaves {left_by_gradient:.0e} of the gap where this leaves {left:.0e}"
+            f"slope of the log loss gap over time: {once:.3f} at η = {_RATE:g}, "
+            f"{2 * once - twice:.4f} for η → 0; gradient descent at its best rate "
+            f"leaves {left_by_gradient:.0e} of the gap, the natural gradient {left:.0e}"
         ),
         setup=(
             f"{seeds} networks of {_LAYERS} linear layers of {_WIDTH} × {_WIDTH}, "
@@ -193,12 +193,12 @@ def demonstrate(quick: bool) -> Evidence:
             f"squared error. Full batch, time {_FLOW_TIME:g} in {steps} steps of η = "
             f"{_RATE:g}, solved by conjugate gradients without damping, float64. "
             f"Gradient descent: the best of {len(_GRADIENT_RATES)} rates for each "
-            f"network, as many steps."
+            f"network, with the same number of steps."
         ),
         checks=checks,
         tables=[
             Table(
-                "Slope of the log loss gap against time",
+                "Slope of the log loss gap over time",
                 ["", "median", "least to largest"],
                 rows,
             )
@@ -206,22 +206,23 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "deep_linear",
-                "Left: without damping the loss gap of every network falls as e^(-2t), "
-                "from the first step on, and damping slows it down. Right: the same "
-                "networks by gradient descent, each at its best rate.",
+                "Left: without damping, the loss gap of every network falls as "
+                "e^(-2t), from the first step on, and damping slows it down. Right: "
+                "gradient descent on the same networks, each at its best rate.",
                 _draw(gaps, by_gradient),
             )
         ],
         notes=[
             _SINGULAR,
             (
-                "It is a statement about the flow, and about short steps. One full "
-                "step (η = 1) takes a single layer to the least loss; these four "
-                f"layers it takes to {after_one:.1e} times the gap (median), since "
-                "their product is not linear in them. Even at the rate of the plots, "
-                f"{departed} of {seeds} networks leave the line by more than a tenth "
-                "in their first step, out of layers that are nearly singular, and "
-                "fall beside it from then on. Longer steps need a radius, or damping."
+                f"The claim is about the flow, and about short steps. One full step (η "
+                f"= 1) takes a single layer to the least loss; but with these four "
+                f"layers, whose product is not linear in them, it makes the gap "
+                f"{after_one:.1e} times as large (median). Even at the rate of the "
+                f"plots, {departed} of {seeds} networks, with nearly singular layers, "
+                f"deviate from the line by more than a tenth in their first step, and "
+                f"fall parallel to it from then on. Longer steps need a radius or "
+                f"damping."
             ),
             _CONDITION,
         ],
@@ -273,13 +274,14 @@ DEEP_LINEAR = Claim(
     name="deep_linear",
     title="Deep linear networks: the loss gap falls as e^(-2t)",
     statement=(
-        "Along the natural gradient flow the loss of a deep linear network falls "
-        "exponentially to the least one, at a rate that depends neither on the depth "
-        "nor on the data."
+        "Along the natural gradient flow, the loss of a deep linear network decreases "
+        "exponentially to its minimum, at a rate that depends neither on the depth nor "
+        "on the data."
     ),
     truth=(
-        "Holds for the flow, with the pseudo-inverse of F, from any start whose layers "
-        "are not singular; to the first order in the rate for steps. Not with damping."
+        "True for the flow, with the pseudo-inverse of F, from any start with layers "
+        "that are not singular; for steps, true to first order in the rate. False with "
+        "damping."
     ),
     source=(
         "Bernacchia, Lengyel and Hennequin 2018, Exact natural gradient in deep linear "

@@ -28,9 +28,9 @@ __all__ = ["DIVERGENCE"]
 
 _LIKELIHOOD = ngd.Categorical()
 _CONVERSE = (
-    "The converse is false: KL 0 does not mean equal parameters. Permuting the hidden "
-    "units changes the parameters and nothing else, so KL measures how far the model "
-    "moves, never how far the parameters do."
+    "The converse is false: KL 0 does not imply equal parameters. Permuting the hidden "
+    "units changes only the parameters, not the function, so the KL measures how far "
+    "the model moves, not how far the parameters move."
 )
 _DISTANCES = 10.0 ** np.arange(-5, 1)
 _PARTS = np.linspace(0.0, 1.0, 101)
@@ -200,9 +200,9 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "divergence",
-                "KL against the distance in parameters: ½ε²dᵀFd is right while the "
-                "distance is small. On a straight way in the space of outputs, KL only "
-                "rises.",
+                "KL over the distance in parameters: ½ε²dᵀFd is accurate while the "
+                "distance is small. Along a straight line in output space, the KL can "
+                "only increase.",
                 _draw(measured, guess, found.in_outputs),
             )
         ],
@@ -245,12 +245,13 @@ DIVERGENCE = Claim(
     name="divergence",
     title="Equal parameters are at KL 0, and KL grows as outputs differ",
     statement=(
-        "Two networks with the same parameters are at KL 0, and the further apart "
-        "their outputs, the larger the KL; the Fisher matrix is its curvature."
+        "The KL between two networks with the same parameters is 0, and the further "
+        "apart their outputs are, the larger the KL; the Fisher matrix is its "
+        "curvature."
     ),
     truth=(
-        "Exact. Its converse is false: other parameters may give the same outputs, and "
-        "KL 0."
+        "Exactly true. The converse is false: different parameters may give the same "
+        "outputs, and thus KL 0."
     ),
     source="Amari 1998, Natural gradient works efficiently in learning",
     demonstrate=demonstrate,

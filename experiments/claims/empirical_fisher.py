@@ -29,16 +29,16 @@ _OTHER_KIND: Kind = "empirical"
 _GRID = (-1.0, 5.0)
 _SMALLEST_SHARE = 0.01  # remaining share of the way at the end of the path
 _DESCENT = (
-    "Opposite is a word of Euclid's metric. Both steps go downhill, since F and F̃ are "
-    "positive definite, and in the metric of the model itself, ⟨a, b⟩ = aᵀFb, they are "
-    "never more than a right angle apart: ⟨F⁻¹g, F̃⁻¹g⟩ = gᵀF̃⁻¹g > 0. How large the "
-    "angle is in parameters depends on the units that the inputs are measured in, as "
-    "the lines of the diabetes data show: one problem, three units."
+    "The steps are opposite only in the Euclidean metric. Both go downhill, since F "
+    "and F̃ are positive definite, and in the metric of the model itself, ⟨a, b⟩ = "
+    "aᵀFb, the angle between them is always less than 90°: ⟨F⁻¹g, F̃⁻¹g⟩ = gᵀF̃⁻¹g > "
+    "0. The angle in parameters depends on the units of the inputs, as the curves for "
+    "the diabetes data show: the same problem in three units."
 )
 _BEFORE = (
-    "Measured before, independently: factors of 2 and 0.5 exactly, and a smallest "
-    "cosine of -0.92 on Boston housing; where among the parameters and in which units "
-    "was not kept. {boston}"
+    "Measured before, independently: factors of exactly 2 and 0.5, and a smallest "
+    "cosine of -0.92 on Boston housing; at which parameters and in which units was not "
+    "recorded. {boston}"
 )
 
 
@@ -258,7 +258,7 @@ def demonstrate(quick: bool) -> Evidence:
     worst = min(smallest, key=lambda name: smallest[name])
     return Evidence(
         headline=(
-            f"twice the residuals: natural step × 2, empirical step × 0.5 (relative "
+            f"residuals doubled: natural step × 2, empirical step × 0.5 (relative "
             f"error {errors.max():g}); smallest cosine between them "
             f"{smallest[worst]:.3f} ({worst})"
         ),
@@ -266,8 +266,9 @@ def demonstrate(quick: bool) -> Evidence:
             f"Linear regression, Gaussian outputs of unit variance, both steps "
             f"undamped, float64. One input: {len(textbook.y):,} examples of y = 2 + 2x "
             f"+ noise, x log-normal, on a grid of {side} × {side} parameters. Real "
-            f"data: on the straight way from zero to least squares, which is that of "
-            f"the natural gradient, and at {count} random parameters around its end."
+            f"data: on the straight line from zero to the least-squares solution, "
+            f"which is the path of the natural gradient, and at {count} random "
+            f"parameters around its end."
         ),
         checks=checks,
         tables=[
@@ -285,31 +286,31 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "empirical_fisher_field",
-                "One input, two parameters. The natural step points at least squares "
-                "(×) from everywhere; the empirical one takes detours, and in the "
-                "shaded parts is at an obtuse angle to it.",
+                "One input, two parameters. The natural step points at the "
+                "least-squares solution (×) from everywhere; the empirical one takes "
+                "detours, and in the shaded regions the angle between them is obtuse.",
                 _draw_field(ticks, textbook, field),
             ),
             Plot(
                 "empirical_fisher_cosine",
-                "The angle between the two steps on the way of the natural gradient, "
-                "on real data. The lines of one data set are the same problem in "
-                "other units.",
+                "The angle between the two steps along the path of the natural "
+                "gradient, on real data. The curves for one data set are the same "
+                "problem in different units.",
                 _draw_paths(left, paths),
             ),
         ],
         notes=[
             _DESCENT,
             (
-                "Where the model is right and the fit is best, the two matrices agree "
-                f"in the limit of many examples: here, with 1,000, F̃ differs from F by "
-                f"{apart:.0%}. Elsewhere nothing makes them agree."
+                f"At the optimum of a correct model, the two matrices agree in the "
+                f"limit of many examples: here, with 1,000, F̃ differs from F by "
+                f"{apart:.0%}. Elsewhere they generally differ."
             ),
             _BEFORE.format(
                 boston=f"Here: {', '.join(boston)}."
                 if boston
                 else "Boston housing comes with the package mlxtend, which is not "
-                "installed here: diabetes stands in for it."
+                "installed here, so the diabetes data replace it."
             ),
         ],
     )
@@ -378,13 +379,13 @@ EMPIRICAL_FISHER = Claim(
     name="empirical_fisher",
     title="The empirical Fisher is another thing",
     statement=(
-        "With the data's own targets in place of the model's, F becomes another "
-        "matrix: its step shrinks where residuals grow, and can point away from the "
-        "natural one."
+        "If the model's targets are replaced by those of the data, F becomes a "
+        "different matrix: its step shrinks as residuals grow, and can point away from "
+        "the natural one."
     ),
     truth=(
-        "Both are so: twice the residuals double the natural step and halve the "
-        "empirical one, exactly, and the angle between them can come near to 180° in "
+        "Both are true: doubling the residuals exactly doubles the natural step and "
+        "halves the empirical one, and the angle between them can approach 180° in "
         "parameters. In the metric of the model it stays below 90°: both go downhill."
     ),
     source=(

@@ -32,20 +32,20 @@ _KEY_SEED = 0
 _STANDARD_ERRORS = 4.0
 _CONSTANT_RATE = 0.2
 _AVERAGED = (
-    "The average of the iterates of SGD has the same limit without any F, if its rate "
-    "falls slower than 1/t (Polyak and Juditsky 1992); at a constant rate, as here, up "
-    "to a part of the order of that rate. It takes longer to get there: it forgets its "
-    "start along the slowest direction after about 1 / (rate · smallest eigenvalue) = "
-    f"{1 / (_CONSTANT_RATE * _EIGENVALUES.min()):.0f} steps."
+    f"The average of the iterates of SGD has the same limit without F, if its rate "
+    f"falls more slowly than 1/t (Polyak and Juditsky 1992); with a constant rate, as "
+    f"here, up to an error of the order of that rate. It takes longer to get there: in "
+    f"the slowest direction, it forgets its start after about 1 / (rate · smallest "
+    f"eigenvalue) = {1 / (_CONSTANT_RATE * _EIGENVALUES.min()):.0f} steps."
 )
 _CONDITIONS = (
-    "It needs the rate 1/t in the limit: a rate c/t has c²d / (2c - 1) for its limit, "
-    "which is least at c = 1. And it needs the F of the population: F is given here by "
+    "The rate must be 1/t in the limit: a rate c/t has the limit c²d / (2c - 1), which "
+    "is smallest at c = 1. And F must be that of the population: here it comes from "
     "six points whose second moments are those of the inputs."
 )
 _BEFORE = (
-    "Measured before, independently: 5.97 at t = 3000, with 4,000 runs; where those "
-    "started was not kept. The standard error of 4,000 runs is 0.055."
+    "Measured before, independently: 5.97 at t = 3000, with 4,000 runs; their start "
+    "was not recorded. The standard error of 4,000 runs is 0.055."
 )
 
 
@@ -238,13 +238,13 @@ def demonstrate(quick: bool) -> Evidence:
         headline=(
             f"t·E‖θ - θ*‖²_F = {scaled[0, -1]:.2f} ± {uncertain[0, -1]:.2f} at t = "
             f"{steps} for d = {_DIMENSION}; SGD {scaled[1, -1]:.0f} at the same rate, "
-            f"{scaled[2, -1]:.0f} at one for its slowest direction"
+            f"{scaled[2, -1]:.0f} at a rate for its slowest direction"
         ),
         setup=(
-            f"Online linear regression, one Gaussian example for each step, d = "
+            f"Online linear regression with one Gaussian example per step, d = "
             f"{_DIMENSION}, covariance of condition {1 / _EIGENVALUES.min():.0f}, "
-            f"noise of unit variance; {runs:,} runs of {steps:,} steps, each on "
-            f"examples of its own, float64. All start at the error that {_HEAD_START} "
+            f"noise of unit variance; {runs:,} runs of {steps:,} steps, each on its "
+            f"own examples, float64. All start with the error that {_HEAD_START} "
             f"examples would leave. ‖·‖²_F is twice the KL in nats."
         ),
         checks=checks,
@@ -252,9 +252,9 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "fisher_efficiency",
-                "The error times the number of examples, against that number. The "
-                "natural gradient comes to d = 6, the least that any unbiased estimate "
-                "can have (and from below, since it starts with the error that 20 "
+                "The error times the number of examples, over that number. The natural "
+                "gradient approaches d = 6, the smallest value for any unbiased "
+                "estimate (and from below, since it starts with the error that 20 "
                 "examples would leave). Dotted: the exact expectation.",
                 _draw(t, scaled, uncertain, exact, labels),
             )
@@ -297,13 +297,13 @@ FISHER_EFFICIENCY = Claim(
     name="fisher_efficiency",
     title="Online natural gradient is Fisher efficient",
     statement=(
-        "Natural gradient with the rate 1/t, seeing each example once, ends as close "
-        "to the truth as the best unbiased estimate from all of them."
+        "Natural gradient with the rate 1/t, seeing each example once, ends up as "
+        "close to the truth as the best unbiased estimate from all of them."
     ),
     truth=(
-        "Holds in the limit, t·E‖θ - θ*‖²_F → d, for the F of the population and the "
-        "rate 1/t. SGD of the same rate falls behind by the condition number; averaged "
-        "SGD has the same limit, and gets there later."
+        "True in the limit, t·E‖θ - θ*‖²_F → d, with the F of the population and the "
+        "rate 1/t. SGD with the same rate falls behind by the condition number; "
+        "averaged SGD has the same limit, but gets there later."
     ),
     source="Amari 1998, Natural gradient works efficiently in learning",
     demonstrate=demonstrate,

@@ -41,15 +41,15 @@ _METHODS = ("gradient descent", "natural gradient, Euler", "natural gradient, mi
 _ORDERS = (0, 1, 2)  # of the difference in h, for each method
 _STYLES = (("SGD", "o-"), ("natural gradient", "s-"), ("natural gradient", "D--"))
 _STEPS_NOT_FLOW = (
-    "So the invariance of the natural gradient to a non-linear change of parameters is "
-    "one of its flow. Steps of finite length have it in the limit only, while to a "
-    "linear change they are invariant at any length."
+    "So the natural gradient is invariant to a non-linear change of parameters only as "
+    "a flow. Finite steps are invariant to it only in the limit, but to a linear "
+    "change at any length."
 )
 _BEFORE = (
-    "Measured before, independently, with a start and a target that were not kept: "
-    "falls of 2.17 to 2.02 and of 4.17 to 4.03, gradient descent at KL 0.33. The "
-    "limits 2, 4 and 1 are the claim; how they are approached, and the KL of gradient "
-    "descent, depend on the start and the target."
+    "Measured before, independently, with a start and a target that were not recorded: "
+    "reductions by factors of 2.17 to 2.02 and 4.17 to 4.03, with gradient descent at "
+    "KL 0.33. The claim concerns the limits 2, 4 and 1; how they are approached, and "
+    "the KL of gradient descent, depend on the start and the target."
 )
 
 
@@ -227,7 +227,7 @@ def demonstrate(quick: bool) -> Evidence:
     falls, flow_falls = (x[:, :-1] / x[:, 1:] for x in (apart, from_flow))
     last = f"from {counts[-2]} to {counts[-1]} steps"
     reasons = [
-        "another flow in other parameters: 1",
+        "a different flow in each parametrisation: 1",
         "first order: 2",
         "second order: 4",
     ]
@@ -270,9 +270,9 @@ def demonstrate(quick: bool) -> Evidence:
     kl = apart[0, -1] ** 2 / 2
     return Evidence(
         headline=(
-            f"with each doubling of the steps the difference falls {falls[1, -1]:.3f} "
-            f"times by Euler steps, {falls[2, -1]:.3f} times by midpoint steps; "
-            f"gradient descent stays at KL {kl:.2f} nats"
+            f"each doubling of the number of steps reduces the difference "
+            f"{falls[1, -1]:.3f} times for Euler steps, {falls[2, -1]:.3f} times for "
+            f"midpoint steps; gradient descent stays at KL {kl:.2f} nats"
         ),
         setup=(
             f"A Gamma distribution of shape a and rate b from (1, 1) towards (4, 2) in "
@@ -285,10 +285,10 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "flow",
-                "Left: where the four parametrisations go. By gradient descent each "
-                "goes another way; by the natural gradient all follow one curve, even "
-                f"in {counts[0]} steps. Right: how far apart they end; natural "
-                "gradient's steps agree the better the shorter they are.",
+                f"Left: the paths of the four parametrisations. With gradient descent, "
+                f"each takes a different path; with the natural gradient, all follow "
+                f"one curve, even in {counts[0]} steps. Right: how far apart they end; "
+                f"natural gradient steps agree better, the shorter they are.",
                 _draw(counts, paths, apart),
             )
         ],
@@ -305,7 +305,7 @@ def _table(counts: list[int], apart: np.ndarray, falls: np.ndarray) -> Table:
             row.append(f"{apart[method, index]:.3e}{fall}")
         rows.append(row)
     return Table(
-        "Largest √(2 KL) between two parametrisations, and how many times it fell",
+        "Largest √(2 KL) between two parametrisations, and the factor by which it fell",
         ["steps", *_METHODS],
         rows,
     )
@@ -363,10 +363,10 @@ FLOW = Claim(
         "is written; gradient descent does."
     ),
     truth=(
-        "Exact at any step length if the change of parameters is linear. If it is not, "
-        "it holds for the flow only, and for steps as they go to 0: to the first order "
-        "in their length for the plain (Euler) step, to the second for the midpoint "
-        "step. Undamped, both."
+        "Exactly true for any step length if the change of parameters is linear. "
+        "Otherwise, it is true for the flow, and for steps as their length goes to 0: "
+        "to first order in the length for the plain (Euler) step, to second order for "
+        "the midpoint step. Both are without damping."
     ),
     source=(
         "Song et al. 2018, Accelerating natural gradient with higher-order invariance"

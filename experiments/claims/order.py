@@ -124,19 +124,19 @@ def demonstrate(quick: bool) -> Evidence:
     paper = "Pascanu and Bengio 2014, section 7"
     return Evidence(
         headline=(
-            f"at the loss of the best SGD, the influence of all segments together is "
-            f"{total:.2f} times that under SGD; of the first {first:.2f}, of the last "
-            f"{last:.2f}"
+            f"at the loss of the best SGD run, the influence of all segments together "
+            f"is {total:.2f} times that under SGD; for the first segment {first:.2f} "
+            f"times, for the last {last:.2f} times"
         ),
         setup=(
-            f"Digits, shifted by up to a pixel and with noise, in a stream of "
-            f"{sizes.segments * sizes.steps * _BATCH_SIZE:,} examples that are seen "
-            f"once, in {sizes.segments} segments of {sizes.steps} batches of "
-            f"{_BATCH_SIZE}. A 64-32-10 tanh network, float32. Each segment is drawn "
-            f"anew {sizes.draws} times; the influence is the variance of the "
-            f"probabilities on {_HELD_OUT} held-out images, summed over classes, "
-            f"averaged over {sizes.seeds} seeds. Every optimizer runs with several "
-            f"settings, and the influences are compared at equal held-out loss."
+            f"Digits with noise, shifted by up to a pixel, in a stream of "
+            f"{sizes.segments * sizes.steps * _BATCH_SIZE:,} examples that are each "
+            f"seen once, in {sizes.segments} segments of {sizes.steps} batches of "
+            f"{_BATCH_SIZE}. A 64-32-10 tanh network, float32. Each segment is redrawn "
+            f"{sizes.draws} times; the influence is the variance of the probabilities "
+            f"on {_HELD_OUT} held-out images, summed over classes, averaged over "
+            f"{sizes.seeds} seeds. Every optimizer runs with several settings, and the "
+            f"influences are compared at equal held-out loss."
         ),
         checks=[
             at_most(
@@ -158,10 +158,10 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "order",
-                "Left: influence of all segments against the loss that is reached, a "
-                "point for each setting; lower left is better. Right: the influence "
-                "of each segment, each optimizer at the setting that comes nearest to "
-                "the loss of the best SGD.",
+                "Left: influence of all segments over the final loss, with a point for "
+                "each setting; lower left is better. Right: the influence of each "
+                "segment, for each optimizer with the setting whose loss is closest to "
+                "that of the best SGD run.",
                 _draw(found, loss, sizes),
             )
         ],
@@ -170,9 +170,9 @@ def demonstrate(quick: bool) -> Evidence:
 
 
 _HONEST = (
-    "The comparison at equal loss matters: with a smaller rate or radius every "
-    "optimizer forgets the order, and learns less. The last segment decides most under "
-    "all of them, since nothing comes after it."
+    "It is important to compare at equal loss: with a smaller rate or radius, every "
+    "optimizer depends less on the order, and learns less. The last segment has the "
+    "largest influence under all of them, since nothing comes after it."
 )
 
 
@@ -323,16 +323,16 @@ ORDER = Claim(
     name="order",
     title="The order of the examples matters less",
     statement=(
-        "What a network learns online depends on the order of its examples, the early "
-        "ones above all; under the natural gradient it depends less."
+        "What a network learns online depends on the order of its examples, above all "
+        "the early ones; under the natural gradient it depends on it less."
     ),
     truth=(
-        "Reproduced, at equal held-out loss: all segments together decide less under "
-        "the natural gradient than under SGD, and so do the first and the last. That "
-        "the loss be equal is the condition: with its largest radius the natural "
-        "gradient learns more, and hangs on the first examples as much as SGD does. "
-        "Adam is not far behind it: what helps is a step that fits the curvature, and "
-        "a diagonal has a part of that."
+        "Reproduced at equal held-out loss: all segments together have less influence "
+        "under the natural gradient than under SGD, and so do the first and the last "
+        "one. Equal loss is a necessary condition: with its largest radius, the "
+        "natural gradient learns more, and depends on the first examples as much as "
+        "SGD does. Adam is not far behind: what helps is a step that is adapted to the "
+        "curvature, and a diagonal does part of that."
     ),
     source="Pascanu and Bengio 2014, Revisiting natural gradient for deep networks",
     demonstrate=demonstrate,

@@ -24,8 +24,8 @@ _STANDARDS: dict[Source, str] = {
     "literature": "the literature",
     "promise": "what the library promises",
     "measured": (
-        "earlier measurements of our own or bounds set by hand, which show a change "
-        "and are no evidence"
+        "our own earlier measurements or bounds set by hand, which reveal changes but "
+        "are no evidence"
     ),
 }
 

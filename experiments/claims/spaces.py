@@ -44,17 +44,17 @@ _STYLES = {
     _IN_OUTPUTS: ("natural gradient", "o-"),
 }
 _WHY = (
-    "What g has outside of the span of the 60 rows is round-off; F + λI has the "
-    "eigenvalue λ there, and its inverse makes that round-off ε‖g‖/λ. Dense Cholesky "
-    "in the space of parameters pays the same price. SampleSpace drops that part where "
-    "it is not longer than round-off can be, and has nothing to drop where it is told "
-    "w, the gradient in the space of outputs (`loss_fn` of `natural_gradient`). "
-    "CG never leaves the span; round-off makes it take more steps than the 60 of exact "
+    "The component of g outside the span of the 60 rows is round-off; F + λI has the "
+    "eigenvalue λ there, so its inverse amplifies that round-off to ε‖g‖/λ. Dense "
+    "Cholesky in parameter space has the same error. SampleSpace drops that component "
+    "if it is no larger than round-off can be, and has nothing to drop if it is given "
+    "w, the gradient in output space (`loss_fn` of `natural_gradient`). CG never "
+    "leaves the span; because of round-off it needs more than the 60 steps of exact "
     "arithmetic, so it may take 600 here."
 )
 _CHEAPER = (
-    "The two spaces agree in what they compute, not in what it costs: a matrix of 60 × "
-    "60 here, of 300 × 300 there."
+    "The two spaces give the same result, but at different costs: a 60 × 60 matrix in "
+    "sample space, a 300 × 300 matrix in parameter space."
 )
 
 
@@ -208,7 +208,7 @@ def demonstrate(quick: bool) -> Evidence:
             apart,
             round_off * (1 + _DAMPING) / _DAMPING,
             "theory",
-            "one and the same vector; round-off 60 ε cond(F + λI)",
+            "all compute the same vector; round-off 60 ε cond(F + λI)",
         ),
         at_most(
             "SampleSpace, w known: largest relative error over all λ",
@@ -242,25 +242,25 @@ def demonstrate(quick: bool) -> Evidence:
     ]
     return Evidence(
         headline=(
-            f"at λ = {_DAMPING:g} all agree to {apart:.0e}; at λ = {dampings[0]:.0e} "
-            f"the textbook formula errs by {errors[_TEXTBOOK][0]:.0e}, SampleSpace by "
-            f"{errors[_IN_OUTPUTS][0]:.0e}"
+            f"at λ = {_DAMPING:g}, all agree to {apart:.0e}; at λ = {dampings[0]:.0e}, "
+            f"the error of the textbook formula is {errors[_TEXTBOOK][0]:.0e}, that of "
+            f"SampleSpace {errors[_IN_OUTPUTS][0]:.0e}"
         ),
         setup=(
-            f"A model of {_PARAMETERS} parameters on {_EXAMPLES} examples of "
+            f"A model with {_PARAMETERS} parameters on {_EXAMPLES} examples with "
             f"{_OUTPUTS} outputs: A has {_ROWS} rows, with singular values from 1 to "
             f"{_SMALLEST_SINGULAR_VALUE:g}, so that λ is in units of the largest "
             f"eigenvalue of F. Squared error, float64. Errors are relative, in norm, "
-            f"against a solve in decimal arithmetic of {_DIGITS} digits."
+            f"compared with a solve in decimal arithmetic with {_DIGITS} digits."
         ),
         checks=checks,
         tables=[Table("Relative error of the direction", ["λ", *names], rows_of_table)],
         plots=[
             Plot(
                 "spaces",
-                "The error of (F + λI)⁻¹g as damping falls. Where the gradient is "
-                "known in the space of outputs (as w), nothing is lost; solves that "
-                "divide the round-off of g by λ lose a digit for each decade.",
+                "The error of (F + λI)⁻¹g as damping decreases. If the gradient is "
+                "known in output space (as w), nothing is lost; solves that divide the "
+                "round-off of g by λ lose a digit for each decade.",
                 _draw(dampings, errors, bound),
             )
         ],
@@ -289,14 +289,14 @@ SPACES = Claim(
     name="spaces",
     title="Solves in the space of samples equal those in the space of parameters",
     statement=(
-        "With fewer samples than parameters, the natural direction can be had from a "
-        "system of the size of the samples, exactly."
+        "With fewer samples than parameters, the natural direction can be computed "
+        "exactly from a system whose size is the number of samples."
     ),
     truth=(
-        "Exact in algebra and, at moderate damping, to round-off. At small damping "
-        "only if the gradient is known in the space of outputs, or if the part of it "
-        "outside of the span of the samples is dropped: the textbook formula loses a "
-        "digit for each decade of λ."
+        "Algebraically exact and, at moderate damping, true to round-off. At small "
+        "damping it is true only if the gradient is known in output space, or if its "
+        "component outside the span of the samples is dropped: the textbook formula "
+        "loses a digit for each decade of λ."
     ),
     source=(
         "Ren and Goldfarb 2019, Efficient subsampled Gauss-Newton and natural gradient "

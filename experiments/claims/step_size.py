@@ -196,7 +196,7 @@ def demonstrate(quick: bool) -> Evidence:
             100,
             np.inf,
             "measured",
-            "measured before, independently: up to 1,700; of that order or beyond",
+            "measured before, independently: up to 1,700; of that order or larger",
         ),
         between(
             f"rank of F, of {size}",
@@ -220,18 +220,18 @@ def demonstrate(quick: bool) -> Evidence:
     ]
     return Evidence(
         headline=(
-            f"asked for a KL, steps have {fills.min():.2f} to {fills.max():.4f} of it; "
-            f"those that the quadratic model guesses up to {ratios.max():,.0f} times "
-            f"it; SGD's KL per step ranges over {orders.min():.1f} to "
+            f"steps have {fills.min():.2f} to {fills.max():.4f} of the requested KL; "
+            f"with the length from the quadratic model, up to {ratios.max():,.0f} "
+            f"times; SGD's KL per step ranges over {orders.min():.1f} to "
             f"{orders.max():.1f} orders of magnitude"
         ),
         setup=(
             f"{len(batch['y'])} handwritten digits, a 64-10-10 tanh network with "
-            f"softmax outputs, full-batch steps from one random start. {_STEPS} steps "
-            f"of natural gradient to a radius, with the damping that is the default, "
-            f"λ = {_DAMPING:g}, and with hardly any, F + λI solved by Cholesky "
+            f"softmax outputs, full-batch steps from one random start. {_STEPS} "
+            f"natural gradient steps to a radius, with the default damping, λ = "
+            f"{_DAMPING:g}, and with hardly any; F + λI solved by Cholesky "
             f"factorisation. {_SGD_STEPS} steps of SGD. The KL of each step is "
-            f"measured again, outside of the optimizer. float64."
+            f"measured again, outside the optimizer. float64."
         ),
         checks=checks,
         tables=[
@@ -241,21 +241,22 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "step_size",
-                "Left: the KL of each step; a dashed line is a radius that was asked "
-                "for. Right: the KL of the step that the quadratic model alone would "
-                "take, and of ours, over the radius.",
+                "Left: the KL of each step; a dashed line is a requested radius. "
+                "Right: the KL of the step that the quadratic model alone would take, "
+                "and of our step, relative to the radius.",
                 _draw(natural.kl, kl, runs, fills, ratios),
             )
         ],
         notes=[
             (
-                "½s²dᵀFd is right where it is small in every direction; nearly "
-                "undamped, d runs far along directions that F hardly sees, and there "
-                "the third order decides. So the guess is good in most steps and wild "
-                "in some, and a length that must not be exceeded has to be measured. "
-                "It costs the forward passes in the table. The search takes 10 at "
-                "most: where the KL jumps over orders of magnitude along d it may end "
-                "well inside of the radius, but never outside."
+                "½s²dᵀFd is accurate if the step is small in every direction; with "
+                "almost no damping, d goes far along directions in which F is almost "
+                "zero, where the third order dominates. So the prediction is good in "
+                "most steps and far off in some, and a length that must not be "
+                "exceeded has to be measured. This costs the forward passes in the "
+                "table. The search takes at most 10: if the KL jumps over orders of "
+                "magnitude along d, it may end well inside the radius, but never "
+                "outside."
             )
         ],
     )
@@ -287,8 +288,8 @@ def _table_of_natural(
             "radius, nats",
             "λ",
             "measured over radius",
-            "forward passes for it",
-            "quadratic guess: KL over radius, median",
+            "forward passes",
+            "quadratic model: KL over radius, median",
             "largest",
             "more than twice the radius",
         ],
@@ -361,13 +362,13 @@ STEP_SIZE = Claim(
     name="step_size",
     title="The step size is a KL, not a length",
     statement=(
-        "A learning rate says how far the parameters move; the natural gradient is "
-        "told how far the model moves, in nats, and goes that far."
+        "A learning rate determines how far the parameters move; the natural gradient "
+        "takes as input how far the model should move, in nats, and moves it that far."
     ),
     truth=(
-        "True where the KL is measured. The quadratic guess s = √(2·max_kl / dᵀFd) is "
-        "right in most steps, and where F is nearly singular a thousand times too long "
-        "in some."
+        "True if the KL is measured. The length from the quadratic model, s = "
+        "√(2·max_kl / dᵀFd), is right in most steps, but a thousand times too long in "
+        "some where F is nearly singular."
     ),
     source="Amari 1998; Schulman et al. 2015, Trust region policy optimization",
     demonstrate=demonstrate,

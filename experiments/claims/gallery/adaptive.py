@@ -119,10 +119,10 @@ def adam(quick: bool) -> Identity:
             "the square of a mean is not the mean of squares",
         ),
         condition=(
-            "Batches of one example. It is the empirical Fisher, not the Fisher; its "
-            "diagonal; and to the power ½, where the natural gradient has 1. On larger "
-            "batches it is not even that: where a batch of B has a mean gradient near "
-            "zero, g² is about 1/B of the diagonal."
+            "Batches of one example. The metric is the diagonal of the empirical "
+            "Fisher, not of the Fisher, and to the power ½ instead of 1. On larger "
+            "batches it is not even that: if the mean gradient of a batch of B "
+            "examples is near zero, g² is about 1/B of the diagonal."
         ),
         source="Kingma and Ba 2015, algorithm 1; Martens 2020, section 11; Kunstner "
         "et al. 2019, section 2",

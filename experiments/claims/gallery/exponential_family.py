@@ -90,12 +90,12 @@ def mirror(quick: bool) -> Identity:
             "mirror descent, the means as parameters: difference of a step",
             by_means[0],
             truth[0],
-            "first order only: 1 - x in place of exp(-x)",
+            "first order only: 1 - x instead of exp(-x)",
         ),
         condition=(
-            "The parameters are the natural ones of an exponential family, undamped; "
-            "then for any rate. In other coordinates the two agree in the limit of "
-            "small steps only."
+            "The parameters are the natural ones of an exponential family, without "
+            "damping; then it holds for any rate. In other coordinates the two agree "
+            "only in the limit of small steps."
         ),
         source="Raskutti and Mukherjee 2015, theorem 1",
         setup=f"{num_rates} Poisson rates seen through a blur, {_MIRROR_STEPS} steps",
@@ -203,9 +203,9 @@ def variational(quick: bool) -> Identity:
             "other coordinates: exact in the precision, not in the mean",
         ),
         condition=(
-            "A conjugate model, the natural parameters of the posterior's family as "
-            "parameters, rate 1, no damping; from any start. Without conjugacy it is "
-            "an iteration, and in other coordinates even this one is."
+            "A conjugate model, with the natural parameters of the posterior's family "
+            "as parameters, rate 1 and no damping; then it holds from any start. "
+            "Without conjugacy, or in other coordinates, more than one step is needed."
         ),
         source="Hoffman et al. 2013; Khan and Rue 2023, The Bayesian learning rule",
         setup=(

@@ -85,13 +85,13 @@ def factored_layer(quick: bool) -> Identity:
             "K-FAC, softmax outputs, F and A ⊗ G: difference",
             _factors(x, weights),
             varied,
-            "the output metric varies with the inputs",
+            "the output metric depends on the inputs",
         ),
         condition=(
-            "One linear layer, and an output metric that does not vary with the "
-            "inputs: Gaussian outputs of any covariance; softmax only where all "
-            "examples have the same probabilities, as at zero weights. For deeper "
-            "networks A ⊗ G, without terms between layers, is an approximation."
+            "One linear layer, and an output metric that does not depend on the "
+            "inputs: Gaussian outputs with any covariance; softmax only if all "
+            "examples have the same probabilities, as with zero weights. For deeper "
+            "networks, A ⊗ G without terms between layers is an approximation."
         ),
         source="Martens and Grosse 2015, section 3",
         setup=(

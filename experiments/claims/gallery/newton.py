@@ -123,8 +123,9 @@ def reweighting() -> tuple[Identity, Descent]:
             "not canonical: the Hessian depends on the targets, F does not",
         ),
         condition=(
-            "A generalised linear model with its canonical link; the L2 penalty is the "
-            "damping. With another link it is Fisher scoring, not Newton's method."
+            "A generalised linear model with its canonical link; the L2 penalty acts "
+            "as the damping. With another link, it is Fisher scoring, not Newton's "
+            "method."
         ),
         source="Nelder and Wedderburn 1972; McCullagh and Nelder 1989, section 2.5",
         setup=(

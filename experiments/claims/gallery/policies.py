@@ -119,11 +119,11 @@ def trpo(quick: bool) -> Identity:
         ),
         condition=(
             f"The gradient is that of the surrogate at the old policy. The direction "
-            f"is TRPO's; the length is not. TRPO takes √(2δ/dᵀ(F+λI)d), here with a KL "
-            f"of {by_model.min():.2f} to {by_model.max():.2f} δ, and halves it until "
-            f"the KL is below δ (then {accepted.min():.2f} to {accepted.max():.2f} δ). "
-            f"Ours is searched for by the measured KL ({ours.min():.2f} to "
-            f"{ours.max():.2f} δ)."
+            f"is that of TRPO; the length is not. TRPO takes √(2δ/dᵀ(F+λI)d), here "
+            f"with a KL of {by_model.min():.2f} to {by_model.max():.2f} δ, and halves "
+            f"it until the KL is below δ (then {accepted.min():.2f} to "
+            f"{accepted.max():.2f} δ). Our length is found by measuring the KL "
+            f"({ours.min():.2f} to {ours.max():.2f} δ)."
         ),
         source="Schulman et al. 2015, appendix C, and its authors' code",
         setup=(
@@ -248,13 +248,15 @@ def policy_gradient(quick: bool) -> Identity:
             "tabular policy, states weighted alike: difference",
             unweighted,
             truth,
-            "then A is scaled by how often a state is visited, times their number",
+            "then A is scaled by the frequency of visits to a state, times the number "
+            "of states",
         ),
         condition=(
             "A logit for each state and action, states weighted by their discounted "
-            "visits, no damping; A is centred over the actions, since F⁺ leaves its "
-            "null space alone, and the policy is the same. With features in place of a "
-            "table it is the best fit to A, not A."
+            "visits, and no damping; A is centred over the actions, since F⁺ does not "
+            "move along its null space, which does not change the policy. With "
+            "features instead of a table, the result is the best fit to A, not A "
+            "itself."
         ),
         source="Kakade 2001, theorem 1; Agarwal et al. 2021, soft policy iteration",
         setup=(

@@ -76,9 +76,9 @@ def least_squares() -> Identity:
             "ridge regression towards the start, not least squares",
         ),
         condition=(
-            "A linear model, half the mean square as loss, no damping. The mean square "
-            "itself would step twice as far; with damping λ it is ridge regression, "
-            "with Nλ, towards where the step began."
+            "A linear model, half the mean square as the loss, no damping. With the "
+            "mean square itself, the step would be twice as long; with damping λ it is "
+            "ridge regression, with Nλ, towards the starting point."
         ),
         source="Martens 2020, section 9",
         setup=f"diabetes data of scikit-learn, {len(x)} patients, 10 columns and one 1",
@@ -166,9 +166,9 @@ def gauss_newton() -> Identity:
             "F is a mean over N examples, JᵀJ a sum",
         ),
         condition=(
-            "Gaussian outputs of unit variance. λ is in units of F, a mean over N "
-            "examples: N times it stands next to JᵀJ. It is not Newton's method: F has "
-            "none of the second derivatives of the model."
+            "Gaussian outputs of unit variance. λ is in units of F, which is a mean "
+            "over N examples, so Nλ is added to JᵀJ. This is not Newton's method: F "
+            "does not contain the second derivatives of the model."
         ),
         source="Martens 2020, section 9; Levenberg 1944; Marquardt 1963",
         setup=f"a e⁻ᵇᵗ + c through {len(y)} points, {_LM_STEPS} steps",

@@ -113,13 +113,14 @@ def reconfiguration(quick: bool) -> Identity:
             f"{name}, KL of |ψ|² and ½ dᵀSd: difference",
             quadratic,
             kl,
-            "S is of ψ: the Fisher of |ψ|² is 4 times that",
+            "S is the metric of ψ: the Fisher of |ψ|² is 4 times as large",
         ),
         condition=(
-            "Outputs are log ψ at samples of |ψ|² (here all configurations, weighted), "
-            "the gradient is of half the energy; for complex ones a holomorphic log ψ, "
-            "and the conjugate of JAX's gradient. S measures ψ, not |ψ|²: the KL of a "
-            "step is 4 times ½dᵀSd for real ψ, which a radius here takes into account."
+            "The outputs are log ψ at samples of |ψ|² (here all configurations, "
+            "weighted), and the gradient is that of half the energy; for complex "
+            "parameters, log ψ must be holomorphic, and JAX's gradient is conjugated. "
+            "S is the metric of ψ, not of |ψ|²: the KL of a step is 4 times ½dᵀSd for "
+            "real ψ, which a radius takes into account here."
         ),
         source="Sorella 1998; Stokes et al. 2020",
         setup=(
