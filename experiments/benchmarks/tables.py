@@ -48,8 +48,8 @@ def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
 def write_tables(tables: Sequence[Table]) -> str:
     """All tables, below a line about where and how they were measured."""
     where = (
-        f"{describe_environment()}, one thread, float32 unless said; medians of "
-        f"interleaved CPU times."
+        f"{describe_environment()}, one thread, float32 unless stated otherwise; "
+        f"medians of interleaved CPU times."
     )
     return "\n".join([where + "\n", *map(write_table, tables)])
 

@@ -119,10 +119,10 @@ def _notes(
     notes = [
         (
             f"{here}, one thread, float32; medians over seeds, smallest and largest in "
-            f"brackets; `k of n` runs reached the target. Seconds are "
-            f"{config.clock} seconds of training, compiling and evaluating apart. The "
-            f"loss is that of {config.eval_train_examples or 'all'} training examples. "
-            f"Memory is what XLA plans for a step, the data left out."
+            f"brackets; `k of n` runs reached the target. Seconds are {config.clock} "
+            f"seconds of training, without compiling and evaluating. The loss is that "
+            f"of {config.eval_train_examples or 'all'} training examples. Memory is "
+            f"what XLA plans for a step, without the data."
         )
     ]
     if config.target == BY_PEERS:
@@ -137,7 +137,7 @@ def _notes(
         if (count := len(results[name])) < config.seeds:
             notes.append(f"{name} ran from {count} of the seeds.")
         if summary["environment"] != here:
-            notes.append(f"{name} ran by itself, under {summary['environment']}.")
+            notes.append(f"{name} ran separately, under {summary['environment']}.")
     return notes
 
 

@@ -119,7 +119,7 @@ def _checked(path: str, value: Any, annotation: Any) -> Any:
     if isinstance(value, str) and not _takes_text(annotation):
         group = path.replace(".", "/")
         raise ConfigError(
-            f"`{path}` must be no text, got {value!r}; where there are files to choose "
+            f"`{path}` must not be text, got {value!r}; if there are files to choose "
             f"from, `{group}={value}` chooses one."
         )
     if isinstance(value, float) and math.isnan(value):

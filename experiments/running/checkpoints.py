@@ -104,7 +104,7 @@ class Checkpoints:
         if newest is None and paths:
             raise ConfigError(
                 f"None of the checkpoints in {self._folder} can be read: their "
-                "checksums do not fit. Without that folder the run starts again."
+                f"checksums do not match. Delete that folder to start the run again."
             )
         if newest is None:
             return None
@@ -115,12 +115,12 @@ class Checkpoints:
         except Exception as error:
             raise ConfigError(
                 f"{newest} is the checkpoint of another run or version: the names, "
-                "shapes or dtypes of its state are others, or Orbax cannot read it."
+                f"shapes or dtypes of its state differ, or Orbax cannot read it."
             ) from error
         for path in paths[: paths.index(newest)] if self._is_first else ():
             self.notices.append(
                 f"The checkpoint of step {path.name} is damaged: it is kept as "
-                f"{set_aside(path)}, and step {newest.name} taken instead."
+                f"{set_aside(path)}, and step {newest.name} is used instead."
             )
             set_aside(path.with_suffix(CHECKSUMS))
         return state

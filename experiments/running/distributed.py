@@ -139,8 +139,8 @@ def connect(config: DistributedConfig) -> Iterator[None]:
             reason = " ".join(str(error).split())[:200]
             _leave(
                 EXIT_LOST_PROCESS,
-                "error: another process is gone; all of them, started again with "
-                f"resume=latest, go on from the last checkpoint. ({reason})",
+                f"error: another process is gone; restart all of them with "
+                f"resume=latest to continue from the last checkpoint. ({reason})",
             )
         _leave(1, traceback.format_exc())
     except KeyboardInterrupt:

@@ -135,8 +135,8 @@ def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
     )
     return (
         f"{_title(config)}: {values} after {result.steps} steps and "
-        f"{result.seconds:.1f} s of training "
-        f"(compiled in {result.compile_seconds:.1f} s). All of it is in {folder}"
+        f"{result.seconds:.1f} s of training (compiled in {result.compile_seconds:.1f} "
+        f"s). Everything is in {folder}"
     )
 
 

@@ -133,7 +133,9 @@ def open_run(
     """
     if tree.resume is None:
         if (folder / CONFIG_FILE).exists():
-            raise ConfigError(f"{folder} holds a run already; resume={folder} goes on.")
+            raise ConfigError(
+                f"{folder} already holds a run; resume={folder} continues."
+            )
         return read_config(tree)
     if is_sweep:
         raise ConfigError("`resume` continues one run: leave out --multirun.")
@@ -153,8 +155,8 @@ def _load_config(path: Path) -> DictConfig:
         if isinstance(tree, DictConfig) and names <= tree.keys() and is_whole:
             return tree
     raise ConfigError(
-        f"{path} is damaged. Write it anew by the command of the run, as "
-        f"environment.json has it, with `--cfg job > {path}` at its end."
+        f"{path} is damaged. To restore it, run the command in environment.json again, "
+        f"with `--cfg job > {path}` appended."
     )
 
 
@@ -255,7 +257,7 @@ def write_environment(folder: Path) -> list[str]:
         notices = [f"environment.json was damaged: it is kept as {set_aside(path)}."]
     write_json(path, environment)
     return notices + [
-        f"Not the environment of before: {name} was {earlier.get(name)}, is {value}."
+        f"The environment has changed: {name} was {earlier.get(name)}, is {value}."
         for name, value in environment.items()
         if name != "command" and earlier.get(name) != value
     ]

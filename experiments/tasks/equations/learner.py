@@ -211,7 +211,7 @@ def _check(config: TrainConfig) -> None:
         if problem.dimension != 2:
             raise ConfigError(
                 f"`task.layout` must be halton or random in {problem.dimension} "
-                f"dimensions, got grid: that is for two of them."
+                f"dimensions, got grid, which needs two dimensions."
             )
         if round(task.interior**0.5) ** 2 != task.interior:
             raise ConfigError(
@@ -227,7 +227,7 @@ def _check(config: TrainConfig) -> None:
     if task.fresh_points and task.layout != "random":
         raise ConfigError(
             f"`task.fresh_points` must be false for task.layout={task.layout}: only "
-            f"random points are others in every step."
+            f"random points can change in every step."
         )
     for name in ("batch_size", "eval_train_examples", "stream_above"):
         if (value := getattr(config, name)) is not None:

@@ -99,7 +99,7 @@ def num_examples(data: PyTree) -> int:
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(data)}
     if len(lengths) != 1:
         raise ValueError(
-            f"All arrays of a data set must have as many examples as each other, got "
+            f"All arrays of a data set must have the same number of examples, got "
             f"leading axes {sorted(lengths)}."
         )
     return lengths.pop()

@@ -43,8 +43,8 @@ def _check_optimizer(optimizer: dict[str, Any]) -> None:
     solver = build(optimizer.get("solver"), "optimizer.solver")
     if isinstance(solver, ngd.Solver) and solver.uses_objective:
         raise ConfigError(
-            f"`optimizer.solver` must not weigh the loss of outputs with task=vmc, "
-            f"whose energy is known by samples only, got {solver}."
+            f"`optimizer.solver` must not use the loss of outputs with task=vmc, whose "
+            f"energy is only known from samples, got {solver}."
         )
 
 
