@@ -5,8 +5,8 @@
 
 with d = F⁻¹g. As h goes to 0, both follow the flow dθ/dt = -d(θ), which is the same
 curve of distributions in any parametrisation. For an exponential family it is known in
-closed form: the mean parameters move to those of the target, m(t) = m* + e^(-t) (m(0) -
-m*).
+closed form: the mean parameters move straight to those of the target,
+m(t) = m* + e^(-t) (m(0) - m*).
 """
 
 import functools

@@ -1,7 +1,6 @@
 """The losses that the best first-order peer reaches, and when the others reach them.
 
-    L(s) = min over peers of the median over seeds of the loss after a share s of
-    training
+    L(s) = min over peers of median over seeds of the loss after a share s of training
 
 A single target shows who gets there first; four show whether that holds throughout the
 training.

@@ -43,7 +43,7 @@ __all__ = [
 
 PyTree = Any
 
-# Exit status of a process that others brought down; its launcher explains the rest.
+# Exit statuses of one process of several; its launcher prints the details.
 EXIT_CONFIG_ERROR = 2
 EXIT_LOST_PROCESS = 3
 

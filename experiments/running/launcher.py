@@ -123,8 +123,7 @@ def _start(number: int, address: str, common: list[str]) -> Worker:
             LAUNCHED_VARIABLE: "1",
             # Nobody outside this machine needs the coordinator.
             "JAX_COORDINATOR_BIND_ADDRESS": address,
-            # Each process takes its own GPU if there are several; there is only one
-            # CPU.
+            # Each process takes its own GPU if there are several; there is one CPU.
             "JAX_LOCAL_DEVICE_IDS": str(number),
         },
     )

@@ -3,9 +3,8 @@
     observation --tanh layers--> logits,  or mean with a separate log scale
     observation --tanh layers--> value
 
-They share no parameters. Images (`[height, width, channels]`) go through one
-convolution
-first.
+They share no parameters. Images (`[height, width, channels]`) first go through one
+convolution.
 """
 
 from collections.abc import Callable, Sequence
