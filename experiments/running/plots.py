@@ -1,8 +1,7 @@
 """The curves of a run as one PNG: loss, a metric, KL and radius, solver steps.
 
 All curves are drawn over steps, from 0 on; the axis above shows the seconds of
-training.
-A panel with nothing to show, or with only constant curves, is left out.
+training. A panel with nothing to show, or with only constant curves, is left out.
 """
 
 import io
