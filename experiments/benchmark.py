@@ -1,9 +1,10 @@
-"""What natural gradient costs: `python -m experiments.benchmark [table=name ...]`.
+"""The cost of natural gradient: `python -m experiments.benchmark [table=name ...]`.
 
-Ratios to one gradient of the same network, interleaved in one process, as Markdown.
-The tables are products (what runs without a word), solvers, memory, scaling, precision,
-preconditioners, trpo, vmc, price (a step in Adam's: compiling, time and memory) and
-nist (curve fits against certified values); `table=all` for all of them.
+Prints, as Markdown, ratios to the cost of one gradient of the same network, measured
+alternately in one process. The tables are products (the default), solvers, memory,
+scaling, precision, preconditioners, trpo, vmc, price (a step in units of Adam's:
+compile time, run time and memory) and nist (curve fits against certified values);
+`table=all` prints all of them.
 The library part is `experiments.benchmarks`; `configs/benchmark.yaml` has the settings.
 """
 
@@ -31,11 +32,11 @@ from experiments.running.settings import ConfigError  # noqa: E402
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="benchmark")
 def benchmark(tree: DictConfig) -> None:
-    """Measures what `table` says and prints it."""
+    """Measures what `table` selects and prints it."""
     try:
         config = read_as(OmegaConf.structured(BenchmarkConfig), tree)
     except ConfigError as error:
-        sys.exit(f"error: {error}")  # Hydra would print a line of its own before
+        sys.exit(f"error: {error}")  # Hydra would print a line of its own first
     tables = []
     for name in track(select(config.table), "tables", transient=True):
         tables += measure_tables(name, config)

@@ -1,8 +1,8 @@
 """The race: `python -m experiments.compare task=... seeds=3 budget=60s`.
 
 Optimizers train the same model from the same initial parameters on the same batches;
-every peer is tuned over its grid. Writes a table and two plots into `output`, and goes
-on from what is there. `only=[adam,muon]` runs a part.
+every peer is tuned over its grid. Writes a table and two plots into `output`, and
+continues from the results already there. `only=[adam,muon]` runs a part of the race.
 The library part is `experiments.race`; `configs/compare.yaml` and `configs/race/` have
 the settings.
 """
@@ -33,7 +33,7 @@ def compare(tree: DictConfig) -> None:
         config, entrants = read_compare(tree)
         results = Race(config, entrants, console.print).run()
     except ConfigError as error:
-        sys.exit(f"error: {error}")  # Hydra would print a line of its own before
+        sys.exit(f"error: {error}")  # Hydra would print a line of its own first
     if not results:
         sys.exit("error: no entrant could run")
     folder = Path(config.output)

@@ -1,7 +1,7 @@
 """Trains one network: `python -m experiments.train task=... optimizer=... name=value`.
 
 The library part is `experiments.running.loop`; `configs/` has all the settings.
-With `distributed.num_processes` above one, this either starts the others or is one.
+With `distributed.num_processes` above one, this starts the others or is one of them.
 """
 
 import signal

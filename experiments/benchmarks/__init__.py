@@ -1,1 +1,1 @@
-"""What the benchmark is made of: fair clocks, the functions that are timed, tables."""
+"""The parts of the benchmark: fair clocks, the functions to time, tables."""

@@ -1,8 +1,8 @@
 """Clocks for a busy machine: interleaved medians of CPU time, and operation counts.
 
-A ratio of two times means something only if both were taken under the same load, so
-contestants take turns, and each figure is the median over the turns. CPU time leaves
-out the time for which other processes held the core.
+A ratio of two times is meaningful only if both were taken under the same load, so
+contestants take turns, and each figure is the median over the turns. CPU time excludes
+the time for which other processes held the core.
 """
 
 import json
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def use_one_thread() -> None:
-    """One thread for XLA, so that CPU time is time; before the first computation."""
+    """Restricts XLA to one thread, so CPU time is elapsed time; call this first."""
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = "--xla_cpu_multi_thread_eigen=false"
     if wanted not in flags:
@@ -43,8 +43,8 @@ def interleaved_seconds(
 
     Args:
       functions: each returns arrays; a call ends when they are ready.
-      repeats: turns.
-      minimum: CPU seconds for which one function goes on in one turn.
+      repeats: number of turns.
+      minimum: CPU seconds for which one function is repeated in one turn.
     """
     counts = [_calls_for(function, minimum) for function in functions]
     samples: list[list[float]] = [[] for _ in functions]
@@ -67,7 +67,7 @@ def _calls_for(function: Callable[[], Any], minimum: float) -> int:
 def operation_count(function: Callable[..., Any], *args: Any) -> float:
     """Floating point operations of the compiled function, as XLA counts them.
 
-    A loop's body counts once, whatever the number of its turns.
+    The body of a loop counts once, whatever the number of its iterations.
     """
     analysis = jax.jit(function).lower(*args).compile().cost_analysis()
     if analysis is None:
@@ -83,7 +83,7 @@ def compile_timed(
     Args:
       function: jitted or not.
       args: its arguments.
-      **options: of `jax.jit`.
+      **options: passed to `jax.jit`.
     """
     jax.clear_caches()
     start = time.process_time()
@@ -100,7 +100,7 @@ def compile_seconds(
 
     Args:
       functions: each returns a new function, jitted or not, and its arguments.
-      repeats: turns; one more goes first and does not count.
+      repeats: number of turns; one more is run first and does not count.
     """
     samples: list[list[float]] = [[] for _ in functions]
     for turn in range(repeats + 1):
@@ -114,7 +114,7 @@ def compile_seconds(
 def import_seconds(module: str, *, after: Sequence[str], repeats: int) -> float:
     """Median CPU seconds that importing `module` adds to importing `after`.
 
-    Each turn is a Python process of its own.
+    Each turn runs in a Python process of its own.
     """
     program = (
         f"import time, {', '.join(after)}\n"
@@ -137,13 +137,13 @@ def value_in_process(
     args: Sequence[Any],
     environment: Mapping[str, str] | None = None,
 ) -> float:
-    """The number that `function(*args)` of a module returns in a process of its own.
+    """Calls `function(*args)` of a module in a new process; returns its number.
 
     Args:
       module: where the function is.
       function: its name.
-      args: what JSON can carry.
-      environment: variables of the process besides those of this one.
+      args: arguments that can be written as JSON.
+      environment: environment variables to add to those of this process.
     """
     program = (
         f"import json\n"

@@ -1,8 +1,8 @@
-"""What is timed: one gradient, Fisher products, whole steps, on multilayer perceptrons.
+"""The functions to time: a gradient, Fisher products and whole steps, on perceptrons.
 
-One output is a regression of unit variance, several are logits of as many classes.
+One output means regression with unit variance; several are logits of as many classes.
 
-All of it goes through the public API, as in a user's program.
+Everything goes through the public API, as in a user's program.
 """
 
 import math
@@ -115,7 +115,7 @@ def make_problem(widths: Sequence[int], batch_size: int) -> Problem:
 
 
 def cast_problem(problem: Problem, dtype: Any) -> Problem:
-    """The same with parameters, inputs and so all activations in another precision."""
+    """The same problem with parameters, inputs and thus activations in `dtype`."""
 
     def cast(leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -162,7 +162,7 @@ def program_step(optimizer: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     It gathers its batches, takes several steps, and reports loss, accuracy and KL; the
     KL of optimizers that do not report their own is measured, as in the program.
     """
-    GlobalHydra.instance().clear()  # of the benchmark's own configuration
+    GlobalHydra.instance().clear()  # it holds the benchmark's own configuration
     config = read_config(compose_config([f"optimizer={optimizer}"]))
     task = make_task(config.task)
     tx = make_optimizer(config.optimizer, task)
@@ -180,7 +180,7 @@ def program_step(optimizer: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 def train_step(
     problem: Problem, tx: optax.GradientTransformation
 ) -> tuple[Callable[..., Any], Any]:
-    """(params, opt_state, batch) -> the next two and the loss; and an `opt_state`."""
+    """(params, opt_state, batch) -> new params, new state, loss; and an `opt_state`."""
     tx = optax.with_extra_args_support(tx)
 
     def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
@@ -192,10 +192,10 @@ def train_step(
 
 
 def check_taken(opt_state: Any) -> ngd.NaturalGradientInfo:
-    """The report of a step.
+    """Returns the report of a step.
 
     Raises:
-      RuntimeError: where the step was refused, so that its price means nothing.
+      RuntimeError: the step was refused, so that its cost means nothing.
     """
     info = optax.tree.get(opt_state, "NaturalGradientInfo")
     status = ngd.StepStatus(int(info.status))

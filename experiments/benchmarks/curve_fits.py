@@ -1,7 +1,7 @@
-"""The table of curve fits: certified digits from both starts of NIST's 27 problems.
+"""The table of curve fits: correct digits from both starts of NIST's 27 problems.
 
-Ours with its defaults, SciPy's MINPACK, and Levenberg-Marquardt of Optimistix where it
-is installed; the peers with exact derivatives and tolerances at round-off. All float64.
+Ours with its defaults, SciPy's MINPACK, and the Levenberg-Marquardt of Optimistix if it
+is installed; the peers with exact derivatives and round-off tolerances. All in float64.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ class _Outcome(NamedTuple):
 
 
 def curve_fit_tables(settings: CurveFitsSettings) -> list[Table]:
-    """The fits one by one, and their totals."""
+    """The individual fits, and their totals."""
     makers = {"ours": _ours, "MINPACK": _minpack}
     if importlib.util.find_spec("optimistix") is not None:
         makers["Optimistix"] = _optimistix
@@ -125,7 +125,7 @@ def _residuals_of(problem: Regression) -> Callable[..., Any]:
 
 
 def _minpack(problem: Regression) -> _Fit:
-    """By `leastsq`, which `curve_fit` calls, and which returns where that raises."""
+    """By `leastsq`, which `curve_fit` calls; it returns where the latter raises."""
     residuals = jax.jit(_residuals_of(problem))
     jacobian = jax.jit(jax.jacfwd(residuals))
 

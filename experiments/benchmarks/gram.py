@@ -1,4 +1,4 @@
-"""The table of the Gram matrix and the solve beyond it."""
+"""The table of the time for the Gram matrix, and for the solve after it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,13 +24,13 @@ _BEYOND_THE_GRAM = 4.0
 
 
 class GramCost(NamedTuple):
-    """What `SampleSpace` spends where, in gradients.
+    """Where `SampleSpace` spends its time, in gradients.
 
     Attributes:
-      cell: (P, N, K), P as it came out.
-      gram: the model linearised and the Gram matrix.
-      known: the rest, with the gradient known in output space.
-      unknown: the rest, with the gradient in parameter space only.
+      cell: (P, N, K), with the actual P.
+      gram: linearising the model and computing the Gram matrix.
+      known: the rest, if the gradient in output space is known.
+      unknown: the rest, if only the gradient in parameter space is known.
     """
 
     cell: tuple[int, int, int]
@@ -40,10 +40,10 @@ class GramCost(NamedTuple):
 
 
 def measure_gram(cell: Sequence[int], *, repeats: int) -> GramCost:
-    """The Gram matrix by itself, and the solve where it is given.
+    """Times the Gram matrix alone, and the solve with a given Gram matrix.
 
-    What is beyond it is timed as a program of its own: as a difference of two times, it
-    would be within their noise.
+    The solve is timed as a program of its own: as a difference of two times, it would
+    be lost in their noise.
     """
     problem = make_problem(widths_of(cell), cell[1])
     args = (problem.params, problem.batch)
@@ -80,7 +80,7 @@ def _solve(
 
 
 def gram_table(costs: Sequence[GramCost]) -> Table:
-    """The costs, and the goal at the first of them."""
+    """The costs, and the goal for the first of them."""
     rows = [
         [
             *(f"{number:,}" for number in cost.cell),

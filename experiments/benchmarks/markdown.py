@@ -1,4 +1,4 @@
-"""Tables of results as Markdown, and the judgement of goals."""
+"""Tables of results as Markdown, and whether goals are met."""
 
 import importlib.metadata
 import platform
@@ -20,12 +20,12 @@ __all__ = [
 
 
 class Figure(NamedTuple):
-    """What was measured, what came out, and what it should stay within.
+    """A measured figure and its goal.
 
     Attributes:
-      name: what, in words with its unit.
+      name: what was measured, in words with its unit.
       value: the figure.
-      goal: the largest value aimed at; None where there is none.
+      goal: the largest acceptable value; None if there is none.
     """
 
     name: str
@@ -34,19 +34,19 @@ class Figure(NamedTuple):
 
     @property
     def is_met(self) -> bool:
-        """Whether the figure is within its goal; a NaN is within none."""
+        """Whether the figure is within its goal; a NaN never is."""
         return self.goal is None or self.value <= self.goal
 
 
 class Table(NamedTuple):
-    """One table, with what it was measured for.
+    """One table, with its goals.
 
     Attributes:
       title: what the rows and columns are.
       head: the names of the columns.
-      rows: the cells, as they are to be read.
-      goals: figures that stand below, each with its judgement.
-      notes: what else a reader must know, a sentence each.
+      rows: the cells, as shown to the reader.
+      goals: figures listed below the table, each with its goal.
+      notes: what else a reader must know, one sentence each.
     """
 
     title: str
@@ -69,7 +69,7 @@ def describe_environment() -> str:
 
 
 def value_of(figure: Figure) -> str:
-    """The figure as a cell, marked where its goal is missed."""
+    """The figure as a cell, marked if its goal is missed."""
     return f"{figure.value:.3g}" + ("" if figure.is_met else " (missed)")
 
 
@@ -79,7 +79,7 @@ def goal_of(figure: Figure) -> str:
 
 
 def write_table(table: Table) -> str:
-    """The table below its title, and below it its goals and notes."""
+    """The table under its title, followed by its goals and notes."""
     lines = [
         f"**{table.title}**",
         "",

@@ -1,4 +1,4 @@
-"""The table of memory: what XLA plans for a step, and whether a process agrees."""
+"""The table of memory: what XLA plans for a step, and what a process really uses."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,16 +37,16 @@ _VECTORS = 5
 
 
 def allowance(gradient: Memory, parameter_bytes: int) -> int:
-    """The most that a step of conjugate gradients should take, in bytes."""
+    """The most memory that a step of conjugate gradients should take, in bytes."""
     return _GRADIENT_STEPS * gradient.peak + _VECTORS * parameter_bytes
 
 
 def compile_step(
     problem: Problem, solver: ngd.Solver | None
 ) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
-    """A step that overwrites its parameters and its state; None is for plain descent.
+    """A step that overwrites its parameters and its state; None is plain descent.
 
-    The arguments are copies: the first call is their end.
+    The arguments are copies, since the first call destroys them.
     """
     if solver is None:
         step, opt_state = train_step(problem, optax.sgd(1e-2))
@@ -58,12 +58,12 @@ def compile_step(
 
 
 def plan_step(problem: Problem, solver: ngd.Solver | None) -> Memory:
-    """What XLA plans for `compile_step`."""
+    """The memory that XLA plans for `compile_step`."""
     return planned_memory(compile_step(problem, solver)[0])
 
 
 def seen_bytes(cell: Sequence[int], cg_steps: int) -> int:
-    """Bytes by which this process, a fresh one, grows at most in a CG step."""
+    """Bytes by which this process, a new one, grows at most in a CG step."""
     problem = make_problem(widths_of(cell), cell[1])
     compiled, args = compile_step(problem, ngd.CG(max_steps=cg_steps, rtol=0.0))
     del problem
@@ -71,7 +71,7 @@ def seen_bytes(cell: Sequence[int], cg_steps: int) -> int:
 
 
 def memory_tables(settings: MemorySettings) -> list[Table]:
-    """The plans, and beside them what a process of its own was seen to take."""
+    """The planned memory, and the memory measured in a new process."""
     blocks = [f"SampleSpace, {size} at a time" for size in settings.block_sizes]
     rows, worst = [], None
     for cell in settings.cells:

@@ -1,4 +1,4 @@
-"""The networks on which steps are priced: perceptrons, a CNN and causal Transformers.
+"""The networks whose steps are priced: perceptrons, a CNN and causal Transformers.
 
 All are classifiers at their initial parameters, with a random batch in `Problem`.
 """

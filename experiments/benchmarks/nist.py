@@ -1,9 +1,9 @@
 """The nonlinear regressions of NIST, with certified results and two starts each.
 
 Statistical Reference Datasets of the National Institute of Standards and Technology,
-in the public domain: 27 problems, of which `nist.json` beside this file has the data,
-the starts and the certified parameters, standard deviations and sums of squares, to
-eleven digits. The models are here, as functions f(x, *b).
+in the public domain: 27 problems. `nist.json` beside this file has the data, the
+starts, and the certified parameters, standard deviations and sums of squares, to eleven
+digits. The models are here, as functions f(x, *b).
 """
 
 import functools
@@ -30,7 +30,7 @@ class Regression(NamedTuple):
       certified: the parameters, `[P]`.
       deviations: their standard deviations.
       residual_sum: the sum of squares.
-      level: lower, average or higher, how hard it is meant to be.
+      level: lower, average or higher: the intended difficulty.
     """
 
     f: Callable[..., jax.Array]
@@ -44,9 +44,9 @@ class Regression(NamedTuple):
 
 
 def digits(params: Any, certified: np.ndarray) -> float:
-    """Right digits of the worst parameter, -log₁₀ of its relative error; 11 at most.
+    """Correct digits of the worst parameter, -log₁₀ of its relative error; at most 11.
 
-    The certified values have no more. What is not finite has none.
+    The certified values have no more digits. A value that is not finite has none.
     """
     error = np.max(np.abs(np.asarray(params) / certified - 1))
     return float(-np.log10(max(error, 1e-11))) if np.isfinite(error) else -np.inf
@@ -59,7 +59,7 @@ def load(name: str) -> Regression:
     return Regression(
         f=_MODELS[name],
         x=x[0] if len(x) == 1 else x,
-        y=np.log(y) if name == "Nelson" else y,  # as its model is written
+        y=np.log(y) if name == "Nelson" else y,  # its model is for log y
         starts=np.array(case["starts"]),
         certified=np.array(case["certified"]),
         deviations=np.array(case["deviations"]),

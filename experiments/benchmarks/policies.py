@@ -1,8 +1,8 @@
-"""The tables of policies: how good, how large the steps, how fast, how well solved.
+"""The tables of policies: returns, step sizes, speed, and accuracy of the solves.
 
-Each environment with the settings of `configs/env/`, one compiled program for all
-seeds; beside it TRPO of stable-baselines3-contrib with its defaults and the same
-discount, in turns, each with one thread.
+Each environment with the settings of `configs/env/`, in one compiled program for all
+seeds, compared with TRPO of stable-baselines3-contrib with its defaults and the same
+discount; they take turns, with one thread each.
 """
 
 import functools
@@ -47,7 +47,7 @@ class Run(NamedTuple):
       passed: environment steps until the mean of the last 100 returns passed the
         threshold; infinity for never.
       kl: of every update that was taken.
-      refused: updates that were not.
+      refused: number of updates that were refused.
       residual: of every solve; none for the peer.
     """
 
@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
 
 def policy_tables(settings: PoliciesSettings) -> list[Table]:
-    """All tables; those of the peer are left out where it is not installed."""
+    """All tables; those of the peer are left out if it is not installed."""
     python = settings.peer_python or sys.executable
     has_peer = settings.peer_python is not None or bool(
         importlib.util.find_spec("sb3_contrib")
@@ -88,7 +88,7 @@ def policy_tables(settings: PoliciesSettings) -> list[Table]:
 
 
 def passage(returns: np.ndarray, threshold: float, steps_per_update: int) -> float:
-    """Environment steps until `returns`, one for each update, pass `threshold`."""
+    """Environment steps until `returns`, one for each update, exceed `threshold`."""
     with np.errstate(invalid="ignore"):
         above = np.flatnonzero(returns >= threshold)
     return float(steps_per_update * (above[0] + 1)) if above.size else NEVER
@@ -97,7 +97,7 @@ def passage(returns: np.ndarray, threshold: float, steps_per_update: int) -> flo
 def _config(settings: PoliciesSettings, env: str, num_agents: int = 1) -> TrainConfig:
     overrides = ["task=trpo", f"env={env}", f"task.num_agents={num_agents}"]
     overrides += settings.overrides
-    # Inside of a Hydra program, which has found the configurations already.
+    # Called inside a Hydra program, which has already found the configurations.
     if GlobalHydra.instance().is_initialized():
         return read_config(compose("train", overrides=overrides))
     return read_config(compose_config(overrides))
@@ -268,7 +268,7 @@ def _speed(
 
 
 def _residuals(settings: PoliciesSettings) -> Table:
-    """Residuals of the same systems, along a run, by damping and step budget."""
+    """Residuals of the same systems during a run, by damping and step budget."""
     cells = [(d, k) for d in settings.dampings for k in settings.solver_steps]
     rows = []
     for env in settings.environments:

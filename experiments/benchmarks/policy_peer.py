@@ -1,9 +1,9 @@
-"""One run of TRPO in stable-baselines3-contrib, with its defaults, told as JSON.
+"""One run of TRPO in stable-baselines3-contrib with its defaults, reported as JSON.
 
     python -m experiments.benchmarks.policy_peer '{"env": ..., "seed": ..., ...}'
 
-A program of its own: it needs neither JAX nor this project's library, and its CPU time
-is that of nothing else.
+This is a separate program: it needs neither JAX nor this project's library, and its CPU
+time includes nothing else.
 """
 
 import json
@@ -21,16 +21,16 @@ def run(
 
     Args:
       env: name of the environment in gymnasium.
-      seed: of everything.
-      steps: environment steps.
-      discount: γ, the one setting that is not its default.
-      threshold: of the mean return of the last 100 episodes.
-      episodes: of the deterministic evaluation.
+      seed: for all randomness.
+      steps: number of environment steps.
+      discount: γ, the only setting that is not the default.
+      threshold: for the mean return of the last 100 episodes.
+      episodes: number of episodes of the deterministic evaluation.
 
     Returns:
       The CPU "seconds" of training, the mean "return" of the evaluation, the
       environment steps until the threshold was "passed" (None for never), and the "kl"
-      of each update as the library itself measures it.
+      of each update as measured by the library itself.
     """
     import gymnasium
     import numpy as np

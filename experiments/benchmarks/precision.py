@@ -1,20 +1,21 @@
-"""The table of precision: how exact the direction is, by the dtype of the model.
+"""The table of precision: how accurate the direction is, by the dtype of the model.
 
     error(d, d*) = ‖d - d*‖ / ‖d*‖,    (F + λI) d* = g
 
-against three truths, dense and in float64, since a model in bfloat16 is another
-function than the same model in float64:
+against three reference solutions, dense and in float64, since a model in bfloat16 is a
+different function from the same model in float64:
 
     the model      F and g of the float64 model at the float64 parameters
-    its rounding   F and g of the float64 model at parameters and data as rounded: what
-                   is left is the arithmetic of the model and of the solver
+    its rounding   F and g of the float64 model at the rounded parameters and data: the
+                   remaining error is the arithmetic of the model and of the solver
     its products   the matrix of the products that the solver is given, and the g that
-                   it is given: what is left is the solver. Solvers in output space are
-                   not given that g, and for λ below the rounding of F it is no truth
+                   it is given: the remaining error is the solver. Solvers in output
+                   space are not given that g, and for λ below the rounding of F this is
+                   no valid reference
 
 The first two are min ‖A d - w‖² + λ‖d‖² with F = AᵀA and g = Aᵀw, which keeps the
-digits that F has lost. Vectors of the solver are float32 for both narrower models, as
-in the library.
+digits that forming F would lose. As in the library, the solver's vectors are float32
+for both narrower models.
 """
 
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def relative_error(found: _Vector, truth: _Vector) -> float:
 
 
 def dense_system(problem: Problem) -> tuple[np.ndarray, _Vector]:
-    """F from the model's own products, and g; both then in float64."""
+    """F from the model's own products, and g; then converted to float64."""
 
     @jax.jit
     def build(params: Any, batch: Any) -> Any:
@@ -69,7 +70,7 @@ def dense_system(problem: Problem) -> tuple[np.ndarray, _Vector]:
 
 
 def least_squares_system(problem: Problem) -> tuple[np.ndarray, _Vector]:
-    """A and w, both then in float64."""
+    """A and w, then converted to float64."""
 
     @jax.jit
     def build(params: Any, batch: Any) -> Any:
@@ -89,7 +90,7 @@ def least_squares_system(problem: Problem) -> tuple[np.ndarray, _Vector]:
 def solve_least_squares(
     root: np.ndarray, coefficients: _Vector, damping: float
 ) -> _Vector:
-    """(AᵀA + λI)⁻¹ Aᵀw without the square."""
+    """(AᵀA + λI)⁻¹ Aᵀw without forming AᵀA."""
     size = root.shape[1]
     stacked = np.vstack([root, np.sqrt(damping) * np.eye(size)])
     right = np.concatenate([coefficients, np.zeros(size)])
@@ -99,7 +100,7 @@ def solve_least_squares(
 def directions(
     problem: Problem, solver: ngd.Solver, dampings: Sequence[float]
 ) -> list[_Vector]:
-    """What the transformation solves for, before any step size; for each damping."""
+    """The solution that the transformation computes, without step size, per damping."""
 
     @jax.jit
     def solve(params: Any, batch: Any, damping: jax.Array) -> jax.Array:
@@ -172,7 +173,7 @@ def _table(cell: Sequence[int], settings: PrecisionSettings) -> Table:
 
 
 def _solvers(dtype: str, max_steps: int) -> dict[str, ngd.Solver]:
-    """Each as far as it goes."""
+    """The solvers, each run until round-off or its step limit."""
     eps = float(jnp.finfo("float64" if dtype == "float64" else "float32").eps)
     return {
         "CG": ngd.CG(max_steps=max_steps, rtol=eps),

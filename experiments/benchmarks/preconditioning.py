@@ -1,9 +1,9 @@
-"""Products until the residual is small: no preconditioner, Jacobi, Nyström.
+"""Number of products to a small residual: no preconditioner, Jacobi, Nyström.
 
-Two systems (F + λI) d = g, both a few steps of training away from the start: a deep
-autoencoder, and a network on inputs in their raw units, whose F + λI has a condition
-number above 1e8. A preconditioner's price is counted in the same unit, so
-that rows can be compared: a product is one `jvp` and one `vjp`, a pullback half of it.
+Two systems (F + λI) d = g, both after a few steps of training: a deep autoencoder, and
+a network on inputs in their raw units, whose F + λI has a condition number above 1e8.
+The cost of a preconditioner is counted in the same unit, so that rows can be compared:
+a product is one `jvp` and one `vjp`, a pullback is half a product.
 """
 
 import functools
@@ -28,10 +28,10 @@ __all__ = [
     "measure_preconditioners",
 ]
 
-# Of the condition number: parameters for the dense matrix, products without it.
+# For the condition number: parameters for the dense matrix, products without it.
 _LARGEST_DENSE = 2000
 _POWER_STEPS = 20
-# Steps until a preconditioner is built anew: once, for all solves.
+# Steps before a preconditioner is rebuilt: never, so it is built once for all solves.
 _NEVER = 1_000_000
 
 
@@ -43,12 +43,12 @@ class Row(NamedTuple):
       damping: λ.
       condition: of F + λI.
       preconditioner: in words.
-      build: products that building it costs.
-      products: of the solve itself, replaced residuals included.
-      residual: the true relative residual that was reached.
-      reached: whether that is the one asked for.
-      gain: decrease of the quadratic model after a few products of the solve, as a
-        part of the largest known; building not counted.
+      build: cost of building it, in products.
+      products: of the solve itself, including those that recompute the residual.
+      residual: the true relative residual at the end.
+      reached: whether it is at most the one asked for.
+      gain: decrease of the quadratic model after a few products of the solve, relative
+        to the largest known; building not counted.
     """
 
     problem: str
@@ -76,7 +76,7 @@ HEAD = (
 
 
 def cells(row: Row) -> list[str]:
-    """The row as it is to be read, below `HEAD`; numbers of products."""
+    """The row for the reader, under `HEAD`; costs in products."""
     above = "" if row.reached else "> "
     return [
         row.problem,
@@ -94,7 +94,7 @@ def cells(row: Row) -> list[str]:
 def measure_preconditioners(settings: PreconditionersSettings) -> list[Row]:
     """All rows; float32 for the autoencoder, float64 for the raw inputs."""
     rows = _measure(make_autoencoder(settings), settings.dampings, settings)
-    # In float32, round-off alone is more than the residual asked for.
+    # In float32, round-off alone exceeds the residual asked for.
     with jax.enable_x64(True):
         return rows + _measure(make_raw_wine(settings), settings.raw_dampings, settings)
 
@@ -116,7 +116,7 @@ def _contestants(
     entries = [_Contestant("none", None, 0)]
     if tree.size(problem.params) <= settings.exact_limit:
         outputs = problem.model_fn(problem.params, problem.batch)
-        price = outputs.shape[-1] / 2  # a pullback for each output
+        price = outputs.shape[-1] / 2  # one pullback per output
         entries += [
             _Contestant("Jacobi", jacobi(power=1.0), price),
             _Contestant("Jacobi, power 3/4", jacobi(power=0.75), price),
@@ -158,7 +158,7 @@ def _measure(
                     build=contestant.build,
                     products=solved.products,
                     residual=solved.residual,
-                    # The last digit of a residual in float32 is not its own.
+                    # The last digit of a residual in float32 is noise.
                     reached=solved.residual <= 1.01 * settings.rtol,
                     gain=solved.early_decrease,
                 )
@@ -175,7 +175,7 @@ class _Solved(NamedTuple):
 
 
 class _Counted(NamedTuple):
-    """A Fisher that tells of each product while it runs."""
+    """A Fisher that reports each product at run time."""
 
     fisher: ngd.Fisher
     calls: list[int]
@@ -192,10 +192,10 @@ class _Counted(NamedTuple):
 def _make_solve(
     problem: Problem, contestant: _Contestant, settings: PreconditionersSettings
 ) -> Callable[[float], _Solved]:
-    """Damping -> what the solve came to."""
+    """Makes a function from the damping to the result of the solve."""
     preconditioner, calls = contestant.preconditioner, []
 
-    # Arrays are arguments: as constants, the compiler would fold whole networks.
+    # Pass arrays as arguments: the compiler would constant-fold whole networks.
     @jax.jit
     def build(params: Any, batch: Any) -> Any:
         if preconditioner is None:
@@ -270,7 +270,7 @@ def _largest_decreases(
 def _extreme_eigenvalues(
     problem: Problem, matrix: np.ndarray | None
 ) -> tuple[float, float]:
-    """Of F: exact where it is small, else 0 and a power iteration from below."""
+    """Of F: exact if it is small, else 0 and a power iteration from below."""
     if matrix is not None:
         values = np.linalg.eigvalsh(matrix)
         return max(float(values[0]), 0.0), float(values[-1])

@@ -1,4 +1,4 @@
-"""The table of prices: what a user pays for our step where Adam's would do.
+"""The table of prices: what our step costs a user compared with Adam's.
 
 A bare jitted step (gradient, update, addition) of each optimizer on the same network:
 its compilation, its size after XLA has optimized it, its time and its memory.
@@ -39,15 +39,15 @@ __all__ = [
 
 
 class Price(NamedTuple):
-    """What a step costs.
+    """The cost of a step.
 
     Attributes:
       compiling: CPU seconds to trace, lower and compile it.
-      num_instructions, num_fusions: in the program that XLA made of it.
+      num_instructions, num_fusions: in the compiled program.
       step: CPU seconds.
-      gradient: CPU seconds of the gradient alone, taken in the same turns.
+      gradient: CPU seconds of the gradient alone, timed in the same turns.
       memory: arguments, results and temporaries when parameters and state are donated,
-        in bytes for each byte of the parameters.
+        in bytes per byte of the parameters.
       state: bytes of the optimizer's state, likewise.
     """
 
@@ -66,7 +66,7 @@ def _natural(problem: Problem, rate: float = 1.0, **options: Any) -> Any:
 
 
 _BASELINE = "Adam"
-# The default without a radius shows what the measured KL costs.
+# The default without a radius shows the cost of the measured KL.
 OPTIMIZERS: dict[str, Callable[[Problem], Any]] = {
     _BASELINE: lambda _: optax.adam(1e-3),
     "default": _natural,
@@ -86,7 +86,7 @@ _NOTE = (
 
 
 def price_tables(settings: PriceSettings) -> list[Table]:
-    """Prices by network and optimizer, growth with the depth, and cached programs."""
+    """Prices by network and optimizer, growth with depth, and cached programs."""
     prices = {
         name: _measure(NETWORKS[name](), settings.steps, settings.repeats)
         for name in settings.networks
@@ -104,7 +104,7 @@ def _measure(problem: Problem, steps: int, repeats: int) -> dict[str, Price]:
         name: train_step(problem, make(problem)) for name, make in OPTIMIZERS.items()
     }
     compiled = {}
-    # The first compilation of a process takes longer, so it is done again.
+    # The first compilation in a process takes longer, so it is repeated.
     for name in (_BASELINE, *OPTIMIZERS):
         step, state = made[name]
         args = (problem.params, state, problem.batch)
@@ -136,15 +136,16 @@ def _measure(problem: Problem, steps: int, repeats: int) -> dict[str, Price]:
 def _step(
     program: jax.stages.Compiled, problem: Problem, state: Any
 ) -> Callable[[], Any]:
-    """A step from the initial parameters, while the optimizer's state goes on.
+    """A step from the initial parameters that carries on the optimizer's state.
 
-    Training would soon know the batch by heart, and solvers would then stop early. The
-    copy that each step overwrites is timed with it, some 5 % of a gradient.
+    With real training, the batch would soon be memorised, and solvers would then stop
+    early. The copy that each step overwrites is part of the time, about 5 % of a
+    gradient.
 
     Raises:
-      RuntimeError: where such a step is refused, so that its price means nothing.
+      RuntimeError: such a step is refused, so that its cost means nothing.
     """
-    # One program: leaf by leaf, the calls take as long as a small network's gradient.
+    # One program: copying leaf by leaf takes as long as a small network's gradient.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     state = copy(state)  # the first step overwrites it
 
@@ -189,7 +190,7 @@ def _tabulate(prices: Mapping[str, Mapping[str, Price]]) -> Table:
 
 
 def growth_table(prices: Mapping[str, Mapping[str, Price]]) -> Table:
-    """By how much the optimized programs grow when a Transformer's depth doubles."""
+    """Growth of the optimized programs when a Transformer's depth doubles."""
     pairs = [(a, b) for a, b in _DOUBLED if a in prices and b in prices]
 
     def growth(name: str, a: str, b: str) -> float:
@@ -203,7 +204,7 @@ def growth_table(prices: Mapping[str, Mapping[str, Price]]) -> Table:
 
 
 def first_step_seconds(network: str, optimizer: str) -> float:
-    """CPU seconds until the first step of this process is done."""
+    """CPU seconds until the first step in this process is done."""
     problem = NETWORKS[network]()
     step, state = train_step(problem, OPTIMIZERS[optimizer](problem))
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""The first tables: what a product and a whole step cost, and what is paid once."""
+"""The first tables: the cost of a product, of a whole step, and one-time costs."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def product_tables(settings: ProductsSettings) -> list[Table]:
-    """Both tables: by network, and once."""
+    """Both tables: costs per network, and one-time costs."""
     columns = {
         network_name(widths, settings.batch_size): measure_network(
             widths,
@@ -55,7 +55,7 @@ def product_tables(settings: ProductsSettings) -> list[Table]:
 
 
 def tabulate(title: str, columns: dict[str, list[Figure]]) -> Table:
-    """Figures of the same names, one column for each network, and their goals."""
+    """Figures with the same names, one column for each network, and their goals."""
     rows = [
         [row[0].name, *map(value_of, row), goal_of(row[0])]
         for row in zip(*columns.values(), strict=True)
@@ -66,7 +66,7 @@ def tabulate(title: str, columns: dict[str, list[Figure]]) -> Table:
 def measure_network(
     widths: Sequence[int], *, batch_size: int, cg_steps: int, repeats: int
 ) -> list[Figure]:
-    """Prices of products and steps on one network, in gradients."""
+    """Costs of products and steps on one network, in gradients."""
     problem = make_problem(widths, batch_size)
     return [
         *_count_operations(problem),
@@ -162,7 +162,7 @@ def _time_step(problem: Problem, *, cg_steps: int, repeats: int) -> list[Figure]
 def measure_setup(
     widths: Sequence[int], *, batch_size: int, compile_repeats: int, import_repeats: int
 ) -> list[Figure]:
-    """Prices paid once: compilation against Adam's, and the import."""
+    """One-time costs: compilation relative to Adam's, and the import."""
     problem = make_problem(widths, batch_size)
 
     def contestant(tx: optax.GradientTransformation):
@@ -195,6 +195,6 @@ def measure_setup(
 
 
 def network_name(widths: Sequence[int], batch_size: int) -> str:
-    """What heads a column: the widths and the number of parameters."""
+    """The head of a column: the widths and the number of parameters."""
     count = count_parameters(make_problem(widths, batch_size))
     return f"{'-'.join(map(str, widths))} ({count:,} parameters)"

@@ -1,4 +1,4 @@
-"""The table of scaling: time of a whole step against N, P and steps of the solver."""
+"""The table of scaling: time of a whole step over N, P and steps of the solver."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,15 +20,15 @@ from experiments.benchmarks.settings import ScalingSettings
 
 __all__ = ["fit_slope", "scaling_tables", "time_steps"]
 
-# One is linear; a tenth more is noise and caches that get too small.
+# 1 is linear scaling; the extra tenth allows for noise and cache misses.
 _LARGEST_SLOPE = 1.1
 
 
 def fit_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent a of y ≈ c xᵃ, by least squares of the logarithms.
+    """The exponent a of y ≈ c xᵃ, by least squares on the logarithms.
 
     Raises:
-      ValueError: for fewer than two points.
+      ValueError: there are fewer than two points.
     """
     if len(x) < 2:
         raise ValueError(f"a slope needs two points or more, got {len(x)}.")
@@ -43,11 +43,11 @@ def time_steps(
 
     Args:
       cells: one for each timing.
-      steps: of conjugate gradients, likewise.
+      steps: conjugate gradient steps for each timing.
       repeats: turns of each timing.
 
     Raises:
-      RuntimeError: where conjugate gradients took other steps than those.
+      RuntimeError: the number of conjugate gradient steps was not that.
     """
     sizes, functions = [], []
     for cell, count in zip(cells, steps, strict=True):
@@ -75,7 +75,7 @@ def scaling_tables(settings: ScalingSettings) -> list[Table]:
         "N": [(parameters, number, steps) for number in settings.examples],
         "CG steps": [(parameters, examples, number) for number in settings.steps],
     }
-    # Where the sweeps meet they share a measurement, and all of them take turns.
+    # Sweeps share the measurement where they meet, and all of them take turns.
     points = list(dict.fromkeys(point for sweep in sweeps.values() for point in sweep))
     cells = [(p, n, settings.outputs) for p, n, _ in points]
     sizes, seconds = time_steps(

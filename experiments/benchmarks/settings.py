@@ -1,4 +1,4 @@
-"""The settings of the benchmark; `configs/benchmark.yaml` has the numbers."""
+"""The settings of the benchmark; `configs/benchmark.yaml` has the values."""
 
 import dataclasses
 from typing import Annotated
@@ -42,7 +42,7 @@ TABLES = (
     "nist",
 )
 
-# Whose steps the table `price` is of; `networks` makes them.
+# The networks of the table `price`; `networks` makes them.
 NETWORKS = (
     "mlp_small",
     "mlp",
@@ -84,7 +84,7 @@ class ProductsSettings:
       cg_steps: solver steps of the whole step that is timed.
       repeats: turns of each timing.
       compile_repeats: turns of each compilation.
-      import_repeats: processes that import the library.
+      import_repeats: number of processes that import the library.
     """
 
     networks: Annotated[list[list[int]], WIDTHS]
@@ -101,11 +101,11 @@ class SolversSettings:
 
     Attributes:
       cells: [P, N, K] of each row: parameters, examples, outputs of an example.
-      gram_cells: [P, N, K] where the Gram matrix is timed by itself; the first is that
-        of the goal.
-      steps: step budgets of the solvers that iterate.
+      gram_cells: [P, N, K] for which the Gram matrix is timed separately; the first has
+        the goal.
+      steps: step budgets of the iterative solvers.
       repeats: turns of each timing.
-      budget: seconds that one call may be expected to take; others are skipped.
+      budget: largest expected number of seconds for one call; others are skipped.
       cholesky_limit: the largest P for the dense matrix.
     """
 
@@ -123,10 +123,10 @@ class MemorySettings:
 
     Attributes:
       cells: [P, N, K] of each row.
-      cg_steps: steps of conjugate gradients, which keep nothing of them.
-      block_sizes: of `SampleSpace`, examples at a time.
+      cg_steps: steps of conjugate gradients; they should not affect the memory.
+      block_sizes: for `SampleSpace`, examples at a time.
       gram_limit: the largest N·K for `SampleSpace`.
-      resident_cells: [P, N, K] where a process of its own is watched.
+      resident_cells: [P, N, K] for which the memory of a new process is measured.
     """
 
     cells: Annotated[list[list[int]], CELLS]
@@ -141,9 +141,9 @@ class ScalingSettings:
     """Settings of the table of scaling: three sweeps.
 
     Attributes:
-      examples: N; the first is that of the other sweeps, as with those that follow.
-      parameters: P.
-      steps: steps of conjugate gradients.
+      examples: values of N; the other sweeps use the first one. Likewise below.
+      parameters: values of P.
+      steps: numbers of conjugate gradient steps.
       outputs: K.
       repeats: turns of each timing.
     """
@@ -161,9 +161,9 @@ class PrecisionSettings:
 
     Attributes:
       cells: [P, N, K]; P small enough for the dense matrix in float64.
-      dtypes: of parameters, data and so activations.
+      dtypes: of parameters, data and thus activations.
       dampings: λ, in units of trace(F) / P.
-      max_steps: budget of the solvers that iterate, enough to converge.
+      max_steps: step budget of the iterative solvers, enough to converge.
     """
 
     cells: Annotated[list[list[int]], CELLS]
@@ -177,21 +177,22 @@ class PreconditionersSettings:
     """Settings of the table of preconditioners.
 
     Attributes:
-      widths: of the autoencoder's encoder, pixels first and code last; 784, 1000, 500,
-        250, 30 is the published one.
+      widths: of the autoencoder's encoder, from pixels to code; 784, 1000, 500, 250, 30
+        is the published one.
       num_examples: images in the batch.
-      training_steps: natural gradient steps before anything is measured.
-      steps_between: how much older the parameters of a reused preconditioner are.
+      training_steps: natural gradient steps before the measurement.
+      steps_between: age in steps of a reused preconditioner.
       dampings: λ of the autoencoder's systems.
       raw_dampings: λ of the systems with raw inputs.
       ranks: of `Nystrom`.
       num_probes: of the estimated diagonal.
-      exact_limit: parameters above which the exact diagonal is left out, which takes a
-        backward pass for each output of each example alone.
+      exact_limit: number of parameters above which the exact diagonal is left out,
+        since it takes a backward pass for each output of each single example.
       rtol: relative residual to reach.
-      few_products: after so many, the decrease of the quadratic model is compared.
-      max_products: where to give up.
-      seed: of the initial parameters and of the random vectors.
+      few_products: number of products after which the decrease of the quadratic model
+        is compared.
+      max_products: number of products at which to give up.
+      seed: for the initial parameters and the random vectors.
     """
 
     widths: Annotated[list[int], AT_LEAST_ONE]
@@ -214,15 +215,16 @@ class PoliciesSettings:
     """Settings of the tables of policies.
 
     Attributes:
-      environments: with the threshold of the mean return for each.
-      seeds: runs in each.
-      peer_seeds: runs of the peer in each, of which one takes a minute.
+      environments: names, with the threshold of the mean return for each.
+      seeds: runs in each environment.
+      peer_seeds: runs of the peer in each; one of them takes a minute.
       peer_python: the interpreter that has stable-baselines3-contrib; null for this
         one.
-      num_agents: so many under `vmap` are timed in the first environment; 1 for none.
+      num_agents: number of agents under `vmap` that are timed in the first environment;
+        1 for none.
       dampings: λ of the table of residuals; an empty list leaves it out.
-      solver_steps: its budgets of conjugate gradients.
-      overrides: of `experiments.train`, as on its command line.
+      solver_steps: its budgets of conjugate gradient steps.
+      overrides: for `experiments.train`, as on its command line.
     """
 
     environments: dict[str, float]
@@ -243,7 +245,7 @@ class WaveFunctionsSettings:
       cells: lists [samples, widths...]; one width is a restricted Boltzmann machine,
         more are a perceptron.
       damping: the diagonal shift.
-      repeats: turns.
+      repeats: number of turns.
       peer_python: the interpreter that has NetKet; null for this one.
     """
 
@@ -259,10 +261,10 @@ class PriceSettings:
 
     Attributes:
       networks: names of the networks.
-      cached_network: the one whose first step is timed with and without a compilation
-        cache on disk; null leaves this out.
-      steps: in a turn of each timing; as many as `KFAC` has from one inverse to the
-        next, so that a turn holds all that a step may do.
+      cached_network: the network whose first step is timed with and without a
+        compilation cache on disk; null leaves this out.
+      steps: number in a turn of each timing; equal to the steps between two inverses of
+        `KFAC`, so that a turn includes everything that a step may do.
       repeats: turns of each timing.
     """
 
@@ -278,7 +280,7 @@ class CurveFitsSettings:
 
     Attributes:
       problems: names of NIST's problems.
-      repeats: of each fit after the first.
+      repeats: number of times that each fit is repeated after the first.
     """
 
     problems: Annotated[list[str], one_of(*NAMES)]
@@ -290,10 +292,10 @@ class BenchmarkConfig:
     """Settings of `experiments.benchmark`.
 
     Attributes:
-      table: which one, or "all".
-      output: Markdown file to write; null prints only.
+      table: which table, or "all".
+      output: Markdown file to write; null to print only.
       products, solvers, memory, scaling, precision, preconditioners, trpo, vmc, price,
-        nist: of each table.
+      nist: settings of each table.
     """
 
     table: Annotated[str, TABLE]

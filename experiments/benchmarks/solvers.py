@@ -1,9 +1,9 @@
-"""The table of solvers: whole steps in gradients, with memory, from small to large.
+"""The table of solvers: time of whole steps in gradients, and memory, small to large.
 
-    gradient: 6 N P operations    CG, LSMR: 4/3 of a gradient for each step
+    gradient: 6 N P operations    CG, LSMR: 4/3 of a gradient per step
     dense F: 4/3 P gradients, P³/3    Gram matrix: 2 M² P, M³/3, with M = N K
 
-The prices say where which solver is the cheapest.
+These costs determine which solver is the cheapest where.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,13 +42,13 @@ _PRODUCT = 4 / 3
 
 
 class Contestant(NamedTuple):
-    """A solver, and what of its price is known beforehand.
+    """A solver, and what is known of its cost beforehand.
 
     Attributes:
       name: heads its column.
       solver: the solver.
-      steps: products that it takes; None for the direct ones.
-      space: "products", "parameters" or "samples", where it works.
+      steps: number of products that it takes; None for direct solvers.
+      space: "products", "parameters" or "samples": where it works.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Contestant(NamedTuple):
 
 
 class Price(NamedTuple):
-    """What a whole step costs.
+    """The cost of a whole step.
 
     Attributes:
       estimate: expected seconds of one call.
-      gradients: CPU time in gradients; None where it was not measured.
+      gradients: CPU time in gradients; None if it was not measured.
       peak: planned bytes.
-      num_steps: solver steps that were taken.
+      num_steps: number of solver steps taken.
     """
 
     estimate: float
@@ -74,14 +74,14 @@ class Price(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One cell of (P, N, K) with its prices.
+    """One cell (P, N, K) with its prices.
 
     Attributes:
-      cell: (P, N, K), P as it came out.
+      cell: (P, N, K), with the actual P.
       seconds: CPU seconds of a gradient.
       peak: planned bytes of a gradient.
       prices: by contestant; those that do not apply are left out.
-      choice: what `Auto` takes here.
+      choice: the solver that `Auto` chooses here.
     """
 
     cell: tuple[int, int, int]
@@ -92,7 +92,7 @@ class Row(NamedTuple):
 
 
 def contestants(steps: Sequence[int]) -> list[Contestant]:
-    """All solvers at their step budgets."""
+    """All solvers with their step budgets."""
     last = max(steps)
     iterative = [
         Contestant(f"CG {count}", ngd.CG(max_steps=count, rtol=0.0), count, "products")
@@ -109,7 +109,7 @@ def contestants(steps: Sequence[int]) -> list[Contestant]:
 
 
 def estimate_gradients(contestant: Contestant, cell: Sequence[int]) -> float:
-    """The price of a whole step by operation count, in gradients."""
+    """The cost of a whole step by operation count, in gradients."""
     num_parameters, examples, outputs = cell
     gradient = 6.0 * examples * num_parameters
     if contestant.space == "products":
@@ -123,7 +123,7 @@ def estimate_gradients(contestant: Contestant, cell: Sequence[int]) -> float:
 
 
 def measure_cell(cell: Sequence[int], settings: SolversSettings) -> Row:
-    """Times every solver that fits into the budget in one row."""
+    """Times every solver that fits into the budget, for one row."""
     problem = make_problem(widths_of(cell), cell[1])
     cell = (count_parameters(problem), cell[1], cell[2])
     args = (problem.params, problem.batch)
@@ -156,7 +156,7 @@ def measure_cell(cell: Sequence[int], settings: SolversSettings) -> Row:
 
 
 def solver_tables(settings: SolversSettings) -> list[Table]:
-    """Whole steps, and what there is of `SampleSpace` in parts."""
+    """Whole steps, and the parts of `SampleSpace`."""
     every = contestants(settings.steps)
     rows = [measure_cell(cell, settings) for cell in settings.cells]
     costs = [
@@ -176,7 +176,7 @@ def solver_tables(settings: SolversSettings) -> list[Table]:
 
 
 def cells_of(row: Row, every: Sequence[Contestant]) -> list[str]:
-    """The row as it is to be read."""
+    """The row for the reader."""
     num_parameters, examples, outputs = row.cell
     cells = [f"{num_parameters:,}", str(examples), str(outputs)]
     cells.append(f"{1e3 * row.seconds:.3g} ms / {_megabytes(row.peak)}")

@@ -1,8 +1,8 @@
-"""Gauges of memory: what XLA has planned, and what a process was seen to take.
+"""Two measures of memory: what XLA has planned, and what a process really used.
 
-XLA plans every buffer of a program before it runs. What the plan leaves out is the
-workspace of libraries that it calls (LAPACK, matrix products that repack) and what the
-allocator keeps; the peak of a fresh process shows those.
+XLA plans every buffer of a program before it runs. The plan does not include the
+workspace of libraries that it calls (LAPACK, matrix products that repack), nor what the
+allocator keeps; the peak of a new process shows both.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Memory(NamedTuple):
 
     Attributes:
       held: arguments and results; a donated argument that became a result counts once.
-      temporary: everything else, at its highest.
+      temporary: everything else, at its peak.
     """
 
     held: int
@@ -29,15 +29,15 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """All of it."""
+        """The sum of both."""
         return self.held + self.temporary
 
 
 def planned_memory(compiled: jax.stages.Compiled) -> Memory:
-    """What XLA has planned for a program.
+    """The memory that XLA has planned for a program.
 
     Raises:
-      RuntimeError: where the backend does not tell.
+      RuntimeError: the backend does not report it.
     """
     plan = compiled.memory_analysis()
     if plan is None:
@@ -47,9 +47,9 @@ def planned_memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 def watch_peak(function: jax.stages.Compiled, args: tuple[Any, ...]) -> int:
-    """Bytes by which the process grew at most during one call (Linux only)."""
+    """The most bytes by which the process grew during one call (Linux only)."""
     jax.block_until_ready(args)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status_bytes("VmRSS")
     jax.block_until_ready(function(*args))
     return _status_bytes("VmHWM") - before

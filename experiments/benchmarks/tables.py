@@ -24,7 +24,7 @@ __all__ = ["measure_tables", "preconditioner_tables", "select", "write_tables"]
 
 
 def select(name: str) -> Sequence[str]:
-    """The tables that `table=name` asks for."""
+    """The tables selected by `table=name`."""
     return TABLES if name == "all" else (name,)
 
 
@@ -46,16 +46,16 @@ def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
 
 
 def write_tables(tables: Sequence[Table]) -> str:
-    """All tables, below a line that says where and how they were measured."""
+    """All tables, below a line about where and how they were measured."""
     where = (
-        f"{describe_environment()}, one thread, float32 unless said; medians of "
-        f"interleaved CPU times."
+        f"{describe_environment()}, one thread, float32 unless stated otherwise; "
+        f"medians of interleaved CPU times."
     )
     return "\n".join([where + "\n", *map(write_table, tables)])
 
 
 def preconditioner_tables(settings: PreconditionersSettings) -> list[Table]:
-    """Products until the residual is small, by preconditioner."""
+    """Products to reach a small residual, by preconditioner."""
     title = f"Products until the relative residual is {settings.rtol:g}"
     return [
         Table(title, HEAD, [cells(row) for row in measure_preconditioners(settings)])

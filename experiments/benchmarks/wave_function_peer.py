@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.wave_function_peer case.npz '{"repeats": ...}'
 
-A program of its own, for an interpreter that has NetKet; it leaves `found.npz` beside
-the case. Neither sampling nor local energies are in its times.
+This is a separate program, for an interpreter that has NetKet; it writes `found.npz`
+beside the case. Its times include neither sampling nor local energies.
 """
 
 import json
@@ -32,23 +32,23 @@ from experiments.tasks.wave_functions.ansatz import (
 
 __all__ = ["DENSE_LIMIT", "run"]
 
-# Parameters up to which a matrix of their number squared is made.
+# Largest number of parameters P for which a P × P matrix is formed.
 DENSE_LIMIT = 2000
 
 
 def run(
     case: dict[str, np.ndarray], *, widths: list[int], damping: float, repeats: int
 ) -> dict[str, tuple[float, np.ndarray]]:
-    """Times every route of NetKet through one system.
+    """Times every method of NetKet on one system.
 
     Args:
       case: "spins", "energies", and the parameters by name.
       widths: of the perceptron; one number for a restricted Boltzmann machine.
       damping: the diagonal shift.
-      repeats: turns.
+      repeats: number of turns.
 
     Returns:
-      By route, median CPU seconds, and the direction.
+      Median CPU seconds and the direction, by method.
     """
     jax.config.update("jax_enable_x64", True)
     params = unflatten_dict(
@@ -81,7 +81,7 @@ def run(
 def _dense_routes(
     module: Any, params: Any, spins: jax.Array, energies: jax.Array, damping: float
 ) -> dict[str, Callable[[], Any]]:
-    """The functions behind `VMC_SR`, in the space of samples and of parameters."""
+    """The functions behind `VMC_SR`, in sample space and in parameter space."""
     from netket._src.ngd.sr_srt_common import sr, srt  # pyright: ignore[reportMissingImports]
     from netket._src.ngd.srt_onthefly import srt_onthefly  # pyright: ignore[reportMissingImports]
     from netket.optimizer.solver import cholesky_with_fallback  # pyright: ignore[reportMissingImports]

@@ -1,7 +1,7 @@
-"""The table of wave functions: gradient and solve by each solver, beside NetKet.
+"""The table of wave functions: gradient and solve by each solver, beside NetKet's.
 
-Samples and local energies are given, of the Ising ring of 16 spins at its critical
-field, and the same for both; each has one thread, in float64.
+Samples and local energies are given, and the same for both: those of the Ising ring of
+16 spins at its critical field. Both use one thread and float64.
 """
 
 import functools
@@ -38,8 +38,8 @@ from ngd_jax import contrib
 __all__ = ["wave_function_tables"]
 
 _NUM_SPINS = 16
-_DENSE_LIMIT = 2000  # parameters, for a matrix of their number squared
-_ACCURATE = 1e-3  # direction error up to which a route counts as a solution
+_DENSE_LIMIT = 2000  # largest number of parameters P for a P × P matrix
+_ACCURATE = 1e-3  # largest direction error of a route that counts as a solution
 _NOTE = (
     "The direction error is relative to `SampleSpace`, in the Euclidean norm; the "
     "residual is the relative one that the solver reports. Ratios are between the "
@@ -48,7 +48,7 @@ _NOTE = (
 
 
 def wave_function_tables(settings: WaveFunctionsSettings) -> list[Table]:
-    """The table; NetKet's columns are empty where it is not installed."""
+    """The table; NetKet's columns are empty if it is not installed."""
     with jax.enable_x64(True):
         rows, goals = [], []
         for cell in settings.cells:
@@ -184,7 +184,7 @@ def _run_peer(
     batch: dict[str, jax.Array],
     widths: list[int],
 ) -> dict[str, tuple[float, np.ndarray]]:
-    """CPU seconds and directions of NetKet by route; none where it is not installed."""
+    """CPU seconds and directions of NetKet by route; none if it is not installed."""
     python = settings.peer_python
     if python is None:
         if importlib.util.find_spec("netket") is None:

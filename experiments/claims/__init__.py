@@ -1,1 +1,1 @@
-"""What is said of the natural gradient, each claim by an experiment of its own."""
+"""Claims about the natural gradient, each tested by an experiment of its own."""

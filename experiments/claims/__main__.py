@@ -1,9 +1,9 @@
-"""What the natural gradient promises, measured: `python -m experiments.claims`.
+"""The promises of the natural gradient, measured: `python -m experiments.claims`.
 
-Runs every experiment, or one by `claim=name`, and writes a report with a page that sums
-up, tables of measured against expected figures, and plots. `quick=true` takes smaller
-ones. The library part is `experiments.claims`. The exit status is 1 where a figure is
-not as expected.
+Runs every experiment, or one with `claim=name`, and writes a report with a summary,
+tables of measured and expected figures, and plots. `quick=true` runs smaller
+experiments. The library part is `experiments.claims`. The exit status is 1 if a figure
+is not as expected.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from experiments.benchmarks.clocks import use_one_thread
 
-# Before JAX starts its threads, so that two experiments share two cores. In a pool of
-# several, batched LAPACK calls of jaxlib 0.10 may also wait for each other for good.
+# Before JAX starts its threads, so that two experiments can share two cores. In a pool
+# of several threads, batched LAPACK calls of jaxlib 0.10 may also deadlock.
 use_one_thread()
 
-# Most of a quick run is compiling. The fusion emitters that XLA had before make a
-# quarter less of it, of programs that are as right and run a little slower. Later
-# versions of jaxlib may not know the flag, and end at one that they do not know.
+# Most of a quick run is compilation. XLA's previous fusion emitters take a quarter less
+# of it, for programs that are as correct and slightly slower. Later versions of jaxlib
+# may not know the flag, and abort on an unknown one.
 if "quick=true" in sys.argv and jaxlib.version.__version_info__ < (0, 11):
     flags = os.environ["XLA_FLAGS"]
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
@@ -48,7 +48,7 @@ class ClaimsConfig:
     """Settings of the report.
 
     Attributes:
-      claim: the name of one, or "all".
+      claim: the name of a claim, or "all".
       quick: smaller experiments.
       output: the folder of the report.
     """
@@ -60,11 +60,11 @@ class ClaimsConfig:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="claims")
 def claims(tree: DictConfig) -> None:
-    """Runs what `claim` says and writes the report."""
+    """Runs the experiments that `claim` selects and writes the report."""
     try:
         config = read_as(OmegaConf.structured(ClaimsConfig), tree)
     except ConfigError as error:
-        sys.exit(f"error: {error}")  # Hydra would print a line of its own before
+        sys.exit(f"error: {error}")  # Hydra would print a line of its own first
     chosen = list(CLAIMS.values()) if config.claim == "all" else [CLAIMS[config.claim]]
     console, folder = Terminal(), Path(config.output)
     outcomes: dict[str, Outcome] = {}

@@ -1,7 +1,7 @@
-"""Deep autoencoders: where gradient descent sits at the mean image, curvature goes on.
+"""Deep autoencoders: gradient descent is stuck at the mean image, curvature helps.
 
-A deep network of logistic units first learns the mean of all images, and there its
-gradient all but vanishes: the plateau that Hessian-free optimization was made for.
+A deep network of logistic units first learns the mean of all images, where its gradient
+almost vanishes: the plateau for which Hessian-free optimization was invented.
 """
 
 import itertools
@@ -25,7 +25,7 @@ __all__ = ["AUTOENCODER"]
 
 _LIKELIHOOD = ngd.Bernoulli()
 _WIDTHS = [64, 100, 50, 25, 10, 25, 50, 100, 64]
-_CODE = 3  # the index of the layer that makes the code, which is linear
+_CODE = 3  # index of the layer that outputs the code; this layer is linear
 
 
 class _Run(NamedTuple):
@@ -35,8 +35,8 @@ class _Run(NamedTuple):
       name: the optimizer.
       settings: its settings in words.
       losses: before each step, nats per image.
-      seconds: CPU seconds from the start to each step, compiling left out.
-      error: of the reconstructions at the end, half the squared distance.
+      seconds: CPU seconds from the start to each step, without compiling.
+      error: final error of the reconstructions, half the squared distance.
     """
 
     name: str
@@ -47,7 +47,7 @@ class _Run(NamedTuple):
 
 
 def model_fn(params: Layers, x: jax.Array) -> jax.Array:
-    """Images in [0, 1] to logits of their reconstructions."""
+    """Maps images in [0, 1] to logits of their reconstructions."""
     for index, layer in enumerate(params):
         x = x @ layer["w"] + layer["b"]
         if index not in (_CODE, len(params) - 1):
@@ -75,7 +75,7 @@ def _natural_gradient() -> optax.GradientTransformation:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """64-100-50-25-10-25-50-100-64 on the digits, all of them in every step."""
+    """64-100-50-25-10-25-50-100-64 on the digits, with all of them in every step."""
     x = digits(200 if quick else 500)["x"].astype(jnp.float32)
     steps, many = (60, 600) if quick else (150, 6000)
     runs = [
@@ -94,15 +94,15 @@ def demonstrate(quick: bool) -> Evidence:
     needed = f"{adam_steps:,.0f}" if len(reached) else f"more than {many:,}"
     return Evidence(
         headline=(
-            f"error over that of the mean image: SGD {sgd.error / mean_image:.3f} "
-            f"after {many:,} steps, natural gradient {natural.error / mean_image:.2f} "
-            f"after {steps}; Adam needs {needed} steps for its loss"
+            f"error relative to the mean image: SGD {sgd.error / mean_image:.3f} after "
+            f"{many:,} steps, natural gradient {natural.error / mean_image:.2f} after "
+            f"{steps}; Adam needs {needed} steps to reach the same loss"
         ),
         setup=(
-            f"Handwritten digits, {len(x)} of them in every step; logistic units, a "
-            f"linear code of 10, Bernoulli pixels, weights N(0, 1/inputs), float32. "
-            f"Natural gradient: rate 1, Levenberg-Marquardt damping from 1, 30 "
-            f"products from a warm start. Adam and SGD with the best of a few rates."
+            f"{len(x)} handwritten digits, all of them in every step; logistic units, "
+            f"a linear code of 10 numbers, Bernoulli pixels, weights N(0, 1/inputs), "
+            f"float32. Natural gradient: rate 1, Levenberg-Marquardt damping from 1, "
+            f"30 products from a warm start. Adam and SGD use the best of a few rates."
         ),
         checks=[
             between(
@@ -111,14 +111,14 @@ def demonstrate(quick: bool) -> Evidence:
                 0.95,
                 1.05,
                 "literature",
-                "sits there, by Martens 2010",
+                "it stays there, according to Martens 2010",
             ),
             at_most(
                 f"error of natural gradient after {steps} steps over that",
                 natural.error / mean_image,
                 0.5,
                 "literature",
-                "goes through, by Martens 2010",
+                "it gets past, according to Martens 2010",
             ),
             between(
                 "Adam's steps to the last loss of the natural gradient, over its own",
@@ -126,33 +126,34 @@ def demonstrate(quick: bool) -> Evidence:
                 5.0,
                 np.inf,
                 "measured",
-                "measured before: 23, in quick runs 9; from another start 4",
+                "measured before: 23, in quick runs 9, from another start 4",
             ),
         ],
         tables=[_tabulate(runs, mean_image)],
         plots=[
             Plot(
                 "autoencoder",
-                "The same runs against steps and against seconds of CPU time. The "
-                "dotted line is the loss of the mean image, where SGD stays.",
+                "The same runs over steps and over CPU seconds. The dotted line is the "
+                "loss of the mean image, where SGD stays.",
                 _draw(runs, _mean_image_loss(x)),
             )
         ],
         notes=[
             (
-                f"In seconds: in the {natural.seconds[-1]:.1f} that the natural "
-                f"gradient takes for {steps} steps, to a loss of "
-                f"{natural.losses[-1]:.2f}, Adam comes to {same_seconds:.2f} on this "
-                f"machine. A small network makes Adam's steps cheap, and their number "
-                f"no burden."
+                f"In terms of time: the natural gradient takes "
+                f"{natural.seconds[-1]:.1f} s for {steps} steps, and reaches a loss of "
+                f"{natural.losses[-1]:.2f}; in the same time, Adam reaches "
+                f"{same_seconds:.2f} on this machine. On a small network Adam's steps "
+                f"are so cheap that it can afford many."
             ),
             (
-                "All of it is from one start. From another one the full experiment "
-                "left 0.40 of the mean image's error after 150 steps of the natural "
-                "gradient, at a loss that Adam had after 584: SGD stays and the "
-                "natural gradient goes through from both, but how many of Adam's "
-                "steps one of its own is worth, 20 there and 4 here, depends on the "
-                "start; by a fifth even on round-off."
+                "All of these runs have the same start. From another one, the full "
+                "experiment left 0.40 of the mean image's error after 150 steps of the "
+                "natural gradient, at a loss that Adam reached after 584 steps. From "
+                "both starts, SGD is stuck and the natural gradient gets past the "
+                "plateau, but how many steps of Adam one of its steps is worth depends "
+                "on the start (20 from the first, 4 from the second), and even on "
+                "round-off, by a fifth."
             ),
         ],
     )
@@ -257,13 +258,13 @@ AUTOENCODER = Claim(
     name="autoencoder",
     title="On deep autoencoders it goes where gradient descent sits",
     statement=(
-        "On deep autoencoders first-order methods sit at the error of the mean image, "
-        "where curvature methods go through."
+        "On deep autoencoders, first-order methods are stuck at the error of the mean "
+        "image, while curvature methods get past it."
     ),
     truth=(
-        "True of SGD, momentum and all. Adam comes off the plateau, and needs many "
-        "more steps than the natural gradient for the same loss; in seconds it is as "
-        "good on a network this small."
+        "True for SGD, even with momentum. Adam leaves the plateau, but needs many "
+        "more steps than the natural gradient for the same loss; in terms of time, it "
+        "is as good on a network this small."
     ),
     source=(
         "Martens 2010, Deep learning via Hessian-free optimization; Martens and Grosse "

@@ -1,8 +1,8 @@
-"""Training on a stream of batches, some of them with wrong labels.
+"""Training on a stream of batches, some of which have wrong labels.
 
-A teacher network of the same shape labels fresh inputs, with the noise that the
-likelihood believes in; with probability 0.1 a batch has wrong labels. What is watched
-is how far the model moves in each step, on clean inputs of its own.
+A teacher network of the same shape labels new inputs, with the noise that the
+likelihood assumes; with probability 0.1, a batch has wrong labels. The experiment
+records how far the model moves in each step, measured on separate clean inputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,24 +34,24 @@ __all__ = [
 ]
 
 BATCH, PROBABILITY, HELD_OUT = 32, 0.1, 500
-# Of a wrong label in regression, in standard deviations of the noise.
+# Size of a wrong label in regression, in standard deviations of the noise.
 SHIFT = 50.0
 
 _INPUTS, _HIDDEN, _CLASSES = 8, 16, 3
-# So that what is to be learned stands out from the noise.
+# So that the signal stands out from the noise.
 _TEACHER_SCALE = 3.0
 
 Data = dict[str, jax.Array]
 
 
 class Task(NamedTuple):
-    """What is learned; the first two functions are NumPy, the last one JAX.
+    """A learning problem; the first two functions are NumPy, the last one JAX.
 
     Attributes:
       likelihood: of the outputs.
-      outputs: how many there are.
+      outputs: number of outputs.
       label_fn: (generator, the teacher's outputs) -> labels.
-      spoil_fn: labels -> the same, all wrong.
+      spoil_fn: labels -> the same number of labels, all wrong.
       error_fn: (the teacher's outputs, the network's) -> the test error.
     """
 
@@ -63,14 +63,14 @@ class Task(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """What a seed gives; with a leading axis of seeds where there are several.
+    """The data of a seed, with a leading axis of seeds if there are several.
 
     Attributes:
-      start: the parameters that training starts from.
+      start: the initial parameters.
       x: inputs, `[steps, BATCH, inputs]`.
       y: their labels.
-      wrong: labels that are wrong, every one.
-      is_outlier: which batches are to have some of these, `[steps]`.
+      wrong: a wrong label for each of them.
+      is_outlier: which batches contain wrong labels, `[steps]`.
       held_out: clean inputs.
       truth: the teacher's outputs on them.
     """
@@ -85,12 +85,12 @@ class Stream(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training, all arrays.
+    """One training run; all fields are arrays.
 
     Attributes:
       seed: the index of its stream.
-      bad_labels: how many labels of an outlier batch are wrong; 0 for no outliers.
-      max_norm: at which gradients are clipped; infinite for never.
+      bad_labels: number of wrong labels in an outlier batch; 0 for no outliers.
+      max_norm: norm at which gradients are clipped; infinite for no clipping.
       max_kl: the radius; infinite for none.
     """
 
@@ -101,7 +101,7 @@ class Run(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """What came of trainings, `[runs, steps]` each.
+    """Records of training runs, `[runs, steps]` each.
 
     Attributes:
       kl: the mean KL of the step on held-out inputs, nats per example.
@@ -139,12 +139,12 @@ CLASSIFICATION = Task(
 
 
 def model_fn(params: Layers, batch: Data) -> jax.Array:
-    """Inputs to the outputs of the network."""
+    """Maps inputs to the outputs of the network."""
     return mlp(params, batch["x"])
 
 
 def draw(task: Task, seeds: Sequence[int], steps: int) -> Stream:
-    """The streams of these seeds; in NumPy, for there is nothing to compile for it."""
+    """The streams of these seeds; in NumPy, so that nothing must be compiled."""
     streams = [_draw_one(task, seed, steps) for seed in seeds]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *streams)
 
@@ -163,7 +163,7 @@ def watch(
 
     def one(streams: Stream, run: Run) -> Watched:
         stream = jax.tree.map(lambda leaf: leaf[run.seed], streams)
-        # As many of the labels as are to be wrong, in the batches that are outliers.
+        # In outlier batches, replace the first `bad_labels` labels by wrong ones.
         is_wrong = stream.is_outlier[:, None] & (jnp.arange(BATCH) < run.bad_labels)
         is_wrong = is_wrong.reshape(*is_wrong.shape, *[1] * (stream.y.ndim - 2))
         batches = {"x": stream.x, "y": jnp.where(is_wrong, stream.wrong, stream.y)}
@@ -180,8 +180,8 @@ def watch(
 
         return Watched(*train(tx_fn(run), loss_fn, stream.start, batches, observe)[1])
 
-    # In turn, not by vmap: on CPU, batched factorisations of jaxlib wait for threads of
-    # the pool that they run in, and where it is small they may wait for ever.
+    # Sequentially, not by vmap: on CPU, batched factorisations of jaxlib wait for
+    # threads of the pool in which they run themselves, and can deadlock if it is small.
     in_turn = jax.jit(
         lambda streams, runs: jax.lax.map(lambda run: one(streams, run), runs)
     )

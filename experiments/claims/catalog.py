@@ -1,4 +1,4 @@
-"""The experiments behind the claims; `CLAIMS` has them by name, in reading order."""
+"""The experiments behind the claims: `CLAIMS` maps names to them, in reading order."""
 
 from experiments.claims.autoencoder import AUTOENCODER
 from experiments.claims.claim import Claim

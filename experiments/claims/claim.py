@@ -1,4 +1,4 @@
-"""What a claim is, and what an experiment found about it."""
+"""A claim, and the evidence that an experiment found for it."""
 
 import math
 import sys
@@ -21,8 +21,8 @@ __all__ = [
 ]
 
 # Where a range comes from: a derivation, if only of a sign or an order of magnitude; a
-# paper, which the reason names; the documentation of this library; or else earlier runs
-# of the same experiment and margins set by hand, which show a change and prove nothing.
+# paper, named in the reason; the documentation of this library; or else earlier runs of
+# the same experiment with margins set by hand, which reveal changes but prove nothing.
 Source = Literal["theory", "literature", "promise", "measured"]
 
 
@@ -32,8 +32,8 @@ class Check(NamedTuple):
     Attributes:
       name: what was measured, in words with its unit.
       measured: the figure.
-      low: the smallest value that bears the claim out.
-      high: the largest one.
+      low: the smallest value that supports the claim.
+      high: the largest such value.
       source: where the range comes from.
       reason: the derivation, the paper or the earlier figure, in a few words.
     """
@@ -47,12 +47,12 @@ class Check(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the figure is in its range; a NaN is in none."""
+        """Whether the figure is in its range; NaN never is."""
         return self.low <= self.measured <= self.high
 
     @property
     def expected(self) -> str:
-        """The range as it is to be read."""
+        """The range, written for the reader."""
         if self.low == self.high:
             return f"{self.low:.4g}"
         if self.low == -math.inf:
@@ -81,16 +81,16 @@ def between(
 def exactly(
     name: str, measured: float, value: float, source: Source, reason: str
 ) -> Check:
-    """A figure that must have this very value, to the last bit."""
+    """A figure that must equal this value, to the last bit."""
     return Check(name, float(measured), value, value, source, reason)
 
 
 class Plot(NamedTuple):
-    """A picture that is understood without the code.
+    """A picture that can be understood without the code.
 
     Attributes:
-      name: of its file, without the ending.
-      caption: what is to be seen in it, a sentence or two.
+      name: of its file, without the extension.
+      caption: what it shows, in a sentence or two.
       figure: drawn with `experiments.claims.drawing`.
     """
 
@@ -100,15 +100,15 @@ class Plot(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What came out of the experiment of a claim.
+    """The result of the experiment on a claim.
 
     Attributes:
-      headline: the one line of the summary: the figures that tell.
-      setup: model, data, optimizers, precision, seeds; a paragraph.
-      checks: measured against expected.
+      headline: one line for the summary, with the key figures.
+      setup: model, data, optimizers, precision and seeds, in a paragraph.
+      checks: measured and expected figures.
       tables: further results.
       plots: pictures.
-      notes: what else must be said, a sentence each: the honest side.
+      notes: caveats and other remarks, a sentence each.
     """
 
     headline: str
@@ -125,17 +125,17 @@ class Evidence(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """Something that is said of the natural gradient, and the experiment on it.
+    """A claim about the natural gradient, and the experiment on it.
 
     Attributes:
       name: as on the command line.
       title: a short sentence.
       statement: what is claimed.
-      truth: whether it is so and under which condition, including what is false in it.
-      source: who says so.
-      demonstrate: quick -> the evidence; quick runs are smaller, not laxer.
+      truth: whether it holds and under which condition, including what is false in it.
+      source: who makes the claim.
+      demonstrate: quick -> the evidence; quick runs are smaller, but as strict.
       x64: whether it runs in 64-bit mode.
-      is_timed: whether it tells times, and so must not run beside another.
+      is_timed: whether it reports times, and so must not run beside another.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""It costs more than gradient descent: how much, counted and timed.
+"""The natural gradient costs more than gradient descent: operations and times.
 
-A gradient of a network with P weights, P₁ of them in the first layer, on N examples
-multiplies 6NP - 2NP₁ times; a further Fisher product, linearised before, 8NP - 4NP₁;
-the linearisation 2NP. So a product is at most 4/3 of a gradient, and k of them in a
-step make it 1 + 4k/3 gradients.
+For a network with P weights, P₁ of them in the first layer, and N examples, a gradient
+takes 6NP - 2NP₁ multiplications, the linearisation 2NP, and a further Fisher product
+with the linearisation given 8NP - 4NP₁. So a product is at most 4/3 of a gradient, and
+a step with k of them costs 1 + 4k/3 gradients.
 """
 
 import itertools
@@ -32,18 +32,18 @@ __all__ = ["COST"]
 _BATCH_SIZE = 256
 _SMALL = (64, 128, 64, 10)
 _NETWORKS = (_SMALL, (784, 1000, 300, 10))
-# Activations, biases and the likelihood, which the count of products leaves out.
+# Activations, biases and the likelihood, which the count does not include.
 _TOLERANCE = 0.08
 
 
 class _Prices(NamedTuple):
-    """What a network costs.
+    """The costs on one network.
 
     Attributes:
-      name: its widths and its parameters.
+      name: its widths and its number of parameters.
       product: operations of a further product, in gradients.
-      lone: the same with the linearisation.
-      product_expected, lone_expected: by the count of multiplications.
+      lone: the same including the linearisation.
+      product_expected, lone_expected: by counting multiplications.
       gradient: CPU seconds.
       steps: CPU time of a whole step, in gradients, for each number of products.
       kl_evaluations: forward passes for the radius, likewise.
@@ -84,15 +84,15 @@ def demonstrate(quick: bool) -> Evidence:
     dearest = max(price.steps[-1] for price in prices)
     return Evidence(
         headline=(
-            f"a product costs {prices[-1].product:.2f} gradients by operations; a "
-            f"whole step of {longest} products up to {dearest:.0f} by time, where 1 + "
-            f"4k/3 is {1 + 4 * longest / 3:.0f}"
+            f"a product costs {prices[-1].product:.2f} gradients in operations; a "
+            f"whole step with {longest} products costs up to {dearest:.0f} in time, "
+            f"where 1 + 4k/3 is {1 + 4 * longest / 3:.0f}"
         ),
         setup=(
             f"Tanh networks with softmax outputs, {_BATCH_SIZE} examples, float32. "
-            f"Operations as the compiler counts them. Times are CPU times of the whole "
-            f"process, each the median of turns taken in one process; they are of this "
-            f"machine, so they are told and not judged. A step is a gradient, k "
+            f"Operations are counted by the compiler. Times are CPU times of the whole "
+            f"process, each the median over turns in one process; they depend on the "
+            f"machine, so they are reported without a range. A step is a gradient, k "
             f"products of conjugate gradients, and the search for the radius, 0.01 "
             f"nats."
         ),
@@ -101,9 +101,9 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "cost",
-                "Price of a step against the products in it. The dashed line is what "
-                "the products and one gradient cost at most by operation count; the "
-                "forward passes that measure the KL come on top.",
+                "Cost of a step over its number of products. The dashed line is the "
+                "largest cost of one gradient and the products by operation count; the "
+                "forward passes that measure the KL are extra.",
                 _draw(prices, counts),
             )
         ],
@@ -113,10 +113,10 @@ def demonstrate(quick: bool) -> Evidence:
 
 _HONEST = (
     "So a natural gradient step is never as cheap as one of gradient descent, and must "
-    "make up for it by fewer steps. What lowers the price: fewer products from a warm "
-    "start or a preconditioner, the metric on a part of the batch, or a direct solve "
-    "where examples are few; `python -m experiments.benchmark table=solvers` has the "
-    "prices of those."
+    "make up for it by fewer steps. The cost can be reduced by fewer products, with a "
+    "warm start or a preconditioner, by the metric on a part of the batch, or by a "
+    "direct solve if there are few examples; `python -m experiments.benchmark "
+    "table=solvers` measures these costs."
 )
 
 
@@ -146,7 +146,7 @@ def _price(widths: Sequence[int], counts: Sequence[int], *, repeats: int) -> _Pr
 
 
 def _operations(problem: Problem) -> tuple[float, float]:
-    """Of a further product and of a lone one, in gradients, as compiled."""
+    """Operations of a further and of a lone product, in gradients, as compiled."""
     args = (problem.params, problem.batch, problem.vector)
     gradient = operation_count(jax.value_and_grad(problem.loss_fn), *args[:2])
     once, twice = (operation_count(products(problem, k), *args) for k in (1, 2))
@@ -154,7 +154,7 @@ def _operations(problem: Problem) -> tuple[float, float]:
 
 
 def _multiplications(widths: Sequence[int]) -> tuple[float, float]:
-    """The same by hand; see the head of this module."""
+    """The same by hand; see the docstring of this module."""
     weights = [a * b for a, b in itertools.pairwise(widths)]
     gradient = 6 * sum(weights) - 2 * weights[0]
     product = 8 * sum(weights) - 4 * weights[0]
@@ -224,12 +224,13 @@ COST = Claim(
     title="It costs more than gradient descent",
     statement=(
         "A natural gradient step costs more than one of gradient descent: a Fisher "
-        "product is at most 4/3 of a gradient, a step of k products about 1 + 4k/3."
+        "product costs at most 4/3 of a gradient, and a step with k products about 1 + "
+        "4k/3 gradients."
     ),
     truth=(
-        "True. By operations a product keeps to the bound, and stays below it where "
-        "the first layer is a large part of the network. By time a whole step follows "
-        "1 + 4k/3, and pays for the forward passes that measure its KL besides."
+        "True. In operations, a product stays within the bound, and well below it if "
+        "the first layer is a large part of the network. In time, a whole step costs "
+        "about 1 + 4k/3 gradients, plus the forward passes that measure its KL."
     ),
     source="Martens 2010, Deep learning via Hessian-free optimization",
     demonstrate=demonstrate,

@@ -2,8 +2,8 @@
 
     W = W₄ W₃ W₂ W₁,    dW/dt = -(W - W*),    loss - least loss ∝ e^(-2t)
 
-The flow moves the product straight to the best one, whatever the layers and the inputs
-are, for as long as the layers can move it everywhere: while at most one is singular.
+The flow moves the product straight to the optimum, whatever the layers and the inputs,
+as long as the layers can move it in every direction: while at most one is singular.
 """
 
 import functools
@@ -26,28 +26,28 @@ _LIKELIHOOD = ngd.Gaussian()
 _LAYERS, _WIDTH, _EXAMPLES = 4, 5, 50
 _INPUT_CONDITION = 100.0  # of the covariance of the inputs
 _FLOW_TIME = 6.0
-# F has the rank 25 at most, of 100. From zero, conjugate gradients stay in its range,
-# and end at the shortest of the solutions: no damping is needed.
+# F has rank at most 25, of 100. Starting from zero, conjugate gradients stay in its
+# range, and converge to the shortest solution, so no damping is needed.
 _SOLVER = ngd.CG(max_steps=60, rtol=1e-8)
 _DAMPING = 0.0
 _RATE = 0.02
 _DAMPING_BESIDE = 0.1
 _GRADIENT_RATES = 10.0 ** np.arange(-3, 0.1, 0.25)
-_SLOWEST = -1.9  # slope that still counts as slowed down by damping
+_SLOWEST = -1.9  # a slope above this counts as slowed down by damping
 _SINGULAR = (
-    "F is singular, of rank 25 at most for 100 parameters, and the claim is about its "
-    "pseudo-inverse. Damping takes it away: what the data say little of moves at the "
-    "rate σ / (σ + λ), with σ the eigenvalue of F."
+    "F is singular, with a rank of at most 25 for 100 parameters, and the claim is "
+    "about its pseudo-inverse. It does not hold with damping: a direction that the "
+    "data hardly determine moves at the rate σ / (σ + λ), with σ its eigenvalue of F."
 )
 _CONDITION = (
-    "It needs layers that can move the product in all directions, which they can while "
-    "at most one of them is singular; random square layers are not. All slopes are "
-    "fitted over the whole time, from the first step on."
+    "The layers must be able to move the product in all directions, which they can "
+    "while at most one of them is singular; random square layers are not singular. All "
+    "slopes are fitted over the whole time, from the first step on."
 )
 
 
 def model_fn(params: jax.Array, batch: Batch) -> jax.Array:
-    """The product of the layers, `[layers, 5, 5]`, on the inputs."""
+    """The product of the layers, `[layers, 5, 5]`, applied to the inputs."""
     outputs = batch["x"]
     for layer in params:
         outputs = outputs @ layer.T
@@ -55,12 +55,12 @@ def model_fn(params: jax.Array, batch: Batch) -> jax.Array:
 
 
 def loss_fn(params: jax.Array, batch: Batch) -> jax.Array:
-    """Half the squared error, a mean over examples: nats, less a constant."""
+    """Half the squared error, averaged over examples: nats, up to a constant."""
     return 0.5 * ((model_fn(params, batch) - batch["y"]) ** 2).sum(-1).mean()
 
 
 def make_batch(seed: int) -> dict[str, jax.Array]:
-    """Correlated inputs, and noisy targets of a random linear teacher."""
+    """Correlated inputs, and noisy targets from a random linear teacher."""
     rng = np.random.default_rng(seed)
     scales = _INPUT_CONDITION ** -np.linspace(0, 0.5, _WIDTH)
     axes = np.linalg.qr(rng.normal(size=(_WIDTH, _WIDTH)))[0]
@@ -71,7 +71,7 @@ def make_batch(seed: int) -> dict[str, jax.Array]:
 
 
 def least_loss(batch: dict[str, Any]) -> float:
-    """That of linear regression."""
+    """The loss of linear regression."""
     x, y = np.asarray(batch["x"]), np.asarray(batch["y"])
     best = np.linalg.lstsq(x, y, rcond=None)[0]
     return float(0.5 * ((x @ best - y) ** 2).sum(-1).mean())
@@ -82,7 +82,7 @@ def natural_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """The loss before each step and after the last, `[steps + 1]`.
 
-    And the loss that a full step, of rate 1, would lead to from each point, `[steps]`.
+    Also the loss after a full step, of rate 1, from each point, `[steps]`.
     """
     tx = ngd.scale_by_natural_gradient(
         model_fn, _LIKELIHOOD, damping=damping, solver=_SOLVER
@@ -105,7 +105,7 @@ def natural_losses(
 def gradient_losses(
     params: jax.Array, batch: Batch, rate: jax.Array, *, steps: int
 ) -> jax.Array:
-    """The same by gradient descent."""
+    """The same for gradient descent."""
 
     def step(params: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
@@ -134,7 +134,7 @@ def demonstrate(quick: bool) -> Evidence:
     gaps = np.asarray(losses) - least
     after_one = np.median((by_full_step[1, :, 0] - least[:, 0]) / gaps[1, :, 0])
 
-    # 2. Gradient descent at the rate that is best for each network.
+    # 2. Gradient descent at the best rate for each network.
     run = functools.partial(gradient_losses, steps=steps)
     run = jax.vmap(jax.vmap(run, (0, 0, None)), (None, None, 0))
     by_gradient = np.asarray(jax.jit(run)(params, batch, _GRADIENT_RATES)) - least
@@ -182,9 +182,9 @@ def demonstrate(quick: bool) -> Evidence:
     ]
     return Evidence(
         headline=(
-            f"slope of the log loss gap against time: {once:.3f} at η = {_RATE:g}, "
-            f"{2 * once - twice:.4f} for η to 0; gradient descent at its best rate "
-            f"leaves {left_by_gradient:.0e} of the gap where this leaves {left:.0e}"
+            f"slope of the log loss gap over time: {once:.3f} at η = {_RATE:g}, "
+            f"{2 * once - twice:.4f} for η → 0; gradient descent at its best rate "
+            f"leaves {left_by_gradient:.0e} of the gap, the natural gradient {left:.0e}"
         ),
         setup=(
             f"{seeds} networks of {_LAYERS} linear layers of {_WIDTH} × {_WIDTH}, "
@@ -193,12 +193,12 @@ def demonstrate(quick: bool) -> Evidence:
             f"squared error. Full batch, time {_FLOW_TIME:g} in {steps} steps of η = "
             f"{_RATE:g}, solved by conjugate gradients without damping, float64. "
             f"Gradient descent: the best of {len(_GRADIENT_RATES)} rates for each "
-            f"network, as many steps."
+            f"network, with the same number of steps."
         ),
         checks=checks,
         tables=[
             Table(
-                "Slope of the log loss gap against time",
+                "Slope of the log loss gap over time",
                 ["", "median", "least to largest"],
                 rows,
             )
@@ -206,22 +206,23 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "deep_linear",
-                "Left: without damping the loss gap of every network falls as e^(-2t), "
-                "from the first step on, and damping slows it down. Right: the same "
-                "networks by gradient descent, each at its best rate.",
+                "Left: without damping, the loss gap of every network falls as "
+                "e^(-2t), from the first step on, and damping slows it down. Right: "
+                "gradient descent on the same networks, each at its best rate.",
                 _draw(gaps, by_gradient),
             )
         ],
         notes=[
             _SINGULAR,
             (
-                "It is a statement about the flow, and about short steps. One full "
-                "step (η = 1) takes a single layer to the least loss; these four "
-                f"layers it takes to {after_one:.1e} times the gap (median), since "
-                "their product is not linear in them. Even at the rate of the plots, "
-                f"{departed} of {seeds} networks leave the line by more than a tenth "
-                "in their first step, out of layers that are nearly singular, and "
-                "fall beside it from then on. Longer steps need a radius, or damping."
+                f"The claim is about the flow, and about short steps. One full step (η "
+                f"= 1) takes a single layer to the least loss; but with these four "
+                f"layers, whose product is not linear in them, it makes the gap "
+                f"{after_one:.1e} times as large (median). Even at the rate of the "
+                f"plots, {departed} of {seeds} networks, with nearly singular layers, "
+                f"deviate from the line by more than a tenth in their first step, and "
+                f"fall parallel to it from then on. Longer steps need a radius or "
+                f"damping."
             ),
             _CONDITION,
         ],
@@ -229,7 +230,7 @@ def demonstrate(quick: bool) -> Evidence:
 
 
 def slope(gaps: np.ndarray, rate: float) -> np.ndarray:
-    """Of log gap against time, up to `_FLOW_TIME`, one for each row of `gaps`."""
+    """Slope of log gap over time, up to `_FLOW_TIME`, one for each row of `gaps`."""
     count = round(_FLOW_TIME / rate) + 1
     return np.polyfit(np.arange(count) * rate, np.log(gaps[:, :count]).T, 1)[0]
 
@@ -273,13 +274,14 @@ DEEP_LINEAR = Claim(
     name="deep_linear",
     title="Deep linear networks: the loss gap falls as e^(-2t)",
     statement=(
-        "Along the natural gradient flow the loss of a deep linear network falls "
-        "exponentially to the least one, at a rate that depends neither on the depth "
-        "nor on the data."
+        "Along the natural gradient flow, the loss of a deep linear network decreases "
+        "exponentially to its minimum, at a rate that depends neither on the depth nor "
+        "on the data."
     ),
     truth=(
-        "Holds for the flow, with the pseudo-inverse of F, from any start whose layers "
-        "are not singular; to the first order in the rate for steps. Not with damping."
+        "True for the flow, with the pseudo-inverse of F, from any start with layers "
+        "that are not singular; for steps, true to first order in the rate. False with "
+        "damping."
     ),
     source=(
         "Bernacchia, Lengyel and Hennequin 2018, Exact natural gradient in deep linear "

@@ -1,4 +1,4 @@
-"""Runs the experiments of claims, two at a time where no clock is read."""
+"""Runs the experiments on claims, two at a time where no times are measured."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ __all__ = ["demonstrate_all"]
 
 
 def demonstrate_all(claims: Sequence[Claim], *, quick: bool) -> Iterator[Outcome]:
-    """Runs them as they get done: those that tell times alone, the others two by two.
+    """Yields results as they are done: timed experiments run alone, others in pairs.
 
-    Most of the time goes to compiling, which one core does.
+    Most of the time is compilation, which uses a single core.
     """
     for claim in claims:
         if claim.is_timed:
@@ -36,6 +36,6 @@ def demonstrate_all(claims: Sequence[Claim], *, quick: bool) -> Iterator[Outcome
 def _demonstrate(claim: Claim, *, quick: bool) -> Outcome:
     """Runs one experiment, and times it."""
     start = time.perf_counter()
-    with jax.enable_x64(claim.x64):  # of this thread only
+    with jax.enable_x64(claim.x64):  # for this thread only
         evidence = claim.demonstrate(quick)
     return Outcome(claim, evidence, time.perf_counter() - start)

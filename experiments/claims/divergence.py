@@ -1,4 +1,4 @@
-"""Equal parameters are at KL 0; the further apart the outputs, the larger the KL."""
+"""Equal parameters have KL 0; the further apart the outputs, the larger the KL."""
 
 import functools
 from typing import NamedTuple
@@ -28,21 +28,21 @@ __all__ = ["DIVERGENCE"]
 
 _LIKELIHOOD = ngd.Categorical()
 _CONVERSE = (
-    "The converse is false: KL 0 does not mean equal parameters. Permuting the hidden "
-    "units changes the parameters and nothing else, so KL measures how far the model "
-    "moves, never how far the parameters do."
+    "The converse is false: KL 0 does not imply equal parameters. Permuting the hidden "
+    "units changes only the parameters, not the function, so the KL measures how far "
+    "the model moves, not how far the parameters move."
 )
 _DISTANCES = 10.0 ** np.arange(-5, 1)
 _PARTS = np.linspace(0.0, 1.0, 101)
 
 
 def model_fn(params: Layers, batch: dict[str, jax.Array]) -> jax.Array:
-    """Pictures to logits."""
+    """Maps pictures to logits."""
     return mlp(params, batch["x"])
 
 
 class _Measured(NamedTuple):
-    """All that is computed on the device, in one compilation.
+    """Everything that is computed on the device, in one compilation.
 
     Attributes:
       value: KL(θ, θ).
@@ -50,10 +50,10 @@ class _Measured(NamedTuple):
       hessian: likewise.
       dense: F.
       along: KL to points along a direction.
-      curvature: dᵀFd of it.
-      in_outputs: KL on the straight way to another network's logits.
+      curvature: dᵀFd for that direction d.
+      in_outputs: KL along a straight line to another network's logits.
       moved: distance in the parameters to a network with permuted units.
-      same: KL to it.
+      same: KL to that network.
     """
 
     value: jax.Array
@@ -87,7 +87,7 @@ def _measure(
     direction /= jnp.linalg.norm(direction)
     along = jax.vmap(lambda distance: kl(flat + distance * direction))(_DISTANCES)
 
-    # 3. In the outputs: on the way from one network's logits to another's.
+    # 3. In the outputs: along a line from one network's logits to another's.
     logits = fisher.outputs
     way = model_fn(unravel(flat + direction), batch) - logits
     in_outputs = jax.vmap(
@@ -110,7 +110,7 @@ def _measure(
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """64-10-10 on the digits: KL, its derivatives, and what it grows with."""
+    """64-10-10 on the digits: KL, its derivatives, and how it grows."""
     batch = digits(100 if quick else 500)
     found = jax.tree.map(np.asarray, _measure(jax.random.key(0), batch, _LIKELIHOOD))
     value, moved, same = float(found.value), float(found.moved), float(found.same)
@@ -119,7 +119,7 @@ def demonstrate(quick: bool) -> Evidence:
     )
     measured, guess = found.along, _DISTANCES**2 * found.curvature / 2
     errors = np.abs(guess / measured - 1)
-    # From 1e-3 to 1e-1: below it, round-off; above it, no theory.
+    # From 1e-3 to 1e-1: round-off dominates below, and the theory fails above.
     decades = errors[3:5] / errors[2:4]
     smallest_rise = float(np.diff(found.in_outputs).min())
 
@@ -200,9 +200,9 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "divergence",
-                "KL against the distance in parameters: ½ε²dᵀFd is right while the "
-                "distance is small. On a straight way in the space of outputs, KL only "
-                "rises.",
+                "KL over the distance in parameters: ½ε²dᵀFd is accurate while the "
+                "distance is small. Along a straight line in output space, the KL can "
+                "only increase.",
                 _draw(measured, guess, found.in_outputs),
             )
         ],
@@ -211,7 +211,7 @@ def demonstrate(quick: bool) -> Evidence:
 
 
 def _permute(params: Layers) -> Layers:
-    """The same function by other parameters: hidden units in reverse order."""
+    """The same function with other parameters: hidden units in reverse order."""
     hidden, out = params
     return [
         {"w": hidden["w"][:, ::-1], "b": hidden["b"][::-1]},
@@ -245,12 +245,13 @@ DIVERGENCE = Claim(
     name="divergence",
     title="Equal parameters are at KL 0, and KL grows as outputs differ",
     statement=(
-        "Two networks with the same parameters are at KL 0, and the further apart "
-        "their outputs, the larger the KL; the Fisher matrix is its curvature."
+        "The KL between two networks with the same parameters is 0, and the further "
+        "apart their outputs are, the larger the KL; the Fisher matrix is its "
+        "curvature."
     ),
     truth=(
-        "Exact. Its converse is false: other parameters may give the same outputs, and "
-        "KL 0."
+        "Exactly true. The converse is false: different parameters may give the same "
+        "outputs, and thus KL 0."
     ),
     source="Amari 1998, Natural gradient works efficiently in learning",
     demonstrate=demonstrate,

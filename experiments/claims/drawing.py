@@ -1,4 +1,4 @@
-"""How all pictures of the report look: sizes, colours, and the frame of an axis."""
+"""The common style of the report's pictures: sizes, colours, and axes."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from experiments.running.plots import add_legend
 
 __all__ = ["COLORS", "finish", "new_figure"]
 
-# One colour for each optimizer in every picture; all tell apart without colour vision.
+# One colour for each optimizer in all pictures, distinguishable without colour vision.
 COLORS = {
     "natural gradient": "#08519c",
     "natural gradient, fixed rate": "#6baed6",
@@ -29,7 +29,7 @@ def new_figure(
 
 
 def finish(axis: Axes, *, title: str, x: str, y: str, legend: bool = True) -> None:
-    """Names an axis and what is on it; both labels with their units."""
+    """Sets the title and the labels of an axis; labels include their units."""
     axis.set(title=title, xlabel=x, ylabel=y)
     axis.grid(visible=True, which="major", alpha=0.3)
     if legend:

@@ -1,9 +1,9 @@
-"""The empirical Fisher is another matrix, and can point the other way.
+"""The empirical Fisher is a different matrix, whose step can point the other way.
 
     F = (1/N) Σ xₙ xₙᵀ,    F̃ = (1/N) Σ rₙ² xₙ xₙᵀ,    g = (1/N) Σ rₙ xₙ
 
-for linear regression with residuals r. Twice the residuals are twice g, the same F and
-four times F̃: the natural step F⁻¹g doubles, F̃⁻¹g halves.
+for linear regression with residuals r. Doubling the residuals doubles g, keeps F, and
+makes F̃ four times as large: the natural step F⁻¹g doubles, and F̃⁻¹g halves.
 """
 
 import functools
@@ -27,18 +27,18 @@ __all__ = ["EMPIRICAL_FISHER"]
 _LIKELIHOOD = ngd.Gaussian(event_ndims=0)
 _OTHER_KIND: Kind = "empirical"
 _GRID = (-1.0, 5.0)
-_SMALLEST_SHARE = 0.01  # of the way that is left at the end of the path
+_SMALLEST_SHARE = 0.01  # remaining share of the way at the end of the path
 _DESCENT = (
-    "Opposite is a word of Euclid's metric. Both steps go downhill, since F and F̃ are "
-    "positive definite, and in the metric of the model itself, ⟨a, b⟩ = aᵀFb, they are "
-    "never more than a right angle apart: ⟨F⁻¹g, F̃⁻¹g⟩ = gᵀF̃⁻¹g > 0. How large the "
-    "angle is in parameters depends on the units that the inputs are measured in, as "
-    "the lines of the diabetes data show: one problem, three units."
+    "The steps are opposite only in the Euclidean metric. Both go downhill, since F "
+    "and F̃ are positive definite, and in the metric of the model itself, ⟨a, b⟩ = "
+    "aᵀFb, the angle between them is always less than 90°: ⟨F⁻¹g, F̃⁻¹g⟩ = gᵀF̃⁻¹g > "
+    "0. The angle in parameters depends on the units of the inputs, as the curves for "
+    "the diabetes data show: the same problem in three units."
 )
 _BEFORE = (
-    "Measured before, independently: factors of 2 and 0.5 exactly, and a smallest "
-    "cosine of -0.92 on Boston housing; where among the parameters and in which units "
-    "was not kept. {boston}"
+    "Measured before, independently: factors of exactly 2 and 0.5, and a smallest "
+    "cosine of -0.92 on Boston housing; at which parameters and in which units was not "
+    "recorded. {boston}"
 )
 
 
@@ -46,7 +46,7 @@ class Data(NamedTuple):
     """A linear regression.
 
     Attributes:
-      name: as it is to be read.
+      name: as shown to the reader.
       x: inputs with a constant, `[N, D]`.
       y: targets, `[N]`.
     """
@@ -57,13 +57,13 @@ class Data(NamedTuple):
 
     @property
     def best(self) -> np.ndarray:
-        """The parameters of least squares."""
+        """The least-squares parameters."""
         scales = np.abs(self.x).max(0)
         return np.linalg.lstsq(self.x / scales, self.y, rcond=None)[0] / scales
 
 
 def textbook_data() -> Data:
-    """Those of the vector fields of Kunstner et al.: y = 2 + 2x + noise."""
+    """The data of the vector fields of Kunstner et al.: y = 2 + 2x + noise."""
     rng = np.random.default_rng(0)
     x = rng.lognormal(0.0, 0.75, 1000)
     y = 2 + 2 * x + rng.normal(size=1000)
@@ -71,17 +71,17 @@ def textbook_data() -> Data:
 
 
 def with_constant(name: str, x: Any, y: Any) -> Data:
-    """The data with one more input, 1."""
+    """The data with one more input, which is always 1."""
     return Data(name, np.column_stack([x, np.ones(len(x))]), y)
 
 
 def standardize(values: Any) -> np.ndarray:
-    """Every column with mean 0 and standard deviation 1."""
+    """Scales every column to mean 0 and standard deviation 1."""
     return (values - values.mean(0)) / values.std(0)
 
 
 def tabular_data() -> list[Data]:
-    """Diabetes in three units, and Boston housing in two where mlxtend is installed."""
+    """Diabetes in three units, and Boston housing in two if mlxtend is installed."""
     x, y = sklearn.datasets.load_diabetes(return_X_y=True)
     raw, _ = sklearn.datasets.load_diabetes(return_X_y=True, scaled=False)
     data = [
@@ -104,10 +104,10 @@ def tabular_data() -> list[Data]:
 
 
 class Steps(NamedTuple):
-    """The two steps at some parameters.
+    """The two steps at given parameters.
 
     Attributes:
-      natural: F⁻¹g; all are arrays, JAX's or NumPy's.
+      natural: F⁻¹g; all fields are JAX or NumPy arrays.
       empirical: F̃⁻¹g.
       cosine: of the angle between them.
       natural_cosine: the same in the metric F.
@@ -125,14 +125,14 @@ def model_fn(params: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def loss_fn(params: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """Half the mean squared error: nats, less a constant."""
+    """Half the mean squared error: nats, up to a constant."""
     return 0.5 * jnp.mean((model_fn(params, batch) - batch["y"]) ** 2)
 
 
 def take_steps(
     params: jax.Array, times: jax.Array, batch: dict[str, jax.Array], kind: Kind
 ) -> Steps:
-    """Both at the same parameters, undamped; with the residuals so many times."""
+    """Both at the same parameters, undamped, with residuals multiplied by `times`."""
     outputs = model_fn(params, batch)
     batch = {**batch, "y": outputs + times * (batch["y"] - outputs)}
     grads = jax.grad(loss_fn)(params, batch)
@@ -157,17 +157,17 @@ def steps_everywhere(
     params: jax.Array, times: jax.Array, batch: dict[str, jax.Array], kind: Kind
 ) -> Steps:
     """Steps at many parameters, `[points, D]`, with residuals `times` `[points]`."""
-    # One after the other: of two batched Cholesky factorisations at the same time, on
-    # two cores, each may wait for the other's thread for ever (jaxlib 0.10.1).
+    # Sequentially: two batched Cholesky factorisations at the same time, on two cores,
+    # may deadlock waiting for each other's threads (jaxlib 0.10.1).
     return jax.lax.map(
         lambda point: take_steps(point[0], point[1], batch, kind), (params, times)
     )
 
 
 def explore(data: Data, points: np.ndarray) -> tuple[Steps, np.ndarray]:
-    """Steps at `points`, and by how much twice the residuals change those at the first.
+    """Steps at `points`, and the effect of doubled residuals at the first point.
 
-    The latter as `[2, D]`: the ratios of the natural and of the empirical step.
+    The latter is `[2, D]`: the ratios of the natural and of the empirical step.
     """
     batch = {"x": jnp.asarray(data.x), "y": jnp.asarray(data.y)}
     times = np.ones(len(points) + 1)
@@ -179,10 +179,10 @@ def explore(data: Data, points: np.ndarray) -> tuple[Steps, np.ndarray]:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """Steps on a grid, on the way to least squares, and around it."""
+    """Steps on a grid, on the way to the least-squares solution, and around it."""
     side, count = (21, 200) if quick else (41, 2000)
 
-    # 1. Two parameters, on a grid; and at least squares, where the model is right.
+    # 1. Two parameters, on a grid; and at the least-squares solution of a true model.
     textbook = textbook_data()
     ticks = np.linspace(*_GRID, side)
     grid = np.stack(np.meshgrid(ticks, ticks), axis=-1)
@@ -190,7 +190,7 @@ def demonstrate(quick: bool) -> Evidence:
     found = {textbook.name: (field.cosine, field.natural_cosine, ratios)}
     apart = _difference_at_best(textbook)
 
-    # 2. Real data: the way of the natural gradient from zero, and random parameters.
+    # 2. Real data: the natural gradient's path from zero, and random parameters.
     left = np.geomspace(1, _SMALLEST_SHARE, count)
     paths = {}
     for data in tabular_data():
@@ -258,7 +258,7 @@ def demonstrate(quick: bool) -> Evidence:
     worst = min(smallest, key=lambda name: smallest[name])
     return Evidence(
         headline=(
-            f"twice the residuals: natural step × 2, empirical step × 0.5 (relative "
+            f"residuals doubled: natural step × 2, empirical step × 0.5 (relative "
             f"error {errors.max():g}); smallest cosine between them "
             f"{smallest[worst]:.3f} ({worst})"
         ),
@@ -266,8 +266,9 @@ def demonstrate(quick: bool) -> Evidence:
             f"Linear regression, Gaussian outputs of unit variance, both steps "
             f"undamped, float64. One input: {len(textbook.y):,} examples of y = 2 + 2x "
             f"+ noise, x log-normal, on a grid of {side} × {side} parameters. Real "
-            f"data: on the straight way from zero to least squares, which is that of "
-            f"the natural gradient, and at {count} random parameters around its end."
+            f"data: on the straight line from zero to the least-squares solution, "
+            f"which is the path of the natural gradient, and at {count} random "
+            f"parameters around its end."
         ),
         checks=checks,
         tables=[
@@ -285,38 +286,38 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "empirical_fisher_field",
-                "One input, two parameters. The natural step points at least squares "
-                "(×) from everywhere; the empirical one takes detours, and in the "
-                "shaded parts is at an obtuse angle to it.",
+                "One input, two parameters. The natural step points at the "
+                "least-squares solution (×) from everywhere; the empirical one takes "
+                "detours, and in the shaded regions the angle between them is obtuse.",
                 _draw_field(ticks, textbook, field),
             ),
             Plot(
                 "empirical_fisher_cosine",
-                "The angle between the two steps on the way of the natural gradient, "
-                "on real data. The lines of one data set are the same problem in "
-                "other units.",
+                "The angle between the two steps along the path of the natural "
+                "gradient, on real data. The curves for one data set are the same "
+                "problem in different units.",
                 _draw_paths(left, paths),
             ),
         ],
         notes=[
             _DESCENT,
             (
-                "Where the model is right and the fit is best, the two matrices agree "
-                f"in the limit of many examples: here, with 1,000, F̃ differs from F by "
-                f"{apart:.0%}. Elsewhere nothing makes them agree."
+                f"At the optimum of a correct model, the two matrices agree in the "
+                f"limit of many examples: here, with 1,000, F̃ differs from F by "
+                f"{apart:.0%}. Elsewhere they generally differ."
             ),
             _BEFORE.format(
                 boston=f"Here: {', '.join(boston)}."
                 if boston
                 else "Boston housing comes with the package mlxtend, which is not "
-                "installed here: diabetes stands in for it."
+                "installed here, so the diabetes data replace it."
             ),
         ],
     )
 
 
 def _difference_at_best(data: Data) -> float:
-    """‖F̃ - F‖ / ‖F‖ at least squares."""
+    """‖F̃ - F‖ / ‖F‖ at the least-squares solution."""
     batch = {"x": jnp.asarray(data.x), "y": jnp.asarray(data.y)}
     best = jnp.asarray(data.best)
     exact = ngd.dense_fisher(model_fn, best, batch, _LIKELIHOOD)
@@ -378,13 +379,13 @@ EMPIRICAL_FISHER = Claim(
     name="empirical_fisher",
     title="The empirical Fisher is another thing",
     statement=(
-        "With the data's own targets in place of the model's, F becomes another "
-        "matrix: its step shrinks where residuals grow, and can point away from the "
-        "natural one."
+        "If the model's targets are replaced by those of the data, F becomes a "
+        "different matrix: its step shrinks as residuals grow, and can point away from "
+        "the natural one."
     ),
     truth=(
-        "Both are so: twice the residuals double the natural step and halve the "
-        "empirical one, exactly, and the angle between them can come near to 180° in "
+        "Both are true: doubling the residuals exactly doubles the natural step and "
+        "halves the empirical one, and the angle between them can approach 180° in "
         "parameters. In the metric of the model it stays below 90°: both go downhill."
     ),
     source=(

@@ -1,10 +1,10 @@
-"""Fisher efficiency: online natural gradient loses nothing of what the data say.
+"""Fisher efficiency: online natural gradient loses no information from the data.
 
     θ_t+1 = θ_t - F⁻¹g_t / (t + 20),    t·E‖θ_t - θ*‖²_F → d
 
 No unbiased estimate from t examples has a smaller error than d / t (Cramér and Rao).
-For linear regression on Gaussian inputs the error of every step is known in closed form
-too, which is what the experiment is held against.
+For linear regression on Gaussian inputs, the error at every step is also known in
+closed form, and the experiment is checked against it.
 """
 
 from typing import Any, NamedTuple
@@ -25,39 +25,39 @@ __all__ = ["FISHER_EFFICIENCY"]
 _LIKELIHOOD = ngd.Gaussian()
 _EIGENVALUES = 200.0 ** -np.linspace(0, 1, 6)  # of the covariance of the inputs
 _DIMENSION = len(_EIGENVALUES)
-# The rate 1 / (t + 20) is that of a mean which has seen 20 examples, so that is where
-# the runs start: around the truth, with the error that 20 examples would leave.
+# The rate 1 / (t + 20) is that of a running mean after 20 examples, so the runs start
+# like that: around the truth, with the error that 20 examples would leave.
 _HEAD_START = 20
 _KEY_SEED = 0
 _STANDARD_ERRORS = 4.0
 _CONSTANT_RATE = 0.2
 _AVERAGED = (
-    "The average of the iterates of SGD has the same limit without any F, if its rate "
-    "falls slower than 1/t (Polyak and Juditsky 1992); at a constant rate, as here, up "
-    "to a part of the order of that rate. It takes longer to get there: it forgets its "
-    "start along the slowest direction after about 1 / (rate · smallest eigenvalue) = "
-    f"{1 / (_CONSTANT_RATE * _EIGENVALUES.min()):.0f} steps."
+    f"The average of the iterates of SGD has the same limit without F, if its rate "
+    f"falls more slowly than 1/t (Polyak and Juditsky 1992); with a constant rate, as "
+    f"here, up to an error of the order of that rate. It takes longer to get there: in "
+    f"the slowest direction, it forgets its start after about 1 / (rate · smallest "
+    f"eigenvalue) = {1 / (_CONSTANT_RATE * _EIGENVALUES.min()):.0f} steps."
 )
 _CONDITIONS = (
-    "It needs the rate 1/t in the limit: a rate c/t has c²d / (2c - 1) for its limit, "
-    "which is least at c = 1. And it needs the F of the population: F is given here by "
+    "The rate must be 1/t in the limit: a rate c/t has the limit c²d / (2c - 1), which "
+    "is smallest at c = 1. And F must be that of the population: here it comes from "
     "six points whose second moments are those of the inputs."
 )
 _BEFORE = (
-    "Measured before, independently: 5.97 at t = 3000, with 4,000 runs; where those "
-    "started was not kept. The standard error of 4,000 runs is 0.055."
+    "Measured before, independently: 5.97 at t = 3000, with 4,000 runs; their start "
+    "was not recorded. The standard error of 4,000 runs is 0.055."
 )
 
 
 class Method(NamedTuple):
-    """A way to use one example at a time.
+    """A method that uses one example at a time.
 
     Attributes:
-      name: as it is to be read.
-      color: of `COLORS`.
+      name: as shown to the reader.
+      color: a key of `COLORS`.
       rate: rate[t] of the step after t examples, an array.
-      eigenvalues: of the covariance of the inputs as the method sees them: of F⁻¹C for
-        the natural gradient, so all 1.
+      eigenvalues: of the covariance of the inputs as the method sees them; for the
+        natural gradient those of F⁻¹C, so all 1.
     """
 
     name: str
@@ -69,8 +69,8 @@ class Method(NamedTuple):
 def methods(steps: int) -> tuple[Method, Method, Method]:
     """Natural gradient, SGD at the same rates, SGD at rates for its slowest direction.
 
-    The last is what 1/t asks for in the direction of the smallest eigenvalue; it starts
-    late enough to be stable.
+    The last has the rate 1/t that the direction of the smallest eigenvalue needs; it
+    starts late enough to be stable.
     """
     t = np.arange(1, steps + 1)
     fastest = 1 / _EIGENVALUES.min()
@@ -106,7 +106,8 @@ def expected_errors(method: Method, start: np.ndarray) -> np.ndarray:
 
     Args:
       method: the rates η and the eigenvalues λ.
-      start: λᵢ mᵢ before the first step: the part of each direction in the error.
+      start: λᵢ mᵢ before the first step: the contribution of each direction to the
+        error.
     """
     scales = method.eigenvalues
     moments = start / scales
@@ -125,7 +126,7 @@ def model_fn(params: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def natural_gradient(rate: np.ndarray) -> optax.GradientTransformationExtraArgs:
-    """F is C for every run, so one solve serves them all, in d steps."""
+    """F is C for every run, so one solve of d steps serves all of them."""
     return ngd.natural_gradient(
         lambda count: jnp.asarray(rate)[count],
         model_fn,
@@ -138,8 +139,8 @@ def natural_gradient(rate: np.ndarray) -> optax.GradientTransformationExtraArgs:
 def simulate(key: jax.Array, runs: int, steps: int) -> np.ndarray:
     """The mean of ‖θ_t - θ*‖²_F over the runs, and its standard error: `[2, t, 4]`.
 
-    For t = 1, 2, ... and for each of `methods`; the last is the average of the iterates
-    of SGD at a constant rate.
+    For t = 1, 2, ... and for each of `methods`, then for the average of the iterates of
+    SGD at a constant rate.
     """
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(_DIMENSION,) * 2))[0]
     root = jnp.asarray(basis * np.sqrt(_EIGENVALUES))  # x = root z, C = root rootᵀ
@@ -155,7 +156,7 @@ def simulate(key: jax.Array, runs: int, steps: int) -> np.ndarray:
     txs = [optax.with_extra_args_support(tx) for tx in txs]
 
     def loss_fn(params: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Each run has an example of its own."""
+        """Each run has its own example."""
         return 0.5 * jnp.sum((jnp.sum(x * params, axis=0) - y) ** 2)
 
     def error(params: jax.Array) -> jax.Array:
@@ -192,7 +193,7 @@ def simulate(key: jax.Array, runs: int, steps: int) -> np.ndarray:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """Many runs at once, each on examples of its own."""
+    """Many runs at once, each with its own examples."""
     runs, steps = (1000, 600) if quick else (4000, 3000)
     means, errors = simulate(jax.random.key(_KEY_SEED), runs, steps)
     t = np.arange(1, steps + 1)
@@ -237,13 +238,13 @@ def demonstrate(quick: bool) -> Evidence:
         headline=(
             f"t·E‖θ - θ*‖²_F = {scaled[0, -1]:.2f} ± {uncertain[0, -1]:.2f} at t = "
             f"{steps} for d = {_DIMENSION}; SGD {scaled[1, -1]:.0f} at the same rate, "
-            f"{scaled[2, -1]:.0f} at one for its slowest direction"
+            f"{scaled[2, -1]:.0f} at a rate for its slowest direction"
         ),
         setup=(
-            f"Online linear regression, one Gaussian example for each step, d = "
+            f"Online linear regression with one Gaussian example per step, d = "
             f"{_DIMENSION}, covariance of condition {1 / _EIGENVALUES.min():.0f}, "
-            f"noise of unit variance; {runs:,} runs of {steps:,} steps, each on "
-            f"examples of its own, float64. All start at the error that {_HEAD_START} "
+            f"noise of unit variance; {runs:,} runs of {steps:,} steps, each on its "
+            f"own examples, float64. All start with the error that {_HEAD_START} "
             f"examples would leave. ‖·‖²_F is twice the KL in nats."
         ),
         checks=checks,
@@ -251,9 +252,9 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "fisher_efficiency",
-                "The error times the number of examples, against that number. The "
-                "natural gradient comes to d = 6, the least that any unbiased estimate "
-                "can have (and from below, since it starts with the error that 20 "
+                "The error times the number of examples, over that number. The natural "
+                "gradient approaches d = 6, the smallest value for any unbiased "
+                "estimate (and from below, since it starts with the error that 20 "
                 "examples would leave). Dotted: the exact expectation.",
                 _draw(t, scaled, uncertain, exact, labels),
             )
@@ -296,13 +297,13 @@ FISHER_EFFICIENCY = Claim(
     name="fisher_efficiency",
     title="Online natural gradient is Fisher efficient",
     statement=(
-        "Natural gradient with the rate 1/t, seeing each example once, ends as close "
-        "to the truth as the best unbiased estimate from all of them."
+        "Natural gradient with the rate 1/t, seeing each example once, ends up as "
+        "close to the truth as the best unbiased estimate from all of them."
     ),
     truth=(
-        "Holds in the limit, t·E‖θ - θ*‖²_F → d, for the F of the population and the "
-        "rate 1/t. SGD of the same rate falls behind by the condition number; averaged "
-        "SGD has the same limit, and gets there later."
+        "True in the limit, t·E‖θ - θ*‖²_F → d, with the F of the population and the "
+        "rate 1/t. SGD with the same rate falls behind by the condition number; "
+        "averaged SGD has the same limit, but gets there later."
     ),
     source="Amari 1998, Natural gradient works efficiently in learning",
     demonstrate=demonstrate,

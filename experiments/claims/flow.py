@@ -1,11 +1,12 @@
-"""Invariance to a change of parameters: exact if it is linear, else as steps shrink.
+"""Invariance to a change of parameters: exact if it is linear, else for small steps.
 
     Euler:     θ ← θ - h d(θ)                       difference of order h
     midpoint:  θ ← θ - h d(θ - ½ h d(θ))            difference of order h²
 
-with d = F⁻¹g. As h goes to 0, both follow the flow dθ/dt = -d(θ), the same curve of
-distributions in any parameters. Of an exponential family it is known in closed form:
-the mean parameters move to those of the target, m(t) = m* + e^(-t) (m(0) - m*).
+with d = F⁻¹g. As h goes to 0, both follow the flow dθ/dt = -d(θ), which is the same
+curve of distributions in any parametrisation. For an exponential family it is known in
+closed form: the mean parameters move straight to those of the target,
+m(t) = m* + e^(-t) (m(0) - m*).
 """
 
 import functools
@@ -28,8 +29,8 @@ from experiments.claims.drawing import COLORS, finish, new_figure
 
 __all__ = ["FLOW"]
 
-# Song et al. go from (1, 1) to (20, 20): both have the mean 1, and so has all of the
-# natural flow between them. Here the mean moves too, and the curve bends.
+# Song et al. go from (1, 1) to (20, 20): both have mean 1, as does the whole natural
+# flow between them. Here the mean also moves, and the curve bends.
 _START = np.array([1.0, 1.0])
 _TARGET = np.array([4.0, 2.0])
 _FLOW_TIME = 1.5
@@ -37,28 +38,28 @@ _LINEAR_MAP = ((2.0, 1.0), (0.5, 3.0))
 _DAMPING = 0.0
 _MARKERS = ("o", "s", "^", "D")
 _METHODS = ("gradient descent", "natural gradient, Euler", "natural gradient, midpoint")
-_ORDERS = (0, 1, 2)  # of the difference in the step; by method
+_ORDERS = (0, 1, 2)  # of the difference in h, for each method
 _STYLES = (("SGD", "o-"), ("natural gradient", "s-"), ("natural gradient", "D--"))
 _STEPS_NOT_FLOW = (
-    "So the invariance of the natural gradient to a non-linear change of parameters is "
-    "one of its flow. Steps of finite length have it in the limit only, while to a "
-    "linear change they are invariant at any length."
+    "So the natural gradient is invariant to a non-linear change of parameters only as "
+    "a flow. Finite steps are invariant to it only in the limit, but to a linear "
+    "change at any length."
 )
 _BEFORE = (
-    "Measured before, independently, with a start and a target that were not kept: "
-    "falls of 2.17 to 2.02 and of 4.17 to 4.03, gradient descent at KL 0.33. The "
-    "limits 2, 4 and 1 are the claim; how they are approached, and the KL of gradient "
-    "descent, depend on the start and the target."
+    "Measured before, independently, with a start and a target that were not recorded: "
+    "reductions by factors of 2.17 to 2.02 and 4.17 to 4.03, with gradient descent at "
+    "KL 0.33. The claim concerns the limits 2, 4 and 1; how they are approached, and "
+    "the KL of gradient descent, depend on the start and the target."
 )
 
 
 class Parameters(NamedTuple):
-    """A way to write the two parameters of a Gamma distribution.
+    """A parametrisation of the Gamma distribution by two numbers.
 
     Attributes:
-      name: as it is to be read.
-      decode: these two -> shape a and rate b, stacked.
-      encode: a and b -> these two, in NumPy.
+      name: as shown to the reader.
+      decode: maps the numbers to shape a and rate b, stacked.
+      encode: maps a and b to the numbers, in NumPy.
     """
 
     name: str
@@ -100,20 +101,20 @@ GAMMA = ngd.FromKL(gamma_kl)
 
 
 def model_fn(params: jax.Array, which: jax.Array) -> jax.Array:
-    """Shape and rate, `[1, 2]`; the batch says which parameters these are."""
+    """Shape and rate, `[1, 2]`; the batch says which parametrisation it is."""
     return jax.lax.switch(which, [p.decode for p in PARAMETERS], params)[None]
 
 
 def loss_fn(params: jax.Array, which: jax.Array) -> jax.Array:
     """KL from the target: the negative log-likelihood of endless data, less a constant.
 
-    Without a mean, since there is one distribution.
+    There is no mean, since there is only one distribution.
     """
     return GAMMA.kl(jnp.asarray(_TARGET)[None], model_fn(params, which))[0]
 
 
 def natural_direction(params: jax.Array, which: jax.Array) -> jax.Array:
-    """F⁻¹g, not damped."""
+    """F⁻¹g, without damping."""
     tx = ngd.scale_by_natural_gradient(
         model_fn, GAMMA, damping=_DAMPING, solver=ngd.Cholesky()
     )
@@ -131,9 +132,10 @@ def travel(
 
     Args:
       direction_fn: (params, which) -> d.
-      most_steps: of any trip.
-      trip: `start`, `which` parameters, number of `steps`, and `look_ahead`: the part
-        of the step after which d is taken; 0 is Euler's step and ½ the midpoint's.
+      most_steps: largest number of steps of any trip.
+      trip: `start`, `which` parametrisation, number of `steps`, and `look_ahead`: the
+        fraction of a step after which d is evaluated, 0 for Euler and ½ for the
+        midpoint.
     """
     length = _FLOW_TIME / trip["steps"]
 
@@ -156,7 +158,7 @@ def travel(
 def _travel_all(
     most_steps: int, by_gradient: dict[str, jax.Array], by_natural: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    # One trip after the other: vectorised, each would compute all parametrisations.
+    # Sequentially: with vmap, each trip would compute all parametrisations.
     @jax.jit
     def run(by_gradient: Any, by_natural: Any) -> tuple[jax.Array, jax.Array]:
         by_slope = functools.partial(travel, jax.grad(loss_fn), most_steps)
@@ -167,7 +169,7 @@ def _travel_all(
 
 
 def _trips(step_counts: list[int], look_aheads: list[float]) -> dict[str, jax.Array]:
-    """All parametrisations for all numbers of steps for all methods, stacked."""
+    """All combinations of parametrisation, number of steps and method, stacked."""
     rows = list(itertools.product(look_aheads, step_counts, range(len(PARAMETERS))))
     starts = [PARAMETERS[which].encode(_START) for _, _, which in rows]
     return {
@@ -179,10 +181,10 @@ def _trips(step_counts: list[int], look_aheads: list[float]) -> dict[str, jax.Ar
 
 
 def exact_flow(time: float) -> np.ndarray:
-    """Shape and rate of the natural gradient flow, from its straight mean parameters.
+    """Shape and rate of the natural gradient flow; its mean parameters move straight.
 
     E x = a / b and E log x = ψ(a) - log b; so log E x - E log x = log a - ψ(a), which
-    falls in a.
+    decreases in a.
     """
 
     def means(ab: np.ndarray) -> np.ndarray:
@@ -200,13 +202,13 @@ def exact_flow(time: float) -> np.ndarray:
 
 
 def lengths(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """√(2 KL), in √nat: the length in the Fisher metric, for what is close together."""
+    """√(2 KL), in √nat: the length in the Fisher metric, for nearby distributions."""
     kl = np.asarray(GAMMA.kl(*map(jnp.asarray, np.broadcast_arrays(p, q))))
     return np.sqrt(2 * np.maximum(kl, 0.0))
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """Ends of the same flow in five parametrisations, by three kinds of step."""
+    """End points of the same flow in all parametrisations, by three kinds of step."""
     counts = [20, 40, 80, 160] if quick else [20, 40, 80, 160, 320]
     by_gradient, by_natural = _travel_all(
         counts[-1], _trips(counts, [0.0]), _trips(counts, [0.0, 0.5])
@@ -225,7 +227,7 @@ def demonstrate(quick: bool) -> Evidence:
     falls, flow_falls = (x[:, :-1] / x[:, 1:] for x in (apart, from_flow))
     last = f"from {counts[-2]} to {counts[-1]} steps"
     reasons = [
-        "another flow in other parameters: 1",
+        "a different flow in each parametrisation: 1",
         "first order: 2",
         "second order: 4",
     ]
@@ -268,9 +270,9 @@ def demonstrate(quick: bool) -> Evidence:
     kl = apart[0, -1] ** 2 / 2
     return Evidence(
         headline=(
-            f"with each doubling of the steps the difference falls {falls[1, -1]:.3f} "
-            f"times by Euler steps, {falls[2, -1]:.3f} times by midpoint steps; "
-            f"gradient descent stays at KL {kl:.2f} nats"
+            f"each doubling of the number of steps reduces the difference "
+            f"{falls[1, -1]:.3f} times for Euler steps, {falls[2, -1]:.3f} times for "
+            f"midpoint steps; gradient descent stays at KL {kl:.2f} nats"
         ),
         setup=(
             f"A Gamma distribution of shape a and rate b from (1, 1) towards (4, 2) in "
@@ -283,10 +285,10 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "flow",
-                "Left: where the four parametrisations go. By gradient descent each "
-                "goes another way; by the natural gradient all follow one curve, even "
-                f"in {counts[0]} steps. Right: how far apart they end; natural "
-                "gradient's steps agree the better the shorter they are.",
+                f"Left: the paths of the four parametrisations. With gradient descent, "
+                f"each takes a different path; with the natural gradient, all follow "
+                f"one curve, even in {counts[0]} steps. Right: how far apart they end; "
+                f"natural gradient steps agree better, the shorter they are.",
                 _draw(counts, paths, apart),
             )
         ],
@@ -303,7 +305,7 @@ def _table(counts: list[int], apart: np.ndarray, falls: np.ndarray) -> Table:
             row.append(f"{apart[method, index]:.3e}{fall}")
         rows.append(row)
     return Table(
-        "Largest √(2 KL) between two parametrisations, and how many times it fell",
+        "Largest √(2 KL) between two parametrisations, and the factor by which it fell",
         ["steps", *_METHODS],
         rows,
     )
@@ -361,10 +363,10 @@ FLOW = Claim(
         "is written; gradient descent does."
     ),
     truth=(
-        "Exact at any step length if the change of parameters is linear. If it is not, "
-        "it holds for the flow only, and for steps as they go to 0: to the first order "
-        "in their length for the plain (Euler) step, to the second for the midpoint "
-        "step. Undamped, both."
+        "Exactly true for any step length if the change of parameters is linear. "
+        "Otherwise, it is true for the flow, and for steps as their length goes to 0: "
+        "to first order in the length for the plain (Euler) step, to second order for "
+        "the midpoint step. Both are without damping."
     ),
     source=(
         "Song et al. 2018, Accelerating natural gradient with higher-order invariance"

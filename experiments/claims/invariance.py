@@ -1,4 +1,4 @@
-"""Sigmoid or tanh: the gradient learns another function, the natural gradient not."""
+"""Sigmoid or tanh: it matters to gradient descent, not to the natural gradient."""
 
 import numpy as np
 import optax
@@ -20,7 +20,7 @@ from experiments.claims.twins import (
 __all__ = ["INVARIANCE"]
 
 _EPS = float(np.finfo(np.float64).eps)
-# Up to this condition number of F, ten of the sixteen digits survive a solve.
+# Up to this condition number of F, a solve keeps ten of the sixteen digits.
 _WELL_CONDITIONED = 1e6
 _SGD_RATE, _ADAM_RATE = 0.1, 0.01
 _DAMPINGS = 10.0 ** np.arange(-9, -1)
@@ -44,7 +44,7 @@ def _mapped(damping: float) -> str:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """2-3-1 networks on a teacher's data; natural gradient, SGD and Adam."""
+    """2-3-1 networks on a teacher's data: natural gradient, SGD and Adam."""
     near, own = starts(8 if quick else 24)
     dampings = _DAMPINGS[[0, 1, 5]] if quick else _DAMPINGS
     settings = {
@@ -80,14 +80,15 @@ def demonstrate(quick: bool) -> Evidence:
             f"{ends[1]:.2f} under Adam"
         ),
         setup=(
-            f"Networks of 2 inputs, 3 hidden units and one Gaussian output of unit "
+            f"Networks with 2 inputs, 3 hidden units and one Gaussian output of unit "
             f"variance, {POINTS} inputs drawn from N(0, 1), noiseless outputs of a "
             f"tanh teacher with parameters from N(0, 1). {len(near.start)} starts, "
-            f"each at a teacher of its own plus 0.3 N(0, 1), {int(well.sum())} of them "
-            f"well-conditioned: F stays below a condition number of "
-            f"{_WELL_CONDITIONED:.0e} on the undamped way. The sigmoid network starts "
-            f"as the same function. {STEPS} full-batch steps of rate {RATE} unless "
-            f"said otherwise, F + λI solved by Cholesky factorisation, float64."
+            f"each at its own teacher plus 0.3 N(0, 1); {int(well.sum())} of them are "
+            f"well-conditioned: the condition number of F stays below "
+            f"{_WELL_CONDITIONED:.0e} along the undamped path. The sigmoid network "
+            f"starts as the same function. {STEPS} full-batch steps with rate {RATE} "
+            f"unless stated otherwise, F + λI solved by Cholesky factorisation, "
+            f"float64."
         ),
         checks=_checks(natural, first_order, well),
         tables=[_table(results, well)],
@@ -96,30 +97,31 @@ def demonstrate(quick: bool) -> Evidence:
                 "invariance",
                 "A sigmoid network and a tanh network that start as the same function. "
                 "SGD and Adam drive them apart; under the natural gradient they stay "
-                "the same, unless λI is added in the parameters of each. Lines are "
-                "medians over the well-conditioned starts, bands the smallest and the "
-                "largest.",
+                "the same, unless each is damped by λI in its own parameters. Lines "
+                "are medians over the well-conditioned starts, bands range from the "
+                "smallest to the largest.",
                 _draw(results, well, dampings),
             ),
             Plot(
                 "invariance_condition",
-                "Exact in mathematics, and in floating point as exact as F can be "
-                "solved: the difference grows with the condition number of F.",
+                "The invariance is mathematically exact, and in floating point as "
+                "accurate as the solve: the difference grows with the condition number "
+                "of F.",
                 _draw_condition(natural),
             ),
         ],
         notes=[
             (
-                "The invariance holds for any step size, since the map is linear; that "
-                "to a non-linear change of parameters holds only for small steps. Two "
-                "things break it. Damping by λI, which measures all parameters in one "
-                "unit whatever they are; damping in the metric that is mapped along "
-                "(`CovariantDamping`) does not. And round-off where F is nearly "
-                "singular, as at a random start, or where a long undamped step leads: "
-                "there the step is mostly noise, the way diverges, and the networks "
-                "differ by whatever the noise was. Networks need damping to be "
-                "trained, so it is the mapped metric that carries the claim over to "
-                "practice."
+                "The invariance holds for any step size, since the map is linear; "
+                "invariance to a non-linear change of parameters holds only for small "
+                "steps. Two things break it. The first is damping by λI, which "
+                "measures all parameters in the same unit; damping in a metric that is "
+                "mapped along with the parameters (`CovariantDamping`) does not break "
+                "it. The second is round-off where F is nearly singular, as at a "
+                "random start, or after a long undamped step: there the step is mostly "
+                "noise, the path diverges, and the networks differ by that noise. "
+                "Training needs damping, so the claim carries over to practice only "
+                "with the mapped metric."
             )
         ],
     )
@@ -262,7 +264,7 @@ def _draw(results: dict[str, Drift], well: np.ndarray, dampings: np.ndarray) -> 
     ]
     steps = np.arange(1, STEPS + 1)
     for name, color, style, label in lines:
-        # A difference of exactly 0 has no place on a logarithmic axis.
+        # A difference of exactly 0 cannot be shown on a logarithmic axis.
         chosen = np.maximum(results[name].difference[well], _EPS / 4)
         left.fill_between(
             steps, chosen.min(0), chosen.max(0), color=COLORS[color], alpha=0.15, lw=0
@@ -324,15 +326,15 @@ INVARIANCE = Claim(
     name="invariance",
     title="Swap sigmoid for tanh: the gradient changes, the natural gradient does not",
     statement=(
-        "Write the same network with other units, sigmoid in place of tanh, and "
+        "If the same network is written with sigmoid units instead of tanh units, "
         "gradient descent learns something else, while the natural gradient takes the "
         "same steps."
     ),
     truth=(
-        "Exact for any step size, for σ(x) = ½(1 + tanh(x/2)) is a linear map of the "
-        "weights. Damping by λI breaks it, in proportion to λ; damping in the mapped "
-        "metric does not. Where F cannot be inverted in working precision there is "
-        "nothing to compare."
+        "Exactly true for any step size, since σ(x) = ½(1 + tanh(x/2)) amounts to a "
+        "linear map of the weights. Damping by λI breaks it, in proportion to λ; "
+        "damping in the mapped metric does not. Where F cannot be inverted in working "
+        "precision, there is nothing to compare."
     ),
     source=(
         "Amari 1998, Natural gradient works efficiently in learning; Martens 2020, New "

@@ -15,7 +15,7 @@ Layers = list[dict[str, jax.Array]]
 
 def mlp_params(key: jax.Array, widths: list[int]) -> Layers:
     """Weights N(0, 1 / inputs) and zero biases, a dict for each layer."""
-    # One draw for all: every shape that is drawn is a program to compile.
+    # A single draw for all: every shape that is drawn is a program to compile.
     weights = jax.random.normal(
         key, (sum(a * b for a, b in itertools.pairwise(widths)),)
     )

@@ -1,10 +1,10 @@
-"""The order of the examples: how much a segment of the stream decides of the outcome.
+"""The order of the examples: how much a segment of the stream affects the outcome.
 
-    Vₖ = E over fresh segments k of Var(outputs after training),    k = 1 … S
+    Vₖ = E over new segments k of Var(outputs after training),    k = 1 … S
 
 A network learns online, seeing each example once. The stream is cut into segments; one
-of them is drawn anew several times, the others stay. The variance of the outputs that
-this makes is the influence of the segment.
+of them is drawn several times, while the others stay the same. The resulting variance
+of the outputs is the influence of that segment.
 """
 
 import functools
@@ -31,13 +31,13 @@ _TRAINING_IMAGES = 1297
 
 
 class _Sizes(NamedTuple):
-    """How large the experiment is.
+    """The size of the experiment.
 
     Attributes:
       segments: S.
-      steps: in a segment, each on a batch of its own.
-      draws: of each segment.
-      seeds: initial parameters and streams.
+      steps: number of steps in a segment, each on its own batch.
+      draws: number of draws of each segment.
+      seeds: number of seeds, for initial parameters and streams.
     """
 
     segments: int
@@ -47,13 +47,13 @@ class _Sizes(NamedTuple):
 
 
 class _Contestant(NamedTuple):
-    """An optimizer, with the settings that decide how far it goes.
+    """An optimizer, with the setting that determines how far it goes.
 
     Attributes:
       name: in words.
-      setting: what they are.
-      values: of it.
-      make: a value -> the optimizer.
+      setting: the name of the setting.
+      values: the values of the setting.
+      make: makes the optimizer from a value.
     """
 
     name: str
@@ -63,10 +63,10 @@ class _Contestant(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """Of a contestant; the leading axis is that of its settings.
+    """The result of a contestant; the leading axis is over its settings.
 
     Attributes:
-      loss: on held-out examples after training, nats.
+      loss: final loss on held-out examples, in nats.
       influence: of each segment, `[settings, S]`.
     """
 
@@ -75,7 +75,7 @@ class _Result(NamedTuple):
 
 
 def model_fn(params: Layers, batch: dict[str, jax.Array]) -> jax.Array:
-    """Pictures to logits."""
+    """Maps pictures to logits."""
     return mlp(params, batch["x"])
 
 
@@ -112,7 +112,7 @@ def demonstrate(quick: bool) -> Evidence:
             natural._replace(values=natural.values[:2]),
         )
     found = {each.name: _measure(each, sizes) for each in contestants}
-    # The best that plain gradient descent can do, and the others no better.
+    # Compare at the loss of the best run of plain gradient descent.
     best = int(np.argmin(found["SGD"].loss))
     loss, plain = found["SGD"].loss[best], found["SGD"].influence[best]
     natural = _at_loss(found["natural gradient"], loss)
@@ -124,19 +124,19 @@ def demonstrate(quick: bool) -> Evidence:
     paper = "Pascanu and Bengio 2014, section 7"
     return Evidence(
         headline=(
-            f"at the loss of the best SGD, the influence of all segments together is "
-            f"{total:.2f} times that under SGD; of the first {first:.2f}, of the last "
-            f"{last:.2f}"
+            f"at the loss of the best SGD run, the influence of all segments together "
+            f"is {total:.2f} times that under SGD; for the first segment {first:.2f} "
+            f"times, for the last {last:.2f} times"
         ),
         setup=(
-            f"Digits, shifted by up to a pixel and with noise, in a stream of "
-            f"{sizes.segments * sizes.steps * _BATCH_SIZE:,} examples that are seen "
-            f"once, in {sizes.segments} segments of {sizes.steps} batches of "
-            f"{_BATCH_SIZE}. A 64-32-10 tanh network, float32. Each segment is drawn "
-            f"anew {sizes.draws} times; the influence is the variance of the "
-            f"probabilities on {_HELD_OUT} held-out images, summed over classes, "
-            f"averaged over {sizes.seeds} seeds. Every optimizer runs with several "
-            f"settings, and the influences are compared at equal held-out loss."
+            f"Digits with noise, shifted by up to a pixel, in a stream of "
+            f"{sizes.segments * sizes.steps * _BATCH_SIZE:,} examples that are each "
+            f"seen once, in {sizes.segments} segments of {sizes.steps} batches of "
+            f"{_BATCH_SIZE}. A 64-32-10 tanh network, float32. Each segment is redrawn "
+            f"{sizes.draws} times; the influence is the variance of the probabilities "
+            f"on {_HELD_OUT} held-out images, summed over classes, averaged over "
+            f"{sizes.seeds} seeds. Every optimizer runs with several settings, and the "
+            f"influences are compared at equal held-out loss."
         ),
         checks=[
             at_most(
@@ -158,10 +158,10 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "order",
-                "Left: influence of all segments against the loss that is reached, a "
-                "point for each setting; lower left is better. Right: the influence "
-                "of each segment, each optimizer at the setting that comes nearest to "
-                "the loss of the best SGD.",
+                "Left: influence of all segments over the final loss, with a point for "
+                "each setting; lower left is better. Right: the influence of each "
+                "segment, for each optimizer with the setting whose loss is closest to "
+                "that of the best SGD run.",
                 _draw(found, loss, sizes),
             )
         ],
@@ -170,9 +170,9 @@ def demonstrate(quick: bool) -> Evidence:
 
 
 _HONEST = (
-    "The comparison at equal loss matters: with a smaller rate or radius every "
-    "optimizer forgets the order, and learns less. The last segment decides most under "
-    "all of them, since nothing comes after it."
+    "It is important to compare at equal loss: with a smaller rate or radius, every "
+    "optimizer depends less on the order, and learns less. The last segment has the "
+    "largest influence under all of them, since nothing comes after it."
 )
 
 
@@ -181,7 +181,7 @@ def _measure(contestant: _Contestant, sizes: _Sizes) -> _Result:
     training = {name: leaf[:_TRAINING_IMAGES] for name, leaf in images.items()}
     rest = {name: leaf[_TRAINING_IMAGES:] for name, leaf in images.items()}
     held_out = _draw_examples(np.random.default_rng(0), rest, (_HELD_OUT,))
-    # Of each segment, besides the draws to compare, the one that is usual.
+    # For each segment: the draws to compare, and one to use by default.
     shape = (sizes.segments * (sizes.draws + 1), sizes.steps, _BATCH_SIZE)
     streams = [
         _draw_examples(np.random.default_rng([1, seed]), training, shape)
@@ -262,9 +262,9 @@ def _draw_examples(
 
 
 def _at_loss(result: _Result, loss: float) -> np.ndarray:
-    """The influences at a loss between those of two settings, by interpolation.
+    """The influences at a given loss, interpolated between two settings.
 
-    Where none is as bad, or none as good, those of the nearest.
+    Outside the range of losses, those of the nearest setting.
     """
     order = np.argsort(result.loss)
     logs = np.log(result.influence[order])
@@ -323,16 +323,16 @@ ORDER = Claim(
     name="order",
     title="The order of the examples matters less",
     statement=(
-        "What a network learns online depends on the order of its examples, the early "
-        "ones above all; under the natural gradient it depends less."
+        "What a network learns online depends on the order of its examples, above all "
+        "the early ones; under the natural gradient it depends on it less."
     ),
     truth=(
-        "Reproduced, at equal held-out loss: all segments together decide less under "
-        "the natural gradient than under SGD, and so do the first and the last. That "
-        "the loss be equal is the condition: with its largest radius the natural "
-        "gradient learns more, and hangs on the first examples as much as SGD does. "
-        "Adam is not far behind it: what helps is a step that fits the curvature, and "
-        "a diagonal has a part of that."
+        "Reproduced at equal held-out loss: all segments together have less influence "
+        "under the natural gradient than under SGD, and so do the first and the last "
+        "one. Equal loss is a necessary condition: with its largest radius, the "
+        "natural gradient learns more, and depends on the first examples as much as "
+        "SGD does. Adam is not far behind: what helps is a step that is adapted to the "
+        "curvature, and a diagonal does part of that."
     ),
     source="Pascanu and Bengio 2014, Revisiting natural gradient for deep networks",
     demonstrate=demonstrate,

@@ -1,4 +1,4 @@
-"""One wrong label in a batch: how far a step goes, and what is left of the training."""
+"""One wrong label in a batch: how far a step goes, and how it affects the training."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ __all__ = ["OUTLIERS"]
 _RADIUS = 1e-3
 _RATE, _DAMPING = 0.1, 1e-2
 _SGD_RATE, _MAX_NORM, _ADAM_RATE, _SOFTMAX_RATE = 0.1, 1.0, 0.01, 0.3
-# The first steps go far whatever the labels are; the last ones tell how it ended.
+# The first steps go far whatever the labels are; the last ones show the outcome.
 _SETTLED, _LAST = 100, 100
 
 _SGD = "SGD"
@@ -60,12 +60,12 @@ TxFn = Callable[[Run], optax.GradientTransformation]
 
 
 class _Result(NamedTuple):
-    """Of one optimizer, over seeds.
+    """The result of one optimizer, over seeds.
 
     Attributes:
-      with_outliers, without: what was watched, `[seeds, steps]`.
+      with_outliers, without: the records, `[seeds, steps]`.
       ratio: mean KL of an outlier step over that of a clean one, `[seeds]`.
-      errors: the test error at the end, a mean over the last steps and all seeds, with
+      errors: the final test error, a mean over the last steps and all seeds, with
         outliers and without.
     """
 
@@ -87,7 +87,7 @@ def _natural_gradient(task: Task) -> TxFn:
             task.likelihood,
             max_kl=lambda _: run.max_kl,
             damping=_DAMPING,
-            # F of 32 examples has rank 32 times the outputs: this is an exact solve.
+            # F of 32 examples has rank 32 times the outputs: the solve is exact.
             solver=ngd.CG(max_steps=100, rtol=1e-6),
         )
 
@@ -100,7 +100,7 @@ def _compare(
     streams: Stream,
     settings: dict[str, dict[str, Any]],
 ) -> dict[str, _Result]:
-    """Each of `settings` with and without outliers, in one compiled program."""
+    """Runs each of `settings` with and without outliers, in one compiled program."""
     seeds = range(len(streams.x))
     runs = [
         Run(seed, **({"bad_labels": 1} | setting | outliers))
@@ -167,26 +167,26 @@ def demonstrate(quick: bool) -> Evidence:
     limited = results[_LIMITED]
     return Evidence(
         headline=(
-            f"an outlier step is {results[_SGD].ratio.mean():.0f} times as long, in "
-            f"KL, as a clean one under SGD, {results[_FIXED].ratio.mean():.0f} times "
-            f"under natural gradient with a fixed rate, {limited.ratio.mean():.1f} "
-            f"times with KL ≤ {_RADIUS:g}, where the test error is "
-            f"{limited.errors[0]:.3f} with outliers, {limited.errors[1]:.3f} without"
+            f"an outlier step has {results[_SGD].ratio.mean():.0f} times the KL of a "
+            f"clean one under SGD, {results[_FIXED].ratio.mean():.0f} times under the "
+            f"natural gradient with a fixed rate, {limited.ratio.mean():.1f} times "
+            f"with KL ≤ {_RADIUS:g}, where the test error is {limited.errors[0]:.3f} "
+            f"with outliers, {limited.errors[1]:.3f} without"
         ),
         setup=(
-            f"Regression: fresh inputs from N(0, 1), labelled by an 8-16-1 tanh "
-            f"teacher plus N(0, 1), that is σ = 1; the network is 8-16-1 too, with a "
-            f"Gaussian output of that width. {steps} steps on batches of {BATCH}; with "
-            f"probability {PROBABILITY:g} one label of the batch is {SHIFT:g}σ too "
-            f"large. SGD with rate {_SGD_RATE:g}, the same clipped at norm "
+            f"Regression: new inputs from N(0, 1), labelled by an 8-16-1 tanh teacher "
+            f"plus N(0, 1), so σ = 1; the network is also 8-16-1, with a Gaussian "
+            f"output of that width. {steps} steps on batches of {BATCH}; with "
+            f"probability {PROBABILITY:g}, one label of the batch is {SHIFT:g}σ too "
+            f"large. SGD with rate {_SGD_RATE:g}, the same with clipping at norm "
             f"{_MAX_NORM:g}, Adam with rate {_ADAM_RATE:g}, natural gradient with rate "
             f"{_RATE:g} and λ = {_DAMPING:g}, with and without a radius of {_RADIUS:g} "
             f"nats. KL and error on {HELD_OUT} clean inputs; the error is the mean "
             f"square distance to the teacher over the last {_LAST} steps; ratios leave "
             f"out the first {_SETTLED}. {len(seeds)} seeds, float64. Classification: "
-            f"the same with 3 classes drawn from the teacher's softmax, wrong labels "
-            f"being those of the next class, SGD with rate {_SOFTMAX_RATE:g}; the "
-            f"error is the KL to the teacher in nats."
+            f"the same with 3 classes drawn from the teacher's softmax, the next class "
+            f"as a wrong label, and SGD with rate {_SOFTMAX_RATE:g}; the error is the "
+            f"KL to the teacher in nats."
         ),
         checks=_checks(results, softmax),
         tables=[
@@ -196,31 +196,31 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "outliers",
-                "Left: test error through part of a training; a grey line marks a "
+                "Left: test error during part of a training run; a grey line marks a "
                 "batch with a wrong label. Right: how far each step moves the model; "
-                "only under the radius (of the KL on the batch) do outlier steps look "
-                "like any other.",
+                "only with a radius (for the KL on the batch) do outlier steps look "
+                "like all others.",
                 _draw(results, streams.is_outlier),
             )
         ],
         notes=[
             (
-                "F⁻¹ does not help by itself: the Fisher matrix does not know the "
-                "labels, so a step with a fixed rate is as proportional to the wrong "
-                "residual as one of SGD. What limits the damage is the radius. "
-                "Clipping limits it too, at a norm that has to be found for each "
-                "network and loss; so does Adam, in part."
+                "F⁻¹ alone does not help: the Fisher matrix does not depend on the "
+                "labels, so a step with a fixed rate is just as proportional to the "
+                "wrong residual as a step of SGD. What limits the damage is the "
+                "radius. Clipping also limits it, at a norm that has to be tuned for "
+                "each network and loss; so does Adam, in part."
             ),
             (
-                "For SGD and the fixed rate the theory's ratio is that of short steps "
-                "at the optimum. It comes out lower here because the clean steps after "
-                "an outlier, which undo it, are long ones too."
+                "For SGD and the fixed rate, the theoretical ratio is for short steps "
+                "at the optimum. It is lower here because the clean steps after an "
+                "outlier, which undo its effect, are also long."
             ),
             (
-                "With softmax outputs SGD has no such problem: a residual is at most "
-                "√2, however wrong the label, and units that saturate bound the rest. "
-                "A batch with nothing but wrong labels does move it, for there the "
-                "residuals add up."
+                "With softmax outputs, SGD has no such problem: a residual is at most "
+                "√2, however wrong the label, and saturating units bound the rest. A "
+                "batch with only wrong labels does have an effect, since its residuals "
+                "add up."
             ),
         ],
     )
@@ -231,7 +231,7 @@ def _checks(results: dict[str, _Result], softmax: dict[str, _Result]) -> list[Ch
         """The error with outliers over that without."""
         return result.errors[0] / result.errors[1]
 
-    # One residual r beside those of a batch, whose mean has the variance σ²/batch.
+    # One residual r among those of a batch, whose mean has the variance σ²/batch.
     at_optimum = (
         f"1 + r²/{BATCH}σ² = {1 + SHIFT**2 / BATCH:.0f} for short steps at the "
         f"optimum, r = {SHIFT:g}σ; of that order"
@@ -379,13 +379,13 @@ OUTLIERS = Claim(
     name="outliers",
     title="One bad batch cannot wreck the network",
     statement=(
-        "A batch with a wrong label makes a huge gradient, and gradient descent takes "
-        "a huge step; the natural gradient goes no further than the KL it is allowed."
+        "A batch with a wrong label has a huge gradient, and gradient descent takes a "
+        "huge step; the natural gradient goes no further than the KL allows."
     ),
     truth=(
-        "True for a KL radius, false for a fixed learning rate times F⁻¹g, which goes "
-        "as far as SGD or further. With softmax outputs SGD has no such problem with a "
-        "wrong label."
+        "True with a KL radius, false for a fixed learning rate times F⁻¹g, which goes "
+        "as far as SGD or further. With softmax outputs, a wrong label is no such "
+        "problem for SGD."
     ),
     source="Schulman et al. 2015, Trust region policy optimization",
     demonstrate=demonstrate,

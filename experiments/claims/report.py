@@ -1,6 +1,7 @@
-"""The report: a page that sums up, then each claim, as Markdown and as HTML.
+"""The report: a summary, then each claim, as Markdown and as HTML.
 
-The HTML is one file with its pictures inside; the Markdown has them in a folder beside.
+The HTML is one file with embedded pictures; the Markdown has them in a folder beside
+it.
 """
 
 import base64
@@ -23,8 +24,8 @@ _STANDARDS: dict[Source, str] = {
     "literature": "the literature",
     "promise": "what the library promises",
     "measured": (
-        "earlier measurements of our own or bounds set by hand, which show a change "
-        "and are no evidence"
+        "our own earlier measurements or bounds set by hand, which reveal changes but "
+        "are no evidence"
     ),
 }
 
@@ -34,8 +35,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       claim: what was claimed.
-      evidence: what came out.
-      seconds: that it took, compiling included.
+      evidence: the result of the experiment.
+      seconds: the time that it took, including compilation.
     """
 
     claim: Claim
@@ -52,7 +53,7 @@ def save_plots(outcome: Outcome, folder: Path) -> None:
 
 
 def summarize(outcomes: Sequence[Outcome]) -> str:
-    """How many figures are as expected, by what their ranges come from."""
+    """How many figures are as expected, by the source of their ranges."""
     checks = [check for outcome in outcomes for check in outcome.evidence.checks]
     parts = [
         f"{_count(some)} held to {words}"
@@ -159,7 +160,7 @@ def _or_null(value: float) -> float | None:
 
 
 _TITLE = "The claims of the natural gradient, measured"
-# The colours of text, links and ground are the browser's own, light or dark.
+# The colours of text, links and background are the browser's, light or dark.
 _STYLE = """
 :root { color-scheme: light dark; --line: #ddd; --shade: #f4f4f4; }
 @media (prefers-color-scheme: dark) { :root { --line: #444; --shade: #262626; } }
@@ -180,7 +181,7 @@ h2 { margin-top: 3rem; border-top: 2px solid var(--line); padding-top: 1rem; }
 
 
 def _to_html(markdown: str, folder: Path) -> str:
-    """One page with the pictures inside, for screens of any width."""
+    """One page with embedded pictures, for screens of any width."""
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
 
     def inside(match: re.Match[str]) -> str:
@@ -188,7 +189,7 @@ def _to_html(markdown: str, folder: Path) -> str:
         return f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"'
 
     body = re.sub(r'src="(plots/[^"]+\.png)"', inside, body)
-    # Only the table moves sideways where it is wider than the screen, with keys too.
+    # Only a table that is wider than the screen scrolls sideways, also by keyboard.
     body = body.replace("<table>", '<div class="scroll" tabindex="0">\n<table>')
     body = body.replace("</table>", "</table>\n</div>")
     return (

@@ -1,10 +1,10 @@
-"""Solves in the space of samples and in that of parameters agree; small damping tells.
+"""Solves in sample space and in parameter space agree; small damping reveals round-off.
 
     (F + λI)⁻¹ Aᵀ w = Aᵀ (A Aᵀ + λI)⁻¹ w,    F = Aᵀ A
 
-with A of 60 rows for 300 parameters. The formula of the textbooks takes the gradient
-g = Aᵀ w in place of w and subtracts two terms of size ‖g‖/λ, so it loses digits as λ
-falls. The truth is computed with decimal numbers of 50 digits.
+with A of 60 rows for 300 parameters. The textbook formula uses the gradient g = Aᵀ w
+instead of w and subtracts two terms of size ‖g‖/λ, so it loses digits as λ decreases.
+The reference is computed with decimal numbers of 50 digits.
 """
 
 import decimal
@@ -27,10 +27,10 @@ __all__ = ["SPACES"]
 _LIKELIHOOD = ngd.Gaussian()
 _EXAMPLES, _OUTPUTS, _PARAMETERS = 20, 3, 300
 _ROWS = _EXAMPLES * _OUTPUTS
-_SMALLEST_SINGULAR_VALUE = 1e-2  # of A, whose largest is 1
+_SMALLEST_SINGULAR_VALUE = 1e-2  # of A; the largest is 1
 _DAMPING = 1e-3
 _DIGITS = 50
-# Exact arithmetic would take 60 steps, one for each row; round-off makes it more.
+# In exact arithmetic, 60 steps would do, one for each row; round-off requires more.
 _CG = ngd.CG(max_steps=10 * _ROWS, rtol=1e-14)
 _TEXTBOOK = "Woodbury from g, textbook formula"
 _IN_OUTPUTS = "SampleSpace, w known"
@@ -44,32 +44,32 @@ _STYLES = {
     _IN_OUTPUTS: ("natural gradient", "o-"),
 }
 _WHY = (
-    "What g has outside of the span of the 60 rows is round-off; F + λI has the "
-    "eigenvalue λ there, and its inverse makes that round-off ε‖g‖/λ. Dense Cholesky "
-    "in the space of parameters pays the same price. SampleSpace drops that part where "
-    "it is not longer than round-off can be, and has nothing to drop where it is told "
-    "w, the gradient in the space of outputs (`loss_fn` of `natural_gradient`). "
-    "CG never leaves the span; round-off makes it take more steps than the 60 of exact "
+    "The component of g outside the span of the 60 rows is round-off; F + λI has the "
+    "eigenvalue λ there, so its inverse amplifies that round-off to ε‖g‖/λ. Dense "
+    "Cholesky in parameter space has the same error. SampleSpace drops that component "
+    "if it is no larger than round-off can be, and has nothing to drop if it is given "
+    "w, the gradient in output space (`loss_fn` of `natural_gradient`). CG never "
+    "leaves the span; because of round-off it needs more than the 60 steps of exact "
     "arithmetic, so it may take 600 here."
 )
 _CHEAPER = (
-    "The two spaces agree in what they compute, not in what it costs: a matrix of 60 × "
-    "60 here, of 300 × 300 there."
+    "The two spaces give the same result, but at different costs: a 60 × 60 matrix in "
+    "sample space, a 300 × 300 matrix in parameter space."
 )
 
 
 def model_fn(params: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """Linear in the parameters, with the rows given: `[20, 3]`."""
+    """Linear in the parameters, with the given rows: `[20, 3]`."""
     return batch["rows"] @ params
 
 
 def output_loss_fn(outputs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """Half the squared error, a mean over examples: nats, less a constant."""
+    """Half the squared error, averaged over examples: nats, up to a constant."""
     return 0.5 * ((outputs - batch["y"]) ** 2).sum(-1).mean()
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:
-    """Rows with singular values from 1 down, once the mean over examples is taken."""
+    """Rows with singular values from 1 down, after taking the mean over examples."""
     rng = np.random.default_rng(seed)
     left = np.linalg.qr(rng.normal(size=(_ROWS, _ROWS)))[0]
     right = np.linalg.qr(rng.normal(size=(_PARAMETERS, _ROWS)))[0]
@@ -97,7 +97,7 @@ def solve_all(
         return ngd.solve_scaled(solver, fisher, rhs, damping=damping).direction
 
     def solve(damping: jax.Array) -> dict[str, Any]:
-        # Coefficients of zero tell the solver nothing: all of g is left to split.
+        # With coefficients of zero, the solver must split all of g by itself.
         known = jnp.stack([coefficients, jnp.zeros_like(coefficients)])
         told, untold = jax.lax.map(functools.partial(in_samples, damping), known)
         return {
@@ -113,7 +113,7 @@ def solve_all(
 def textbook_woodbury(
     rows: np.ndarray, gradient: np.ndarray, damping: float
 ) -> np.ndarray:
-    """(g - Aᵀ (A Aᵀ + λI)⁻¹ A g) / λ, as it is written everywhere."""
+    """(g - Aᵀ (A Aᵀ + λI)⁻¹ A g) / λ, the usual formula."""
     gram = rows @ rows.T + damping * np.eye(len(rows))
     inside = rows.T @ np.linalg.solve(gram, rows @ gradient)
     return (gradient - inside) / damping
@@ -125,7 +125,7 @@ def exact_directions(
     """(F + λI)⁻¹ g to 50 digits: Jᵀ (J Jᵀ + λN I)⁻¹ r, `[dampings, 300]` decimals.
 
     Args:
-      rows: J, `[60, 300]`; its entries are taken for exact.
+      rows: J, `[60, 300]`; its entries are taken to be exact.
       residuals: r, `[60]`; g = Jᵀ r / N and F = Jᵀ J / N.
       dampings: λ.
     """
@@ -138,7 +138,7 @@ def exact_directions(
 
 
 def _eliminate(matrix: np.ndarray, right: np.ndarray, shift: Any) -> np.ndarray:
-    """Solves (matrix + shift I) y = right, positive definite, without pivots."""
+    """Solves (matrix + shift I) y = right, positive definite, without pivoting."""
     matrix, right, size = matrix.copy(), right.copy(), len(right)
     for i in range(size):
         matrix[i, i] += shift
@@ -159,7 +159,7 @@ def to_decimal(values: np.ndarray) -> np.ndarray:
 
 
 def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
-    """‖found - exact‖ / ‖exact‖, without round-off of its own."""
+    """‖found - exact‖ / ‖exact‖, without round-off in the comparison."""
     with decimal.localcontext(prec=_DIGITS):
         rest = to_decimal(found) - exact
         square: Any = rest @ rest / (exact @ exact)
@@ -208,7 +208,7 @@ def demonstrate(quick: bool) -> Evidence:
             apart,
             round_off * (1 + _DAMPING) / _DAMPING,
             "theory",
-            "one and the same vector; round-off 60 ε cond(F + λI)",
+            "all compute the same vector; round-off 60 ε cond(F + λI)",
         ),
         at_most(
             "SampleSpace, w known: largest relative error over all λ",
@@ -242,25 +242,25 @@ def demonstrate(quick: bool) -> Evidence:
     ]
     return Evidence(
         headline=(
-            f"at λ = {_DAMPING:g} all agree to {apart:.0e}; at λ = {dampings[0]:.0e} "
-            f"the textbook formula errs by {errors[_TEXTBOOK][0]:.0e}, SampleSpace by "
-            f"{errors[_IN_OUTPUTS][0]:.0e}"
+            f"at λ = {_DAMPING:g}, all agree to {apart:.0e}; at λ = {dampings[0]:.0e}, "
+            f"the error of the textbook formula is {errors[_TEXTBOOK][0]:.0e}, that of "
+            f"SampleSpace {errors[_IN_OUTPUTS][0]:.0e}"
         ),
         setup=(
-            f"A model of {_PARAMETERS} parameters on {_EXAMPLES} examples of "
+            f"A model with {_PARAMETERS} parameters on {_EXAMPLES} examples with "
             f"{_OUTPUTS} outputs: A has {_ROWS} rows, with singular values from 1 to "
             f"{_SMALLEST_SINGULAR_VALUE:g}, so that λ is in units of the largest "
             f"eigenvalue of F. Squared error, float64. Errors are relative, in norm, "
-            f"against a solve in decimal arithmetic of {_DIGITS} digits."
+            f"compared with a solve in decimal arithmetic with {_DIGITS} digits."
         ),
         checks=checks,
         tables=[Table("Relative error of the direction", ["λ", *names], rows_of_table)],
         plots=[
             Plot(
                 "spaces",
-                "The error of (F + λI)⁻¹g as damping falls. Where the gradient is "
-                "known in the space of outputs (as w), nothing is lost; solves that "
-                "divide the round-off of g by λ lose a digit for each decade.",
+                "The error of (F + λI)⁻¹g as damping decreases. If the gradient is "
+                "known in output space (as w), nothing is lost; solves that divide the "
+                "round-off of g by λ lose a digit for each decade.",
                 _draw(dampings, errors, bound),
             )
         ],
@@ -289,14 +289,14 @@ SPACES = Claim(
     name="spaces",
     title="Solves in the space of samples equal those in the space of parameters",
     statement=(
-        "With fewer samples than parameters, the natural direction can be had from a "
-        "system of the size of the samples, exactly."
+        "With fewer samples than parameters, the natural direction can be computed "
+        "exactly from a system whose size is the number of samples."
     ),
     truth=(
-        "Exact in algebra and, at moderate damping, to round-off. At small damping "
-        "only if the gradient is known in the space of outputs, or if the part of it "
-        "outside of the span of the samples is dropped: the textbook formula loses a "
-        "digit for each decade of λ."
+        "Algebraically exact and, at moderate damping, true to round-off. At small "
+        "damping it is true only if the gradient is known in output space, or if its "
+        "component outside the span of the samples is dropped: the textbook formula "
+        "loses a digit for each decade of λ."
     ),
     source=(
         "Ren and Goldfarb 2019, Efficient subsampled Gauss-Newton and natural gradient "

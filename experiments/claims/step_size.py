@@ -1,4 +1,4 @@
-"""A step asked for in KL: what is measured, and what the quadratic model guesses."""
+"""A step of a requested KL: what is measured, and what the quadratic model predicts."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -27,19 +27,19 @@ _RADII = (1e-3, 1e-4, 1e-5)
 _SGD_RATES = (0.1, 0.3, 1.0)
 _STEPS, _SGD_STEPS = 30, 300
 _DAMPING, _HARDLY_ANY = 1e-3, 1e-9
-# Of the radius, that the library promises to fill.
+# The share of the radius that the library promises to reach.
 FILL = 0.92
 
 Data = dict[str, jax.Array]
 
 
 class _Steps(NamedTuple):
-    """What was watched, `[runs, steps]` each; inside of a program, one number each.
+    """Records of steps, `[runs, steps]` each; inside a program, one number each.
 
     Attributes:
-      kl: of the step, measured anew outside of the transformation, nats per example.
-      guess: the KL of the step that the quadratic model takes for one of `max_kl`.
-      evaluations: forward passes that the search of the radius took.
+      kl: of the step, measured again outside the transformation, nats per example.
+      guess: the KL of the step for which the quadratic model predicts `max_kl`.
+      evaluations: number of forward passes in the search for the radius.
       loss: after the step.
     """
 
@@ -50,7 +50,7 @@ class _Steps(NamedTuple):
 
 
 def model_fn(params: Layers, batch: Data) -> jax.Array:
-    """Pictures to logits."""
+    """Maps pictures to logits."""
     return mlp(params, batch["x"])
 
 
@@ -73,7 +73,7 @@ def _train(
     steps: int,
     observe: Callable[[PyTree, Layers, Layers, Any, Data], Any],
 ) -> Any:
-    """Full-batch steps with each of `settings`, in one compiled program."""
+    """Takes full-batch steps with each of `settings`, in one compiled program."""
 
     def one(start: Layers, batch: Data, setting: PyTree) -> Any:
         batches = jax.tree.map(
@@ -84,7 +84,7 @@ def _train(
         )
         return kept
 
-    # In turn: batched factorisations of jaxlib may wait for one another for ever.
+    # Sequentially: batched factorisations of jaxlib may deadlock.
     @jax.jit
     def in_turn(start: Layers, batch: Data, settings: PyTree) -> Any:
         return jax.lax.map(lambda setting: one(start, batch, setting), settings)
@@ -110,7 +110,7 @@ def _to_the_radius(runs: Sequence[tuple[float, float]], batch: Data) -> _Steps:
         setting: jax.Array, before: Layers, after: Layers, state: Any, batch: Data
     ) -> _Steps:
         fisher = ngd.linearize_fisher(model_fn, before, batch, _LIKELIHOOD)
-        direction = jax.tree.map(jnp.subtract, before, after)  # any multiple of it
+        direction = jax.tree.map(jnp.subtract, before, after)  # up to a factor
         scale = ngd.quadratic_step_scale(fisher.quadratic(direction), setting[0])
         guessed = jax.tree.map(lambda p, d: p - scale * d, before, direction)
         return _Steps(
@@ -120,19 +120,20 @@ def _to_the_radius(runs: Sequence[tuple[float, float]], batch: Data) -> _Steps:
             loss=_loss_fn(after, batch),
         )
 
-    # OpenBLAS factorises a matrix of this size with threads of its own, which wait for
-    # each other by spinning: thirty times as long where other programs run.
+    # OpenBLAS factorises a matrix of this size with threads of its own, which spin
+    # while they wait for each other: thirty times as slow if other programs are
+    # running.
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         return _train(tx_fn, jnp.asarray(runs), batch, _STEPS, observe)
 
 
 def _rank(batch: Data) -> tuple[int, int]:
-    """The rank of F at the start, and the most that it can be."""
+    """The rank of F at the start, and the largest possible rank."""
     dense = jax.jit(lambda p, b: ngd.dense_fisher(model_fn, p, b, _LIKELIHOOD))
     matrix = np.asarray(dense(_start(), batch))
     dark = int((np.asarray(batch["x"]) == 0).all(0).sum())
     hidden = _WIDTHS[1]
-    # Weights of pixels that are always dark, and one constant added to all logits.
+    # Weights of pixels that are always dark, and a constant added to all logits.
     largest = len(matrix) - dark * hidden - (hidden + 1)
     return int(np.linalg.matrix_rank(matrix, hermitian=True)), largest
 
@@ -195,7 +196,7 @@ def demonstrate(quick: bool) -> Evidence:
             100,
             np.inf,
             "measured",
-            "measured before, independently: up to 1,700; of that order or beyond",
+            "measured before, independently: up to 1,700; of that order or larger",
         ),
         between(
             f"rank of F, of {size}",
@@ -219,18 +220,18 @@ def demonstrate(quick: bool) -> Evidence:
     ]
     return Evidence(
         headline=(
-            f"asked for a KL, steps have {fills.min():.2f} to {fills.max():.4f} of it; "
-            f"those that the quadratic model guesses up to {ratios.max():,.0f} times "
-            f"it; SGD's KL per step ranges over {orders.min():.1f} to "
+            f"steps have {fills.min():.2f} to {fills.max():.4f} of the requested KL; "
+            f"with the length from the quadratic model, up to {ratios.max():,.0f} "
+            f"times; SGD's KL per step ranges over {orders.min():.1f} to "
             f"{orders.max():.1f} orders of magnitude"
         ),
         setup=(
             f"{len(batch['y'])} handwritten digits, a 64-10-10 tanh network with "
-            f"softmax outputs, full-batch steps from one random start. {_STEPS} steps "
-            f"of natural gradient to a radius, with the damping that is the default, "
-            f"λ = {_DAMPING:g}, and with hardly any, F + λI solved by Cholesky "
+            f"softmax outputs, full-batch steps from one random start. {_STEPS} "
+            f"natural gradient steps to a radius, with the default damping, λ = "
+            f"{_DAMPING:g}, and with hardly any; F + λI solved by Cholesky "
             f"factorisation. {_SGD_STEPS} steps of SGD. The KL of each step is "
-            f"measured again, outside of the optimizer. float64."
+            f"measured again, outside the optimizer. float64."
         ),
         checks=checks,
         tables=[
@@ -240,21 +241,22 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "step_size",
-                "Left: the KL of each step; a dashed line is a radius that was asked "
-                "for. Right: the KL of the step that the quadratic model alone would "
-                "take, and of ours, over the radius.",
+                "Left: the KL of each step; a dashed line is a requested radius. "
+                "Right: the KL of the step that the quadratic model alone would take, "
+                "and of our step, relative to the radius.",
                 _draw(natural.kl, kl, runs, fills, ratios),
             )
         ],
         notes=[
             (
-                "½s²dᵀFd is right where it is small in every direction; nearly "
-                "undamped, d runs far along directions that F hardly sees, and there "
-                "the third order decides. So the guess is good in most steps and wild "
-                "in some, and a length that must not be exceeded has to be measured. "
-                "It costs the forward passes in the table. The search takes 10 at "
-                "most: where the KL jumps over orders of magnitude along d it may end "
-                "well inside of the radius, but never outside."
+                "½s²dᵀFd is accurate if the step is small in every direction; with "
+                "almost no damping, d goes far along directions in which F is almost "
+                "zero, where the third order dominates. So the prediction is good in "
+                "most steps and far off in some, and a length that must not be "
+                "exceeded has to be measured. This costs the forward passes in the "
+                "table. The search takes at most 10: if the KL jumps over orders of "
+                "magnitude along d, it may end well inside the radius, but never "
+                "outside."
             )
         ],
     )
@@ -286,8 +288,8 @@ def _table_of_natural(
             "radius, nats",
             "λ",
             "measured over radius",
-            "forward passes for it",
-            "quadratic guess: KL over radius, median",
+            "forward passes",
+            "quadratic model: KL over radius, median",
             "largest",
             "more than twice the radius",
         ],
@@ -360,13 +362,13 @@ STEP_SIZE = Claim(
     name="step_size",
     title="The step size is a KL, not a length",
     statement=(
-        "A learning rate says how far the parameters move; the natural gradient is "
-        "told how far the model moves, in nats, and goes that far."
+        "A learning rate determines how far the parameters move; the natural gradient "
+        "takes as input how far the model should move, in nats, and moves it that far."
     ),
     truth=(
-        "True where the KL is measured. The quadratic guess s = √(2·max_kl / dᵀFd) is "
-        "right in most steps, and where F is nearly singular a thousand times too long "
-        "in some."
+        "True if the KL is measured. The length from the quadratic model, s = "
+        "√(2·max_kl / dᵀFd), is right in most steps, but a thousand times too long in "
+        "some where F is nearly singular."
     ),
     source="Amari 1998; Schulman et al. 2015, Trust region policy optimization",
     demonstrate=demonstrate,

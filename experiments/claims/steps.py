@@ -1,4 +1,4 @@
-"""Training steps for the experiments: one compiled scan, and what is watched in it."""
+"""Training steps for the experiments: one compiled scan, and what it records."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +21,15 @@ def train(
     """Takes a step on each of `batches`, in one compiled `lax.scan`.
 
     Args:
-      tx: any Optax transformation, the natural gradient too.
+      tx: any Optax transformation, including the natural gradient.
       loss_fn: (params, batch) -> the mean loss.
       params: where to start.
       batches: the batch of each step, stacked along a leading axis.
       observe: (params before, params after, optimizer state after, batch) -> what to
-        keep of the step, a tree of arrays.
+        record of the step, a tree of arrays.
 
     Returns:
-      the parameters after the last step, and what was kept, stacked.
+      the parameters after the last step, and the records, stacked.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -48,7 +48,7 @@ def train(
         moved = optax.apply_updates(params, updates)
         return (moved, state), observe(params, moved, state, batch)
 
-    # Arrays are arguments: as constants, the compiler would fold them.
+    # Pass arrays as arguments: the compiler would fold constants.
     @jax.jit
     def run(params: Params, batches: Batch) -> Any:
         return jax.lax.scan(step, (params, tx.init(params)), batches)

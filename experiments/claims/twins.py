@@ -2,9 +2,9 @@
 
     σ(x) = ½ (1 + tanh(x/2)),    so    T: W → W/2, b → b/2; V → V/2, c → c + ½ Σ V
 
-takes the parameters of the first to those of the second, without a change of the
-outputs. T is linear, so the natural gradient of the second is T times that of the first
-and the two stay the same function; the gradient is T⁻ᵀ times, and they part.
+maps the parameters of the first to those of the second, without changing the outputs. T
+is linear, so the natural gradient of the second is T times that of the first and the
+two remain the same function; the plain gradient is T⁻ᵀ times, and they drift apart.
 """
 
 from collections.abc import Callable
@@ -44,14 +44,14 @@ Data = dict[str, jax.Array]
 
 
 class Run(NamedTuple):
-    """A start, and how the natural gradient steps from it; all arrays.
+    """A start, and the settings of the natural gradient; all fields are arrays.
 
     Attributes:
-      teacher: the parameters of the tanh network that made the data.
-      start: those that training starts from.
+      teacher: the parameters of the tanh network that generated the data.
+      start: the initial parameters.
       rate: the learning rate.
       damping: λ.
-      mapped: whether the damping of the tanh network is λ T⁻ᵀ T⁻¹, not λI.
+      mapped: whether the damping of the tanh network is λ T⁻ᵀ T⁻¹ instead of λI.
       max_kl: the radius; infinite for none.
     """
 
@@ -67,13 +67,13 @@ TxFn = Callable[[Run], optax.GradientTransformation]
 
 
 class Drift(NamedTuple):
-    """From every start: how far the networks were apart, and how well they learned.
+    """For every start: how far apart the networks are, and how well they learned.
 
     Attributes:
       difference: the largest difference of outputs, `[starts, steps]`.
       loss: of the tanh network after each step, `[starts, steps]`.
-      condition: the largest condition number of its F along the way, `[starts]`; NaN
-        where it was not asked for.
+      condition: the largest condition number of its F along the path, `[starts]`; NaN
+        if it was not requested.
     """
 
     difference: np.ndarray
@@ -82,12 +82,12 @@ class Drift(NamedTuple):
 
     @property
     def largest(self) -> np.ndarray:
-        """Over all steps; infinite where there is none to compare."""
+        """Largest difference over all steps; infinite if any is not a number."""
         return np.nan_to_num(self.difference, nan=np.inf, posinf=np.inf).max(1)
 
 
 def tanh_params_of(sigmoid: Layers) -> Layers:
-    """T: the parameters by which a tanh network is the same function."""
+    """T: maps to the parameters with which a tanh network is the same function."""
     hidden, out = sigmoid
     return [
         {"w": hidden["w"] / 2, "b": hidden["b"] / 2},
@@ -105,7 +105,7 @@ def sigmoid_params_of(tanh: Layers) -> Layers:
 
 
 def model_fn(params: Layers, batch: Data) -> jax.Array:
-    """Either network: the batch says which, so that one compiled program runs both."""
+    """Either network: the batch says which, so one compiled program runs both."""
 
     def activation(x: jax.Array) -> jax.Array:
         return jnp.where(batch["is_tanh"], jnp.tanh(x), jax.nn.sigmoid(x))
@@ -114,14 +114,14 @@ def model_fn(params: Layers, batch: Data) -> jax.Array:
 
 
 def starts(count: int) -> tuple[Run, Run]:
-    """Starts near a teacher of their own, and starts at random."""
+    """Starts near teachers, a different one for each, and random starts."""
     size = ravel_pytree(mlp_params(jax.random.key(0), _WIDTHS))[0].size
     teacher, noise = np.random.default_rng(1).normal(size=(2, count, size))
     return Run(teacher, teacher + 0.3 * noise), Run(teacher, noise)
 
 
 def natural_gradient(run: Run) -> optax.GradientTransformation:
-    """As `run` says; its numbers are arrays, so that one program serves all runs."""
+    """The optimizer for `run`; its numbers are arrays, so one program serves all."""
 
     def metric(vector: Layers) -> Layers:
         return _where(run.mapped, tanh_params_of(vector), vector)
@@ -142,7 +142,7 @@ def drift(tx_fn: TxFn, runs: Run, *, with_condition: bool) -> Drift:
     Args:
       tx_fn: makes the optimizer of a run.
       runs: with one start in each row.
-      with_condition: whether the condition number of F is wanted.
+      with_condition: whether to compute the condition number of F.
     """
     _, unravel = ravel_pytree(mlp_params(jax.random.key(0), _WIDTHS))
 
@@ -159,7 +159,7 @@ def drift(tx_fn: TxFn, runs: Run, *, with_condition: bool) -> Drift:
         def train_one(is_tanh: jax.Array) -> Any:
             tanh = unravel(run.start)
             params = _where(is_tanh, tanh, sigmoid_params_of(tanh))
-            # The damping of the sigmoid network is λI, whatever that of the other one.
+            # The damping of the sigmoid network is always λI.
             tx = tx_fn(run._replace(mapped=run.mapped & is_tanh))
             batches = jax.tree.map(
                 lambda leaf: jnp.broadcast_to(leaf, (STEPS, *leaf.shape)),
@@ -172,7 +172,7 @@ def drift(tx_fn: TxFn, runs: Run, *, with_condition: bool) -> Drift:
         return difference, *[leaf[1] for leaf in kept]
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(POINTS, _WIDTHS[0])))
-    # One after the other: vmap would make the compilation half again as long.
+    # Sequentially: vmap would make the compilation half again as long.
     in_turn = jax.jit(lambda x, runs: jax.lax.map(lambda r: drift_of_one(x, r), runs))
     difference, loss, *fishers = map(np.asarray, in_turn(x, _for_each_start(runs)))
     unknown = np.full(len(loss), np.nan)
@@ -180,7 +180,7 @@ def drift(tx_fn: TxFn, runs: Run, *, with_condition: bool) -> Drift:
 
 
 def drift_of_settings(settings: dict[str, Run]) -> dict[str, Drift]:
-    """The natural gradient in all settings from all starts, as one program.
+    """The natural gradient with all settings from all starts, as one program.
 
     Args:
       settings: by name, each with its own starts.
@@ -204,7 +204,7 @@ def _for_each_start(runs: Run) -> Run:
 
 
 def _condition(fishers: np.ndarray) -> np.ndarray:
-    """The largest condition number along each way; infinite where F is singular."""
+    """The largest condition number along each path; infinite if F is singular."""
     is_finite = np.isfinite(fishers).all((-1, -2), keepdims=True)
     values = np.abs(np.linalg.eigvalsh(np.where(is_finite, fishers, 0.0)))
     smallest, largest = values.min(-1), values.max(-1)

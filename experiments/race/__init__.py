@@ -1,1 +1,1 @@
-"""The library part of `experiments.compare`: optimizers against each other."""
+"""The library part of `experiments.compare`: a race between optimizers."""

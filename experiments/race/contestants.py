@@ -1,4 +1,4 @@
-"""One optimizer with one choice of settings, ready to train: what a race runs.
+"""One optimizer with one choice of settings, ready to train: an entry in a race.
 
     start(seed) -> state        advance(state, num_steps) -> state, loss of last batch
 
@@ -28,11 +28,11 @@ PyTree = Any
 
 
 class Snapshot(NamedTuple):
-    """What an evaluation needs of a state.
+    """The part of a state that an evaluation needs.
 
     Attributes:
       params: parameters of the model.
-      model_state: what else the model carries.
+      model_state: other state of the model.
     """
 
     params: PyTree
@@ -40,14 +40,14 @@ class Snapshot(NamedTuple):
 
 
 class OptaxState(NamedTuple):
-    """The state of a training.
+    """The state of a training run.
 
     Attributes:
-      train: parameters, state of the optimizer and all that.
-      epoch: the one that the next step is in.
-      permutation: the order of the examples in that epoch. Kept from dispatch to
-        dispatch: made anew for each, it would be counted as training, and cost those
-        most whose dispatches are short, since their steps are long.
+      train: parameters, state of the optimizer and so on.
+      epoch: the epoch of the next step.
+      permutation: the order of the examples in that epoch. It is kept between
+        dispatches: recomputing it for each would count as training time, and penalise
+        most the optimizers with long steps, whose dispatches have few of them.
     """
 
     train: TrainState
@@ -59,9 +59,9 @@ class Contestant(Protocol):
     """An optimizer in a race.
 
     Attributes:
-      compile_seconds: CPU seconds until the step could run.
-      peak_bytes: memory of a step without the data; None where it is not known.
-      max_dispatch: steps at most in one call of `advance`.
+      compile_seconds: CPU seconds until the step was ready to run.
+      peak_bytes: memory of a step without the data; None if unknown.
+      max_dispatch: largest number of steps in one call of `advance`.
     """
 
     compile_seconds: float
@@ -69,7 +69,7 @@ class Contestant(Protocol):
 
     @property
     def peak_bytes(self) -> int | None:
-        """As said above."""
+        """See the class docstring."""
         ...
 
     def start(self, seed: int) -> Any:
@@ -77,11 +77,11 @@ class Contestant(Protocol):
         ...
 
     def advance(self, state: Any, num_steps: int) -> tuple[Any, float]:
-        """Takes steps, of which the last one's batch had the loss that is returned."""
+        """Takes steps, and returns the loss of the last one's batch."""
         ...
 
     def snapshot(self, state: Any) -> Snapshot:
-        """The model as it is."""
+        """The current model."""
         ...
 
 
@@ -93,7 +93,7 @@ class OptaxContestant:
       optimizer: settings of the transformation.
       data: the training set, on the device.
       batch_size: examples in a batch; None for all.
-      max_dispatch: steps at most in one dispatch.
+      max_dispatch: largest number of steps in one dispatch.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class OptaxContestant:
         return self._in_order(init_state(self._task, self._tx, seed))
 
     def advance(self, state: OptaxState, num_steps: int) -> tuple[OptaxState, float]:
-        """Takes steps, of which the last one's batch had the loss that is returned."""
+        """Takes steps, and returns the loss of the last one's batch."""
         train, records = self._advance(
             state.train, self._data, jnp.int32(num_steps), state.permutation
         )
@@ -141,7 +141,7 @@ class OptaxContestant:
         return self._in_order(train, state), loss
 
     def snapshot(self, state: OptaxState) -> Snapshot:
-        """The model as it is."""
+        """The current model."""
         return Snapshot(state.train.params, state.train.model_state)
 
     def _in_order(
@@ -155,6 +155,6 @@ class OptaxContestant:
 
 
 def batch_size_of(batch_size: int | None, data: PyTree) -> int:
-    """The number of examples of a batch: all where `batch_size` is None or more."""
+    """The number of examples in a batch; all if `batch_size` is None or too large."""
     size = num_examples(data)
     return size if batch_size is None else min(batch_size, size)

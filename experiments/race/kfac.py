@@ -1,7 +1,7 @@
-"""kfac-jax as a contestant, where it is installed and its tracer takes the model.
+"""kfac-jax as a contestant, if it is installed and its tracer supports the model.
 
-0.0.8 takes no step with jax 0.9.2 or later: it races in an environment of its own,
-through the same program and into the same folder.
+Version 0.0.8 cannot take a step with jax 0.9.2 or later, so it races in an environment
+of its own, through the same program and into the same folder.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ __all__ = ["KFACConfig", "KFACContestant", "KFACState"]
 
 PyTree = Any
 
-# By then it has compiled what it does at every step, at every fifth, and at the first.
+# Enough to compile what it does in every step, every fifth step, and the first.
 _STEPS_TO_WARM_UP = 6
 
 
@@ -32,22 +32,22 @@ class KFACConfig:
     """Settings of `kfac_jax.Optimizer`; rate, momentum and damping are adaptive.
 
     Attributes:
-      initial_damping: its README has 1.
+      initial_damping: 1 in the README of kfac-jax.
     """
 
     initial_damping: Annotated[float, POSITIVE]
 
 
 class KFACState(NamedTuple):
-    """The state of a training.
+    """The state of a training run.
 
     Attributes:
       step: steps taken.
       params: parameters of the model.
-      model_state: what else the model carries.
+      model_state: other state of the model.
       opt_state: of kfac-jax.
-      key: of its random draws.
-      batches: those of the steps.
+      key: for its random draws.
+      batches: the batches of the steps.
     """
 
     step: int
@@ -59,20 +59,20 @@ class KFACState(NamedTuple):
 
 
 class KFACContestant:
-    """kfac-jax in the settings of its README.
+    """kfac-jax with the settings of its README.
 
     Args:
       task: the problem.
       optimizer: settings.
       data: the training set.
       batch_size: examples in a batch; None for all.
-      max_dispatch: steps at most for which nobody looks at the clock.
+      max_dispatch: largest number of steps between two readings of the clock.
 
     Raises:
-      ConfigError: kfac-jax is missing, has no such loss, or cannot take a step.
+      ConfigError: kfac-jax is missing, lacks such a loss, or cannot take a step.
     """
 
-    peak_bytes: int | None = None  # it compiles where nobody can ask for the plan
+    peak_bytes: int | None = None  # its compiled step, and so the plan, is out of reach
 
     def __init__(
         self,
@@ -108,19 +108,19 @@ class KFACContestant:
             use_adaptive_momentum=True,
             use_adaptive_damping=True,
             initial_damping=optimizer.initial_damping,
-            num_burnin_steps=0,  # those of its README raise without an iterator
+            num_burnin_steps=0,  # those of its README fail without an iterator
             multi_device=False,
         )
         start = time.process_time()
         try:
             self.advance(self.start(0), _STEPS_TO_WARM_UP)
-        except Exception as error:  # of its tracer; there is no one kind
+        except Exception as error:  # its tracer raises many kinds
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"kfac-jax cannot take a step: {lines[0]}") from error
         self.compile_seconds = time.process_time() - start
 
     def start(self, seed: int) -> KFACState:
-        """The state before the first step, with the parameters that all start from."""
+        """The state before the first step, with the initial parameters of the race."""
         first: TrainState = init_state(
             self._task, optax.with_extra_args_support(optax.identity()), seed
         )
@@ -132,7 +132,7 @@ class KFACContestant:
         return KFACState(0, params, first.model_state, opt_state, key, batches)
 
     def advance(self, state: KFACState, num_steps: int) -> tuple[KFACState, float]:
-        """Takes steps, of which the last one's batch had the loss that is returned."""
+        """Takes steps, and returns the loss of the last one's batch."""
         stats: Any = {}
         for _ in range(num_steps):
             batch = _one(state.batches, state.step)
@@ -154,7 +154,7 @@ class KFACContestant:
         return state, float(stats["loss"])
 
     def snapshot(self, state: KFACState) -> Snapshot:
-        """The model as it is."""
+        """The current model."""
         # Its next step overwrites the parameters; evaluations are done by then.
         return Snapshot(state.params, state.model_state)
 

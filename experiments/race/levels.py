@@ -1,9 +1,9 @@
-"""What the best first-order peer comes to in parts of its budget, and who else when.
+"""The losses that the best first-order peer reaches, and when the others reach them.
 
-    L(s) = least over peers of the median over seeds of the loss after s of the training
+    L(s) = min over peers of median over seeds of the loss after a share s of training
 
-One target says who is first there; four say whether that holds from the first steps to
-the last.
+A single target shows who gets there first; four show whether that holds throughout the
+training.
 """
 
 import bisect
@@ -25,7 +25,7 @@ class Level(NamedTuple):
 
     Attributes:
       loss: L(s).
-      peer: name of the entrant.
+      peer: name of the entrant that reaches it.
     """
 
     loss: float
@@ -35,8 +35,8 @@ class Level(NamedTuple):
 def best_peer_at(results: dict[str, list[Result]], share: float) -> Level | None:
     """The lowest median loss of a first-order peer after a share of its training.
 
-    The loss of a run is that of its last evaluation by then. One that has diverged
-    counts as infinitely bad. None where there are no peers, or none is any good.
+    The loss of a run is that of its last evaluation by then. A diverged run counts as
+    infinitely bad. None if there are no peers, or all of them have diverged.
     """
     levels = [
         Level(statistics.median(_loss_at(run, share) for run in results[name]), name)

@@ -1,9 +1,9 @@
 """The whole race: tune each entrant, then train all of them, seed by seed.
 
-Tuning: each candidate of the grid trains for a share of the budget from a seed that is
-not raced. A candidate that reaches a given target is better the sooner it does, in
-seconds; one that does not comes behind, better the lower its last loss. Where the
-target is what the peers come to, tuning does not know it, and the last loss decides.
+Tuning: each candidate of the grid trains for a share of the budget, with a seed that is
+not raced. Candidates that reach a given target are ranked first, by the seconds that
+they need; the others follow, by their last loss. If the target is the result of the
+peers, it is not known during tuning, and the last loss decides.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ PyTree = Any
 
 
 def best_candidate(traces: Sequence[Trace], target: float | None) -> int:
-    """Returns the number of the best one by the rule of tuning.
+    """Returns the index of the best candidate by the tuning rule.
 
     Raises:
-      ConfigError: all of them have diverged.
+      ConfigError: all candidates have diverged.
     """
 
     def rank(index: int) -> tuple[float, float]:
@@ -61,8 +61,8 @@ class Race:
 
     Args:
       config: its settings.
-      entrants: who takes part.
-      tell: is given a line at a time about the progress.
+      entrants: the optimizers that take part.
+      tell: called with each line about the progress.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Race:
         self._made: dict[str, Contestant] = {}
 
     def run(self) -> dict[str, list[Result]]:
-        """Runs what is not on the disk yet; returns all runs by entrant, by seed.
+        """Does the runs that are not on the disk yet; returns all, by entrant and seed.
 
-        An entrant that cannot run is told of and left out.
+        An entrant that cannot run is reported and left out.
         """
         tuned = {}
         for entrant in self.entrants:
@@ -142,7 +142,7 @@ class Race:
         tries, traces = candidates(entrant), []
         if len(tries) == 1:
             if self._load(entrant, 0, tries[0]) is None:
-                self._make(entrant, tries[0])  # to know that it can run
+                self._make(entrant, tries[0])  # to check that it can run
             return tries[0]
         for candidate in tries:
             settings = self._all_settings(entrant, candidate)
@@ -163,7 +163,7 @@ class Race:
         return run.trace
 
     def _make(self, entrant: Entrant, candidate: dict[str, Any]) -> Contestant:
-        # What was compiled to be tuned need not be compiled again to race.
+        # A program compiled for tuning need not be compiled again for the race.
         name = f"{entrant.name} {candidate}"
         if name not in self._made:
             optimizer = with_settings(entrant.optimizer, candidate)
@@ -215,7 +215,7 @@ class Race:
     def _conditions(self) -> dict[str, Any]:
         config = self.config
         task = dataclasses.asdict(config.task)
-        for place in ("data_dir", "cache_dir"):  # where it lies, not what it is
+        for place in ("data_dir", "cache_dir"):  # where the data is, not what it is
             task.pop(place, None)
         return {
             "task": task,

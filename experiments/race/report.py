@@ -1,4 +1,4 @@
-"""What a race leaves in its folder: `race.md`, `race.json`, two plots."""
+"""What a race writes into its folder: `race.md`, `race.json` and two plots."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from experiments.race.table import race_table, summarize, verdicts
 
 __all__ = ["plot_race", "write_report"]
 
-# Tell apart without colour vision, together with the order of the legend.
+# Distinguishable without colour vision, together with the order of the legend.
 COLORS = {
     "natural_gradient_defaults": "#6baed6",
     "natural_gradient": "#08519c",
@@ -36,7 +36,7 @@ def write_report(
     entrants: list[Entrant],
     folder: Path,
 ) -> str:
-    """Writes all of it; returns the Markdown."""
+    """Writes everything; returns the Markdown."""
     target = config.fixed_target
     if config.target == BY_PEERS and (level := best_peer_at(results, 1.0)):
         target = level.loss
@@ -69,7 +69,7 @@ def plot_race(
     kind: str,
     path: Path,
 ) -> None:
-    """Draws the losses against `kind`, "steps" or "seconds": medians and ranges."""
+    """Draws the losses over `kind`, "steps" or "seconds": medians and ranges."""
     figure, (axis,) = new_figure()
     everything = []
     for name, runs in results.items():
@@ -96,7 +96,7 @@ def plot_race(
 
 def _draw(axis: Axes, name: str, runs: list[Result], kind: str) -> list[float]:
     curves = [(getattr(run.trace, kind), run.trace.losses) for run in runs]
-    # On what all have seen, or the median would jump where a run ends.
+    # Only where all runs have data, or the median would jump where a run ends.
     points = np.unique(np.concatenate([x for x, _ in curves]))
     points = points[points <= min(x[-1] for x, _ in curves)]
     losses = np.array([np.interp(points, x, y) for x, y in curves])
@@ -119,10 +119,10 @@ def _notes(
     notes = [
         (
             f"{here}, one thread, float32; medians over seeds, smallest and largest in "
-            f"brackets; `k of n` runs reached the target. Seconds are "
-            f"{config.clock} seconds of training, compiling and evaluating apart. The "
-            f"loss is that of {config.eval_train_examples or 'all'} training examples. "
-            f"Memory is what XLA plans for a step, the data left out."
+            f"brackets; `k of n` runs reached the target. Seconds are {config.clock} "
+            f"seconds of training, without compiling and evaluating. The loss is that "
+            f"of {config.eval_train_examples or 'all'} training examples. Memory is "
+            f"what XLA plans for a step, without the data."
         )
     ]
     if config.target == BY_PEERS:
@@ -137,7 +137,7 @@ def _notes(
         if (count := len(results[name])) < config.seeds:
             notes.append(f"{name} ran from {count} of the seeds.")
         if summary["environment"] != here:
-            notes.append(f"{name} ran by itself, under {summary['environment']}.")
+            notes.append(f"{name} ran separately, under {summary['environment']}.")
     return notes
 
 
@@ -149,7 +149,7 @@ def _describe_grid(entrant: Entrant) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: it becomes null."""
+    """JSON has no infinity, so it becomes null."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""What came out of a race, on the disk, a file for each run as soon as it is over.
+"""The results of a race on the disk: a file for each run, written once it is over.
 
     folder / entrant / seed-0.json, ...        folder / entrant / tuning-....json
 
-Each file says under which conditions it came about. A race that was cut off, or that is
-run in parts, takes over what came about under its own, and runs the rest.
+Each file records the conditions of its run. A race that was interrupted, or that is run
+in parts, reuses the results obtained under the same conditions, and runs the rest.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ __all__ = ["Result", "Store"]
 
 @dataclasses.dataclass
 class Result:
-    """One training of one entrant.
+    """One training run of one entrant.
 
     Attributes:
       entrant: its name.
-      seed: of initial parameters and batches.
-      settings: those that tuning has chosen.
-      trace: its course.
-      test: loss and metrics on the test set at the end.
-      compile_seconds: CPU seconds until the step could run.
-      peak_bytes: memory of a step without the data; None where it is not known.
+      seed: for initial parameters and batches.
+      settings: those chosen by tuning.
+      trace: its history.
+      test: final loss and metrics on the test set.
+      compile_seconds: CPU seconds until the step was ready to run.
+      peak_bytes: memory of a step without the data; None if unknown.
       batch_size: examples in a batch.
       environment: versions and device.
     """
@@ -49,15 +49,15 @@ class Store:
     """The folder of a race.
 
     Args:
-      folder: made where it is missing.
-      conditions: of the whole race, plain values.
+      folder: created if it is missing.
+      conditions: of the whole race, as plain values.
     """
 
     def __init__(self, folder: Path, conditions: dict[str, Any]):
         self.folder, self._conditions = folder, conditions
 
     def load(self, entrant: str, seed: int, settings: dict[str, Any]) -> Result | None:
-        """The run with these settings; None where there is none under these conditions.
+        """The run with these settings; None if there is none under these conditions.
 
         Args:
           entrant: its name.
@@ -73,7 +73,7 @@ class Store:
         self._write(result.entrant, f"seed-{result.seed}", settings, content)
 
     def load_tuning(self, entrant: str, settings: dict[str, Any]) -> Trace | None:
-        """The training of a candidate with these settings, as `load` does."""
+        """The training of a candidate with these settings; None as for `load`."""
         found = self._read(entrant, _tuning_name(settings), settings)
         return None if found is None else Trace(**found)
 
@@ -106,7 +106,7 @@ class Store:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes aside and renames: a kill must not leave half a file."""
+    """Writes a temporary file and renames it: a kill must not leave half a file."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text)
     draft.replace(path)

@@ -1,7 +1,7 @@
 """The configuration of a race, from Hydra's tree to checked dataclasses.
 
-An entrant is an optimizer with the settings that it starts from, and a grid of values
-that its tuning tries: `grid={learning_rate: [0.1, 0.3]}`.
+An entrant is an optimizer with initial settings, and a grid of values to try in tuning:
+`grid={learning_rate: [0.1, 0.3]}`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ __all__ = ["CompareConfig", "Entrant", "TuningConfig", "candidates", "read_compa
 BY_PEERS = "best_first_order"
 SHARE = Rule("in (0, 1]", lambda value: 0.0 < value <= 1.0)
 
-# What a task file says about runs of `experiments.train`, where a race has its own way.
+# Settings of `experiments.train` in a task file that a race replaces by its own.
 TRAINING_SETTINGS = ("eval_every", "steps", "steps_per_dispatch")
 
 
@@ -37,8 +37,8 @@ class TuningConfig:
     """How the settings of an entrant are chosen from its grid.
 
     Attributes:
-      share: of the budget, which each candidate gets.
-      seed: of those runs; none of the race's own.
+      share: share of the budget that each candidate gets.
+      seed: for these runs; must not be a seed of the race.
     """
 
     share: Annotated[float, SHARE]
@@ -50,22 +50,23 @@ class CompareConfig:
     """Settings of a race.
 
     Attributes:
-      task: what is learned; a group, `task=...`.
-      seeds: so many, 0, 1, 2 and on; each gives initial parameters and batches.
-      budget: seconds of training of each run, "60" or "60s"; compiling and evaluating
-        are left out.
-      clock: "cpu", the seconds of this process, or "wall".
-      target: the loss on the training set that is to be reached, a number; null for
-        none; "best_first_order", what the best of the first-order peers comes to: the
-        lowest median over seeds of the losses at the end of the budget.
+      task: what to learn; a group, `task=...`.
+      seeds: number of seeds, 0, 1, 2 and so on; each determines initial parameters and
+        batches.
+      budget: training time of each run in seconds, "60" or "60s"; compiling and
+        evaluating do not count.
+      clock: "cpu", the CPU time of this process, or "wall".
+      target: the loss to reach on the training set: a number; null for none; or
+        "best_first_order", the best result of the first-order peers: the lowest median
+        over seeds of the losses at the end of the budget.
       tuning: how settings are chosen.
-      only: names of the entrants that run; null for all.
+      only: names of the entrants to run; null for all.
       batch_size: examples in a batch; null for the whole training set.
-      eval_batch_size: examples that go through the model at once in evaluation.
-      eval_train_examples: the loss is that of the first so many of the training set;
-        null for all.
-      turns: into so many turns is a budget cut, in which the entrants alternate.
-      max_dispatch: steps at most for which Python does not look.
+      eval_batch_size: examples per forward pass in evaluation.
+      eval_train_examples: the loss is evaluated on this many examples at the start of
+        the training set; null for all.
+      turns: number of turns into which a budget is cut; the entrants alternate.
+      max_dispatch: largest number of steps between returns to Python.
       output: the folder of the results.
       entrants: by name; see `Entrant`.
     """
@@ -92,7 +93,7 @@ class CompareConfig:
 
     @property
     def fixed_target(self) -> float | None:
-        """The target that is known before the race; None where there is none."""
+        """The target that is known before the race; None if there is none."""
         return None if self.target in (None, BY_PEERS) else _read_target(self.target)
 
 
@@ -101,11 +102,11 @@ class Entrant:
     """An optimizer that takes part.
 
     Attributes:
-      name: in the table.
-      optimizer: its settings, as they are before tuning.
+      name: its name in the table.
+      optimizer: its settings before tuning.
       grid: values to try, by setting; empty for none.
-      batch_size: where it is not the race's; null for the whole training set.
-      seeds: where they are fewer than the race's, for those that are dear.
+      batch_size: if it differs from the race's; null for the whole training set.
+      seeds: if fewer than the race's, for expensive entrants.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Entrant:
 
 
 def candidates(entrant: Entrant) -> list[dict[str, Any]]:
-    """All combinations of the values of the grid, the settings that they change."""
+    """All combinations of the values of the grid, as changes to the settings."""
     return [
         dict(zip(entrant.grid, values, strict=True))
         for values in itertools.product(*entrant.grid.values())
@@ -124,7 +125,7 @@ def candidates(entrant: Entrant) -> list[dict[str, Any]]:
 
 
 def read_compare(tree: DictConfig) -> tuple[CompareConfig, list[Entrant]]:
-    """Turns an untyped tree into checked dataclasses; the entrants that run, in order.
+    """Turns an untyped tree into checked dataclasses, with the entrants in order.
 
     Raises:
       ConfigError: an unknown key, a missing one, a wrong type, or a broken rule.
@@ -183,10 +184,10 @@ def _read_entrant(name: str, tree: DictConfig, config: CompareConfig) -> Entrant
 
 
 def with_settings(optimizer: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings with some of them changed; `solver.max_steps` names one.
+    """Returns the settings with `changes`; names may be dotted: `solver.max_steps`.
 
     Raises:
-      ConfigError: for a name that is none.
+      ConfigError: a name is not a setting.
     """
     tree = OmegaConf.create(optimizer)
     for name, value in changes.items():

@@ -1,6 +1,6 @@
-"""The table of a race: medians over seeds, with the smallest and the largest.
+"""The table of a race: medians over seeds, with the smallest and the largest value.
 
-A run that has not reached the target counts as infinitely long; where it is in the
+A run that has not reached the target counts as infinitely long; if it is part of the
 median, the cell says how many runs have reached it.
 """
 
@@ -14,7 +14,7 @@ from experiments.race.results import Result
 
 __all__ = ["FIRST_ORDER", "OURS", "race_table", "summarize", "verdicts"]
 
-# What the natural gradient is held against.
+# What the natural gradient is compared with.
 FIRST_ORDER = ("sgd", "adam", "adamw", "muon")
 OURS = ("natural_gradient_defaults", "natural_gradient")
 
@@ -51,7 +51,7 @@ def summarize(
 def race_table(
     summaries: dict[str, Summary], *, title: str, notes: Sequence[str]
 ) -> Table:
-    """The table that people read."""
+    """The table for the reader."""
     metric = next((summary["metric"] for summary in summaries.values()), "loss")
     head = ["", "tuned", "steps to target", "seconds to target", "steps taken"]
     head += ["final loss", f"test {metric.replace('_', ' ')}", "memory, MB"]
@@ -77,7 +77,7 @@ def race_table(
 
 
 def verdicts(summaries: dict[str, Summary]) -> list[str]:
-    """Sentences on the natural gradient against the others, by medians."""
+    """Sentences that compare the medians of the natural gradient with the others."""
     lines = []
     for ours in (name for name in OURS if name in summaries):
         for figure in ("steps_to_target", "seconds_to_target"):
@@ -129,7 +129,7 @@ def _metric(run: Result) -> tuple[str, float]:
 
 
 def _spread(values: Sequence[Any], write: Callable[[float], str]) -> str:
-    """`median (smallest - largest)`; a dash where nothing is known."""
+    """`median (smallest - largest)`; a dash if nothing is known."""
     if any(value is None for value in values):
         return "–"
     values = [math.inf if math.isnan(value) else value for value in values]

@@ -1,9 +1,9 @@
-"""Trainings that take turns on one clock, which stops while they are evaluated.
+"""Training runs that take turns on one clock, which stops while they are evaluated.
 
     trace: after n steps and t seconds of training, the loss on the training set was L
 
-On a machine that has other work, a second is now long, now short; contestants that
-alternate see the same weather.
+On a machine with other work, the speed varies over time; contestants that alternate are
+all affected alike.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ __all__ = ["CLOCKS", "Run", "Trace", "race"]
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
-# Evaluations are this far apart, as shares of the budget and of the time so far: dense
-# enough that the moment of a crossing is known to some percent.
+# Spacing of evaluations, as shares of the budget and of the time so far: dense enough
+# to know the time of a crossing to a few percent.
 _CLOSEST, _SPREAD = 0.001, 0.08
 
 
 @dataclasses.dataclass
 class Trace:
-    """What was seen of a training.
+    """The recorded history of a training run.
 
     Attributes:
-      steps: taken until each evaluation.
-      seconds: of training until then.
+      steps: taken up to each evaluation.
+      seconds: training time up to each evaluation.
       losses: on the training set.
     """
 
@@ -39,14 +39,14 @@ class Trace:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss was not a number, or infinite."""
+        """Whether a loss was NaN or infinite."""
         return not all(map(math.isfinite, self.losses))
 
     def reached(self, target: float | None) -> tuple[float, float]:
-        """Steps and seconds until the loss was first at most `target`; else infinity.
+        """Steps and seconds until the loss was first at most `target`, or infinity.
 
-        Between two evaluations the loss counts as a straight line in its logarithm, or
-        by itself where one is not positive.
+        Between two evaluations, the logarithm of the loss is interpolated linearly, or
+        the loss itself if one of the two is not positive.
         """
         if target is None:
             return math.inf, math.inf
@@ -74,14 +74,14 @@ class Trace:
 
 
 class Run:
-    """One training of one contestant.
+    """One training run of one contestant.
 
     Args:
       contestant: the optimizer.
-      evaluate: a snapshot of the model to its loss on the training set.
-      seed: of initial parameters and batches.
+      evaluate: maps a snapshot of the model to its loss on the training set.
+      seed: for initial parameters and batches.
       budget: seconds of training.
-      clock: tells seconds.
+      clock: returns the time in seconds.
     """
 
     def __init__(
@@ -102,16 +102,16 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether the budget is spent, or the training has come to nothing."""
+        """Whether the budget is spent or the training has diverged."""
         return self._seconds >= self._budget or self.trace.diverged
 
     @property
     def snapshot(self) -> Snapshot:
-        """The model as it is."""
+        """The current model."""
         return self._contestant.snapshot(self._state)
 
     def take_turn(self, seconds: float) -> None:
-        """Trains for so many seconds more, or to the end."""
+        """Trains for `seconds` more, or to the end."""
         end = min(self._seconds + seconds, self._budget)
         while self._seconds < end and not self.is_over:
             self._advance(min(end, self._next_look) - self._seconds)
@@ -119,7 +119,7 @@ class Run:
                 self._look()
 
     def _advance(self, seconds: float) -> None:
-        # Rounded down: what is left of a step is no reason to overrun by one.
+        # Rounded down: time left for a part of a step does not justify an overrun.
         count = int(min(max(seconds / self._pace, 1), self._contestant.max_dispatch))
         start = self._clock()
         self._state, loss = self._contestant.advance(self._state, count)
@@ -139,7 +139,7 @@ class Run:
 
 
 def race(runs: Sequence[Run], *, turn: float) -> None:
-    """Trains all, in turns of so many seconds, until each is over."""
+    """Trains all, in turns of `turn` seconds, until each is over."""
     while not all(run.is_over for run in runs):
         for run in runs:
             run.take_turn(turn)

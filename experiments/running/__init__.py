@@ -1,1 +1,1 @@
-"""What every run has: configuration, loop, checkpoints, logs, screen, processes."""
+"""What all runs share: configuration, loop, checkpoints, logs, screen, processes."""

@@ -1,8 +1,9 @@
-"""Objects from a configuration: `_target_` names a constructor, the rest its arguments.
+"""Builds objects from a configuration: `_target_` names a constructor.
 
-The convention is that of `hydra.utils.instantiate`, which does not serve here: it turns
-frozen dataclasses that it is handed into configurations, and its errors do not say
-which arguments a constructor has.
+The other entries are its arguments. This is the convention of
+`hydra.utils.instantiate`, which we cannot use: it turns the frozen dataclasses that it
+is given into configurations, and its errors do not say which arguments a constructor
+takes.
 """
 
 import copy
@@ -22,16 +23,16 @@ __all__ = ["build", "locate", "settings_class"]
 
 
 def build(node: Any, path: str, offered: Mapping[str, Any] | None = None) -> Any:
-    """Builds what `node` describes; what has no `_target_` stays as it is.
+    """Builds what `node` describes; a node without `_target_` is returned as it is.
 
     Args:
       node: numbers, text, lists and dictionaries.
       path: dotted name of `node` in the whole configuration, for messages.
-      offered: arguments by name, for every constructor in `node` that has one of that
-        name and is not given it.
+      offered: arguments by name, passed to every constructor in `node` that has a
+        parameter of that name and is not given it.
 
     Raises:
-      ConfigError: a name that a constructor does not know, or a value that it refuses.
+      ConfigError: a constructor does not know a name or refuses a value.
     """
     offered = offered or {}
     if isinstance(node, list):
@@ -60,7 +61,7 @@ def build(node: Any, path: str, offered: Mapping[str, Any] | None = None) -> Any
     try:
         built = target(**given)
     except (TypeError, ValueError) as error:
-        # Constructors name their arguments in backticks: here by their whole names.
+        # Constructors name their arguments in backticks: replace by the full names.
         message = re.sub(r"`(\w+)`", rf"`{path}.\1`", str(error), count=1)
         message = message if message.startswith("`") else f"`{path}`: {message}"
         raise ConfigError(message) from error
@@ -70,14 +71,14 @@ def build(node: Any, path: str, offered: Mapping[str, Any] | None = None) -> Any
 
 
 def locate(name: Any, path: str) -> Callable[..., Any]:
-    """Imports what `name` names, as "package.module.object" or "package.module:object".
+    """Imports the object `name`, "package.module.object" or "package.module:object".
 
     Raises:
-      ConfigError: there is no such module or object in it, or it cannot be called.
+      ConfigError: there is no such module or object, or it is not callable.
     """
     try:
         found = pkgutil.resolve_name(str(name))
-    except Exception as error:  # whatever a module raises at its import
+    except Exception as error:  # anything that a module raises on import
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"`{path}` must name what can be imported, got {name}: {reason}."
@@ -91,7 +92,7 @@ def locate(name: Any, path: str) -> Callable[..., Any]:
 def settings_class(target: Callable[..., Any]) -> type:
     """The arguments of `target` as a dataclass, which also has `_target_` and `name`.
 
-    A dataclass is its own, and gets `_target_` only.
+    A dataclass is used as it is and gets `_target_` only.
     """
     if isinstance(target, type) and dataclasses.is_dataclass(target):
         return dataclasses.make_dataclass(
@@ -114,11 +115,11 @@ def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _checked(path: str, value: Any, annotation: Any) -> Any:
-    """Refuses what constructors of other libraries notice late or not at all."""
+    """Refuses values that constructors of other libraries notice late or never."""
     if isinstance(value, str) and not _takes_text(annotation):
         group = path.replace(".", "/")
         raise ConfigError(
-            f"`{path}` must be no text, got {value!r}; where there are files to choose "
+            f"`{path}` must not be text, got {value!r}; if there are files to choose "
             f"from, `{group}={value}` chooses one."
         )
     if isinstance(value, float) and math.isnan(value):

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: the whole training state, through Orbax, behind checksums.
+"""Checkpoints of a run: the whole training state, saved by Orbax, with checksums.
 
     <step>/  what Orbax writes        <step>.sha256  the checksums of its files
 
-The checksums, which `sha256sum -c` reads, are written once Orbax has committed the
-step: a process killed before that leaves the previous step as the latest. Orbax would
-not notice every damage, so it is asked to read a step only if they fit.
+The checksums, which `sha256sum -c` can check, are written once Orbax has committed the
+step: if the process is killed before that, the previous step remains the latest. Orbax
+does not detect all damage, so it only reads a step whose checksums match.
 
-Every process holds the whole state, so a checkpoint does not depend on their number.
-They save and restore together.
+Every process holds the whole state, so a checkpoint does not depend on the number of
+processes. They save and restore together.
 """
 
 import contextlib
@@ -41,23 +41,23 @@ AnyState = TypeVar("AnyState", bound=State)
 
 
 class Checkpoints:
-    """The checkpoints in one folder, of which the newest `NUM_KEPT` are kept.
+    """The checkpoints in one folder; the newest `NUM_KEPT` are kept.
 
     Attributes:
-      notices: what `restore_latest` found damaged, in a line for each.
+      notices: one line for each damaged checkpoint that `restore_latest` found.
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder.absolute()  # as Orbax wants it
+        self._folder = folder.absolute()  # Orbax requires it
         self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         self._is_first = jax.process_index() == 0
         self.notices: list[str] = []
 
     def save(self, state: State) -> None:
-        """Saves `state` under its step; once this returns it is on the disk.
+        """Saves `state` under its step; it is on the disk once this returns.
 
         Raises:
-          OSError: the disk does not take it.
+          OSError: the disk cannot be written to.
         """
         path = self._folder / str(int(state.step))
         if self._is_first:
@@ -74,7 +74,7 @@ class Checkpoints:
             if self._is_first:
                 checksums = _checksums(path, sync=True)
                 write_atomically(path.with_suffix(CHECKSUMS), checksums)
-        except ValueError as error:  # what TensorStore makes of an OSError
+        except ValueError as error:  # TensorStore turns an OSError into this
             code = re.search(r"os_error_code='(\d+)'", str(error))
             if code is None:
                 raise
@@ -85,26 +85,26 @@ class Checkpoints:
                 self._remove_old()
 
     def restore_latest(self, template: AnyState) -> AnyState | None:
-        """Returns the newest state that is whole, or None where none was saved.
+        """Returns the newest undamaged state, or None if none was saved.
 
-        Damaged checkpoints that are newer than it are renamed to `<step>.damaged`.
+        Damaged checkpoints newer than that are renamed to `<step>.damaged`.
 
         Args:
           template: a state of the same structure, shapes and dtypes, such as the one
             before the first step.
 
         Raises:
-          ConfigError: all checkpoints are damaged, or the newest whole one holds
+          ConfigError: all checkpoints are damaged, or the newest undamaged one holds
             another kind of state.
         """
         paths = self._newest_first()
         newest = next((path for path in paths if _is_whole(path)), None)
-        # Before Orbax waits for all processes, and the first one renames anything.
+        # Before Orbax waits for all processes and the first one renames anything.
         check_same(str(newest), "checkpoint")
         if newest is None and paths:
             raise ConfigError(
                 f"None of the checkpoints in {self._folder} can be read: their "
-                "checksums do not fit. Without that folder the run starts again."
+                f"checksums do not match. Delete that folder to start the run again."
             )
         if newest is None:
             return None
@@ -115,18 +115,18 @@ class Checkpoints:
         except Exception as error:
             raise ConfigError(
                 f"{newest} is the checkpoint of another run or version: the names, "
-                "shapes or dtypes of its state are others, or Orbax cannot read it."
+                f"shapes or dtypes of its state differ, or Orbax cannot read it."
             ) from error
         for path in paths[: paths.index(newest)] if self._is_first else ():
             self.notices.append(
                 f"The checkpoint of step {path.name} is damaged: it is kept as "
-                f"{set_aside(path)}, and step {newest.name} taken instead."
+                f"{set_aside(path)}, and step {newest.name} is used instead."
             )
             set_aside(path.with_suffix(CHECKSUMS))
         return state
 
     def _read(self, path: Path, template: AnyState) -> AnyState:
-        # Orbax itself would convert to other dtypes.
+        # Orbax itself would convert dtypes.
         if self._orbax.metadata(path).custom_metadata != _describe(template):
             raise ValueError("The state in the checkpoint is of another kind.")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
@@ -140,9 +140,9 @@ class Checkpoints:
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
     def _remove_old(self) -> None:
-        """Removes all but the newest steps, and what killed processes left."""
+        """Removes all but the newest steps, and leftovers of killed processes."""
         kept = {path.name for path in self._newest_first()[:NUM_KEPT]}
-        # Checksums before what they are of, for a kill may come between.
+        # Remove checksums before their files: the process may be killed in between.
         for path in sorted(self._folder.iterdir(), key=Path.is_dir):
             if path.suffix != ".damaged" and path.name.split(".")[0] not in kept:
                 with contextlib.suppress(OSError):  # writes that are still under way
@@ -158,12 +158,12 @@ def _is_whole(path: Path) -> bool:
 
 
 def _checksums(path: Path, *, sync: bool = False) -> bytes:
-    """Returns a line for each file in `path`, whose name has the step in it."""
+    """Returns a line for each file in `path`; the file names include the step."""
     lines = []
     for name in sorted(name for name in path.rglob("*") if not name.is_dir()):
         with name.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if sync:  # Orbax itself does so for the arrays only
+            if sync:  # Orbax does so for the arrays only
                 os.fsync(file.fileno())
         lines.append(f"{digest}  {name.relative_to(path.parent)}\n")
     return "".join(lines).encode()
@@ -178,10 +178,10 @@ def _describe(state: State) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps off the screen what Orbax says besides what it raises."""
+    """Silences what Orbax prints in addition to what it raises."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     yield
-    # Not after an error: writes that are still under way then end in many more.
+    # Not after an error: writes still under way would then raise many more.
     sys.unraisablehook = hook

@@ -55,7 +55,7 @@ def run_command(tree: DictConfig) -> int:
 
 
 def _train(tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool) -> int:
-    # Of several processes, the first one has chosen the folder.
+    # If there are several processes, the first one has chosen the folder.
     folder = shorten(Path(broadcast_text(str(folder.absolute()))))
     config = open_run(tree, folder, overrides, is_sweep)
     check_same(config_text(config), "settings")
@@ -71,5 +71,5 @@ def _train(tree: DictConfig, folder: Path, overrides: list[str], is_sweep: bool)
         console.print(describe_result(result, config, folder))
     if result.failure:
         print(f"error: {result.failure}", file=sys.stderr)
-        return 0 if is_sweep else EXIT_CONFIG_ERROR  # the sweep goes on
+        return 0 if is_sweep else EXIT_CONFIG_ERROR  # a sweep continues
     return 0 if result.finished else EXIT_INTERRUPTED

@@ -1,7 +1,7 @@
 """The configuration of a run: from Hydra's untyped tree to checked dataclasses.
 
-`configs/` owns the numbers, the dataclasses own the names, types and rules. Whatever is
-wrong becomes a `ConfigError` of one line that names the setting.
+`configs/` holds the values; the dataclasses hold the names, types and rules. Any
+mistake becomes a one-line `ConfigError` that names the setting.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ __all__ = [
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
-# What a resumed run may change: how far it goes, how often it tells or saves, and where
-# its data lies. None of these touches a number that the run computes.
+# What a resumed run may change: how far it goes, how often it reports or saves, and
+# where its data is. None of these affects a number that the run computes.
 RESUMABLE_OVERRIDES = (
     "steps",
     "checkpoint_every",
@@ -64,7 +64,7 @@ RESUMABLE_OVERRIDES = (
     "task.cache_dir",
 )
 
-# Where to look for the run and where to run it; not part of what was run.
+# Where to find the run and where to run it; not part of the run itself.
 LOCATION_SETTINGS = re.compile(r"resume|runs_dir|distributed(\..*)?|hydra\..*")
 
 
@@ -73,25 +73,25 @@ class TrainConfig:
     """Settings of one training run.
 
     Attributes:
-      task: what is learned; a group, `task=...`.
-      optimizer: how; a group, `optimizer=...`, with the name of the constructor,
-        `_target_`, and its arguments.
-      seed: the one source of randomness.
-      steps: optimizer steps of the whole run.
+      task: what to learn; a group, `task=...`.
+      optimizer: how to learn it; a group, `optimizer=...`, with the name of the
+        constructor, `_target_`, and its arguments.
+      seed: the only source of randomness.
+      steps: total number of optimizer steps of the run.
       batch_size: examples in a batch; null for the whole training set.
-      steps_per_dispatch: steps that run on the device before Python looks again.
+      steps_per_dispatch: steps that run on the device before control returns to Python.
       eval_every: steps between evaluations on the whole training and test sets.
       checkpoint_every: steps between checkpoints.
       log_every: steps between rows on the screen; the files hold every step.
-      eval_batch_size: examples that go through the model at once in evaluation.
-      eval_train_examples: of the training set, so many are evaluated; null for all.
-      stream_above: a training set of more MiB stays on the host, and its batches are
-        brought to the devices in advance; null for never.
-      prefetch: dispatches whose batches are then on the devices before their turn.
-      measure_kl: measure the KL of steps also where the optimizer does not need it.
+      eval_batch_size: examples per forward pass in evaluation.
+      eval_train_examples: number of training examples that are evaluated; null for all.
+      stream_above: a training set of more MiB than this stays on the host, and its
+        batches are copied to the devices in advance; null for never.
+      prefetch: number of dispatches whose batches are copied to the devices in advance.
+      measure_kl: measure the KL of each step even if the optimizer does not need it.
       runs_dir: the folder of all run folders.
       resume: a run folder to continue, or "latest"; null for a new run.
-      distributed: in which processes it runs.
+      distributed: the processes of the run.
     """
 
     task: Any
@@ -130,10 +130,10 @@ def compose_config(overrides: list[str]) -> DictConfig:
 
 
 def expand(overrides: list[str]) -> list[str]:
-    """Writes out what is short on the command line for a problem of one's own.
+    """Expands the short forms on the command line for problems of the user's own.
 
-    `task=module:function` is the task that it makes. `env=` and `problem=` take what is
-    no file of theirs as `task.env=` and `task.problem=`.
+    `task=module:function` becomes the task that the function makes. `env=` and
+    `problem=` become `task.env=` and `task.problem=` if there is no such file.
     """
     expanded = []
     for override in overrides:
@@ -166,13 +166,13 @@ def read_schema(tree: DictConfig) -> DictConfig:
     """Returns the names and types of the settings of the task of `tree`.
 
     Raises:
-      ConfigError: `task._target_` does not name what makes a task.
+      ConfigError: `task._target_` does not name something that makes a task.
     """
     name = OmegaConf.select(tree, "task._target_")
     settings = settings_class(locate(name, "task._target_"))
     try:
         return OmegaConf.structured(settings)
-    except OmegaConfBaseException as error:  # types that are no settings' types
+    except OmegaConfBaseException as error:  # types that settings cannot have
         raise ConfigError(f"`task._target_`: {name} has {_explain(error)}") from error
 
 
@@ -191,10 +191,10 @@ def read_as(schema: DictConfig, tree: DictConfig) -> Any:
 
 
 def check_without_data(config: TrainConfig) -> None:
-    """Holds the settings of a task that makes its own data to what it can do.
+    """Checks the settings of a run whose task makes its own data.
 
     Raises:
-      ConfigError: a setting about a training set, or several processes.
+      ConfigError: a setting concerns a training set, or asks for several processes.
     """
     for name in ("eval_train_examples", "stream_above"):
         if (value := getattr(config, name)) is not None:
@@ -210,8 +210,8 @@ def check_without_data(config: TrainConfig) -> None:
 
 
 def run_program(program: Callable[[], None]) -> None:
-    """Runs a Hydra program; a mistake in its settings ends as one line, status 1."""
-    # Hydra would print and exit by itself; we want the exception.
+    """Runs a Hydra program; after a mistake in its settings prints one line."""
+    # Hydra would print the error and exit; we want the exception.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         program()
@@ -222,15 +222,15 @@ def run_program(program: Callable[[], None]) -> None:
 
 
 def merge_resumed(recorded: DictConfig, tree: DictConfig, names: list[str]) -> None:
-    """Carries into `recorded` the overrides that a resumed run may take.
+    """Copies into `recorded` the overrides that a resumed run may change.
 
     Args:
       recorded: the configuration in the folder of the run; changed in place.
-      tree: the configuration that this command line composes to.
+      tree: the configuration composed from this command line.
       names: dotted names of the settings that the command line overrides.
 
     Raises:
-      ConfigError: an override that would make it another run.
+      ConfigError: an override would make it a different run.
     """
     for name in names:
         if LOCATION_SETTINGS.fullmatch(name):
@@ -246,7 +246,7 @@ def merge_resumed(recorded: DictConfig, tree: DictConfig, names: list[str]) -> N
 
 
 def describe_error(error: Exception) -> str | None:
-    """Returns a line on a bad configuration or a disk that takes nothing, or None."""
+    """Returns a line about a bad configuration or a failing disk, else None."""
     if isinstance(error, ConfigError):
         return str(error)
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
@@ -263,7 +263,7 @@ def _value(tree: DictConfig, name: str) -> Any:
     value = OmegaConf.select(tree, name.replace("/", "."))
     if not isinstance(value, DictConfig):
         return value
-    # A group was chosen: its name is what the command line says about it.
+    # A group was chosen: the command line gives its name.
     return value.get("name") or value.get("_target_")
 
 
@@ -276,7 +276,7 @@ def _explain(error: Exception) -> str:
     name = getattr(error, "full_key", None)
     if isinstance(error, MissingMandatoryValue):
         return f"`{name}` has no value."
-    # What follows is about Hydra's insides.
+    # The rest of the message is about Hydra's internals.
     message = re.split(r" {4}full_key:|Config search path:|See https:", str(error))[0]
     message = re.sub(r"\s+", " ", message).strip()
     _, from_resolver, ours = message.partition("ConfigError raised while resolving ")

@@ -1,7 +1,7 @@
-"""Many steps to a dispatch: a loop that compiles once for any number of them.
+"""Many steps per dispatch: a loop that compiles once for any number of steps.
 
-The number of steps of a dispatch is an argument, not a shape: any cut of a run into
-dispatches runs the same compiled program. That is what lets a run stop anywhere and
+The number of steps of a dispatch is an argument, not a shape: however a run is cut into
+dispatches, the same compiled program runs. That is why a run can stop anywhere and
 continue to the same numbers, bit for bit.
 """
 
@@ -23,17 +23,17 @@ def take_steps(
     num_steps: jax.Array,
     capacity: int,
 ) -> tuple[Carry, Records]:
-    """Takes `num_steps <= capacity` steps, by a scan of the length `capacity`.
+    """Takes `num_steps <= capacity` steps, by a scan of length `capacity`.
 
     Args:
       take_step: (carry, index) -> (carry, records of the step).
-      carry: what goes from step to step, of types that do not change.
-      num_steps: how many.
-      capacity: how many at most.
+      carry: what is passed from step to step; its types do not change.
+      num_steps: number of steps to take.
+      capacity: largest number of steps.
 
     Returns:
-      The last carry, and records with a leading axis of length `capacity`, of which the
-      first `num_steps` count; the others are zero.
+      The last carry, and records with a leading axis of length `capacity`, of which
+      only the first `num_steps` are valid; the others are zero.
     """
     _, record = jax.eval_shape(take_step, carry, jnp.int32(0))
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), record)
@@ -50,12 +50,12 @@ def take_steps(
 
 
 def fix_types(tree: Any) -> Any:
-    """Makes weak types strong, since a checkpoint would not bring them back."""
+    """Makes weak types strong, since a checkpoint would not restore them."""
     return jax.tree.map(lambda leaf: _cast(leaf, leaf), tree)
 
 
 def match_types(tree: Any, old_tree: Any) -> Any:
-    """Casts the leaves of `tree` to the dtypes that those of `old_tree` have."""
+    """Casts the leaves of `tree` to the dtypes of the leaves of `old_tree`."""
     return jax.tree.map(_cast, tree, old_tree)
 
 

@@ -1,10 +1,10 @@
-"""One run on many devices and in many processes, data parallel.
+"""One data-parallel run on many devices and in many processes.
 
-    mesh("data") over all devices;   a batch: split by examples;   all else: on each
+    mesh("data") over all devices;   a batch is split by examples;   the rest replicated
 
-The processes meet through JAX's distributed runtime and must all run the same
-computations in the same order. So whatever decides what they do next (the folder, the
-configuration, a request to stop) is agreed on here. Knows nothing of training.
+The processes communicate through JAX's distributed runtime and must all run the same
+computations in the same order. So they agree here on whatever decides what they do next
+(the folder, the configuration, a request to stop). Knows nothing of training.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ __all__ = [
 
 PyTree = Any
 
-# How a process of many ends when not by itself; its launcher tells the rest.
+# Exit statuses of one process of several; its launcher prints the details.
 EXIT_CONFIG_ERROR = 2
 EXIT_LOST_PROCESS = 3
 
-# Set for the processes that a launcher started: it holds their standard input open.
+# Set for processes started by a launcher: it holds their standard input open.
 LAUNCHED_VARIABLE = "NGD_EXPERIMENTS_LAUNCHED"
 
 MAX_TEXT_BYTES = 8192
@@ -65,8 +65,8 @@ class DistributedConfig:
     """Settings of a run in several processes.
 
     Attributes:
-      num_processes: how many there are.
-      process_id: which one this is, from 0; null to start all of them here.
+      num_processes: number of processes.
+      process_id: the number of this process, from 0; null to start all of them here.
       coordinator_address: host:port where process 0 can be reached; goes with
         `process_id`.
       start_timeout: seconds to wait for the other processes at the start.
@@ -80,7 +80,7 @@ class DistributedConfig:
     heartbeat_timeout: Annotated[int, AT_LEAST_ONE]
 
     def check(self, is_sweep: bool = False) -> None:
-        """Raises ConfigError where the settings do not fit each other, or a sweep."""
+        """Raises ConfigError if the settings contradict each other or a sweep."""
         if is_sweep and self.process_id is not None:
             raise ConfigError(
                 "--multirun starts all processes of each run itself: leave out "
@@ -106,9 +106,9 @@ class DistributedConfig:
 
 @contextlib.contextmanager
 def connect(config: DistributedConfig) -> Iterator[None]:
-    """Makes this process one of the `config.num_processes` of a run, if many.
+    """Makes this process one of the `config.num_processes` of a run, if several.
 
-    An error inside ends the process at once: what Python does at its end would wait for
+    An error inside ends the process at once: Python's cleanup at exit would wait for
     the other processes, which in turn wait for this one.
     """
     if config.num_processes == 1:
@@ -118,7 +118,7 @@ def connect(config: DistributedConfig) -> Iterator[None]:
         threading.Thread(target=_stop_with_launcher, daemon=True).start()
     _keep_output_to_ourselves()
     try:
-        # Else JAX takes SIGTERM for itself.
+        # Otherwise JAX takes SIGTERM for itself.
         jax.config.update("jax_enable_preemption_service", False)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         with _deadline(config):
@@ -139,8 +139,8 @@ def connect(config: DistributedConfig) -> Iterator[None]:
             reason = " ".join(str(error).split())[:200]
             _leave(
                 EXIT_LOST_PROCESS,
-                "error: another process is gone; all of them, started again with "
-                f"resume=latest, go on from the last checkpoint. ({reason})",
+                f"error: another process is gone; restart all of them with "
+                f"resume=latest to continue from the last checkpoint. ({reason})",
             )
         _leave(1, traceback.format_exc())
     except KeyboardInterrupt:
@@ -161,10 +161,10 @@ def broadcast_text(text: str) -> str:
 
 
 def check_same(text: str, name: str) -> None:
-    """Returns once all processes are here, if they come with the same `text`.
+    """Returns once all processes are here, if they all pass the same `text`.
 
     Raises:
-      ConfigError: they do not; `name` says what the text is.
+      ConfigError: the texts differ; `name` says what the text is.
     """
     if jax.process_count() == 1:
         return
@@ -175,26 +175,26 @@ def check_same(text: str, name: str) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Returns whether `flag` holds in any process; all of them must ask."""
+    """Returns whether `flag` holds in any process; all of them must call this."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def make_mesh() -> Mesh:
-    """Returns all devices of all processes along one axis, `data`."""
+    """Returns a mesh of all devices of all processes along one axis, `data`."""
     return Mesh(np.asarray(jax.devices()), ("data",))
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """Returns the sharding of what every device of `mesh` holds whole."""
+    """Returns the sharding of arrays that every device of `mesh` holds whole."""
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Brings host arrays, the same in every process, whole to each device of `mesh`.
+    """Copies host arrays, the same in every process, whole to each device of `mesh`.
 
-    Processes exchange nothing for it, so that threads may call it at any time.
+    It needs no communication between processes, so threads may call it at any time.
     """
     sharding = replicated(mesh)
     if sharding is None:
@@ -210,8 +210,8 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
 def split_examples(batch: PyTree, mesh: Mesh | None) -> PyTree:
     """Splits the leading axis of all leaves among the devices of `mesh`, under jit.
 
-    Their number need not divide the number of examples: the partitioner pads, and
-    leaves the padding out of every sum.
+    The number of devices need not divide the number of examples: the partitioner pads,
+    and leaves the padding out of every sum.
     """
     if mesh is None:
         return batch
@@ -222,7 +222,7 @@ def split_examples(batch: PyTree, mesh: Mesh | None) -> PyTree:
 
 @contextlib.contextmanager
 def _deadline(config: DistributedConfig) -> Iterator[None]:
-    """Ends this process with a message where JAX would, later, abort with a trace."""
+    """Ends this process with a message before JAX would abort with a stack trace."""
     message = (
         f"error: the {config.num_processes} processes did not meet at "
         f"{config.coordinator_address} within {config.start_timeout} s."
@@ -237,7 +237,7 @@ def _deadline(config: DistributedConfig) -> Iterator[None]:
 
 
 def _keep_output_to_ourselves() -> None:
-    """Keeps standard output for Python; Gloo greets there from C++."""
+    """Keeps standard output for Python; Gloo prints a greeting there from C++."""
     sys.stdout.flush()
     output = os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -247,7 +247,7 @@ def _keep_output_to_ourselves() -> None:
 
 
 def _stop_with_launcher() -> None:
-    """Asks this process to stop once its launcher is gone, however it ended."""
+    """Requests a stop of this process once its launcher is gone, however it ended."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

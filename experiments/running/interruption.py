@@ -1,4 +1,4 @@
-"""Stopping a run when the user or the system asks for it, between two dispatches."""
+"""Stops a run between two dispatches when the user or the system asks for it."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ SHOW_CURSOR = "\x1b[?25h"
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into `requested`; a second one acts as usual.
 
-    A context manager for the main thread; the handlers of before come back at its end.
+    A context manager for the main thread; it restores the previous handlers on exit.
 
     Attributes:
       requested: whether there was a signal.
-      last_line: while there is nothing to save, what to print before the first signal
-        ends the process. It does so at once: Python's own handlers wait until XLA has
-        compiled, and a thread does not.
+      last_line: if there is nothing to save yet, the line to print before the first
+        signal ends the process. This happens at once: Python's own handlers wait until
+        XLA has compiled, whereas a thread does not.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StopRequest:
             while numbers := self._receiver.recv(1):
                 if self.last_line is not None and numbers[0] in self._signals:
                     start = f"{SHOW_CURSOR}\n" if sys.stdout.isatty() else ""
-                    with contextlib.suppress(OSError):  # nobody may read any more
+                    with contextlib.suppress(OSError):  # nobody may be reading
                         # Not `print`: the main thread may hold the stream's lock.
                         os.write(1, f"{start}{self.last_line}\n".encode())
                     os._exit(EXIT_INTERRUPTED)

@@ -1,8 +1,9 @@
 """Starts the processes of one run on this machine, and ends them together.
 
-The workers are `python -m experiments.train` with `distributed.process_id` given. They
-have sessions of their own, so that Ctrl-C reaches only the launcher, which tells them
-once; and they hold the other end of a pipe, so that they notice should it be killed.
+The workers are `python -m experiments.train` with `distributed.process_id` set. They
+have sessions of their own, so that Ctrl-C reaches only the launcher, which signals them
+once; and each holds the other end of a pipe, so that it notices if the launcher is
+killed.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ __all__ = ["launch"]
 
 LOCAL_HOST = "127.0.0.1"
 POLL_SECONDS = 0.05
-# For the workers that are left when one has ended: to notice, and to close their files.
+# Time for the remaining workers to notice that one has ended and close their files.
 GRACE_SECONDS = 5.0
 
 
@@ -43,7 +44,7 @@ class Worker(NamedTuple):
     Attributes:
       number: its `distributed.process_id`.
       process: the process.
-      errors: what it wrote to standard error; a file without a name.
+      errors: what it wrote to standard error; an unnamed file.
     """
 
     number: int
@@ -57,11 +58,11 @@ class Worker(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why a run ended before its time.
+    """Why a run ended early.
 
     Attributes:
-      worker: the process that was the first to fail.
-      status: its exit status; None where it only fell silent.
+      worker: the first process to fail.
+      status: its exit status; None if it only stopped responding.
     """
 
     worker: Worker
@@ -69,18 +70,18 @@ class Failure(NamedTuple):
 
 
 def launch(num_processes: int, overrides: list[str], folder: Path) -> int:
-    """Runs `experiments.train` in `num_processes` processes here, to their end.
+    """Runs `experiments.train` in `num_processes` local processes until they end.
 
-    Process 0 has the screen. What the others print is kept back, and so are all
-    complaints, until it is known which process was the first to fail.
+    Process 0 has the screen. The output of the others, and all error messages, are held
+    back until it is known which process failed first.
 
     Args:
-      num_processes: how many.
-      overrides: those of the command line; checked before.
+      num_processes: number of processes.
+      overrides: those of the command line; already checked.
       folder: the run folder.
 
     Returns:
-      The exit status: 0, `EXIT_INTERRUPTED`, or 1 for an error, which has been told.
+      The exit status: 0, `EXIT_INTERRUPTED`, or 1 for an error, already reported.
     """
     with _reserved_port() as port, StopRequest() as stop:
         address = f"{LOCAL_HOST}:{port}"
@@ -120,9 +121,9 @@ def _start(number: int, address: str, common: list[str]) -> Worker:
         env={
             **os.environ,
             LAUNCHED_VARIABLE: "1",
-            # Nobody outside of this machine has business with the coordinator.
+            # Nobody outside this machine needs the coordinator.
             "JAX_COORDINATOR_BIND_ADDRESS": address,
-            # Of several GPUs each process takes its own; there is only one CPU.
+            # Each process takes its own GPU if there are several; there is one CPU.
             "JAX_LOCAL_DEVICE_IDS": str(number),
         },
     )
@@ -130,7 +131,7 @@ def _start(number: int, address: str, common: list[str]) -> Worker:
 
 
 def _wait(workers: list[Worker], stop: StopRequest) -> Failure | None:
-    """Waits until all workers have ended well, or one has not: returns that one."""
+    """Waits until all workers have ended well, or returns the first one that failed."""
     is_told = False
     while True:
         if stop.requested and not is_told:
@@ -143,7 +144,7 @@ def _wait(workers: list[Worker], stop: StopRequest) -> Failure | None:
         if None not in statuses:
             return None
         time.sleep(POLL_SECONDS)
-    # The others find out by themselves, most often.
+    # The others usually notice by themselves.
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and None in [worker.status for worker in workers]:
         time.sleep(POLL_SECONDS)
@@ -152,10 +153,10 @@ def _wait(workers: list[Worker], stop: StopRequest) -> Failure | None:
 
 
 def _rank(failure: Failure) -> int:
-    """Ranks failures: lower for a cause, higher for what may follow from another's."""
+    """Ranks failures: lower for a likely cause, higher for a likely consequence."""
     if failure.status is None:
         return 2
-    if failure.status == -signal.SIGABRT:  # JAX aborts where it has lost a process
+    if failure.status == -signal.SIGABRT:  # JAX aborts when it has lost a process
         return 3
     if failure.status in (EXIT_LOST_PROCESS, EXIT_INTERRUPTED):
         return 4
@@ -171,7 +172,7 @@ def _kill(workers: list[Worker]) -> None:
 
 
 def _describe_stop(num_processes: int, folder: Path) -> str:
-    """Tells of a stop that came before the processes could see to it, or after."""
+    """Describes a stop that came before or after the processes could handle it."""
     if latest_step(folder) is None:
         return "Stopped before the first checkpoint."
     return f"Stopped; to go on: {describe_resumption(folder, num_processes)}"
@@ -205,7 +206,7 @@ def _repeat_errors(worker: Worker) -> None:
 
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
-    """Holds a free port for process 0, which may bind it too, but no stranger."""
+    """Reserves a free port that process 0, but no stranger, may also bind."""
     with socket.socket() as holder:
         if hasattr(socket, "SO_REUSEPORT"):
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

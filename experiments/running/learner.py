@@ -1,10 +1,11 @@
-"""What a run trains, as its loop sees it: something that advances by steps.
+"""What a run trains, as the training loop sees it: an object that advances in steps.
 
     state --advance--> state, records --evaluate--> numbers --draw--> pictures
 
-The loop owns checkpoints, logs, the screen and the stop; a learner owns the meaning of
-a step: that of an optimizer on a batch of a data set, on rollouts of a policy, or on
-samples of a wave function. `experiments.tasks.supervised.learner` has the first kind.
+The loop is responsible for checkpoints, logs, the screen and stopping; a learner
+defines what a step is: an optimizer step on a batch of a data set, on rollouts of a
+policy, or on samples of a wave function. `experiments.tasks.supervised.learner` has the
+first kind.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ Rows = list[dict[str, Any]]
 
 
 class State(Protocol):
-    """All that the next step needs: a pytree of arrays, typed PRNG keys among them.
+    """Everything that the next step needs: a pytree of arrays and typed PRNG keys.
 
     Attributes:
       step: int32, steps taken.
@@ -39,15 +40,15 @@ Advance = Callable[[Any, int], tuple[Any, Records]]
 class Learner(Protocol):
     """Something that learns by steps.
 
-    A task whose configuration has `precision: float64` gets all calls with 64-bit types
-    enabled.
+    If the configuration of a task has `precision: float64`, all methods are called with
+    64-bit types enabled.
 
     Attributes:
       first_state: the state before the first step.
-      columns: what the screen shows beside the columns of every run: values of
-        evaluations, and of steps that are this learner's own.
-      train_data: the training examples along the leading axes of its leaves, where
-        there is such a set; else None.
+      columns: what the screen shows besides the columns common to all runs: values of
+        evaluations, and values of steps that only this learner has.
+      train_data: the training examples along the leading axes of its leaves, or None if
+        there is no training set.
     """
 
     @property
@@ -60,32 +61,32 @@ class Learner(Protocol):
     def train_data(self) -> Any: ...  # noqa: D102
 
     def start(self, state: Any) -> AbstractContextManager[Advance]:
-        """Compiles, and opens what the steps from `state` on need.
+        """Compiles, and opens whatever the steps from `state` on need.
 
-        It gives `advance(state, num_steps) -> (state, records)`, which may donate its
+        It yields `advance(state, num_steps) -> (state, records)`, which may donate its
         state, takes at most `steps_per_dispatch` steps, and returns scalars of steps as
-        arrays `[at least num_steps]`, of which the first `num_steps` count. Any cut of
-        a run into calls of it must lead to the same bits.
+        arrays `[at least num_steps]`, of which only the first `num_steps` are valid.
+        However a run is cut into calls, the result must be the same, bit for bit.
         """
         ...
 
     def evaluate(self, state: Any) -> dict[str, Any]:
-        """Returns scalars that tell how good `state` is.
+        """Returns scalars that measure how good `state` is.
 
-        Names begin with `train_` or `test_`; the logs tell them apart by that.
+        Their names begin with `train_` or `test_`; the logs group them by that prefix.
         """
         ...
 
     def draw(self, state: Any, records: Rows, folder: Path, title: str) -> None:
         """Draws a run that ended in `state` into `folder`, at least `curves.png`.
 
-        What else is to be kept of the run besides checkpoints is written here too.
+        Anything else worth keeping besides checkpoints is written here too.
 
         Args:
           state: the last one.
-          records: the lines of `metrics.jsonl`, one for each step, and the `seconds` of
-            `timings.jsonl` where they are known.
-          folder: of the run.
-          title: what the run is, in a few words.
+          records: the lines of `metrics.jsonl`, one for each step, with the `seconds`
+            of `timings.jsonl` where they are known.
+          folder: the run folder.
+          title: a short description of the run.
         """
         ...

@@ -1,7 +1,7 @@
 """The files that a run appends to: JSON lines and TensorBoard events.
 
-`metrics.jsonl` holds nothing that depends on the clock, so that a resumed run leaves
-the same bytes as one that was never stopped; the clock goes to `timings.jsonl`.
+`metrics.jsonl` holds nothing that depends on the clock, so that a resumed run writes
+the same bytes as one that was never stopped; times go to `timings.jsonl`.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ EVALUATIONS = ("train_", "test_")
 class JsonLines:
     """An append-only file of JSON objects, each with its `step`.
 
-    Opening it drops what comes after `last_step`, and a line that was cut short. Where
-    lines before that cannot be read, the others stay.
+    Opening it drops the lines after `last_step` and a line that was cut short. If
+    earlier lines cannot be read, the others are kept.
 
     Attributes:
-      notices: a line on those that could not be read, if any.
+      notices: a line about those that could not be read, if any.
     """
 
     def __init__(self, path: Path, last_step: int):
@@ -63,7 +63,7 @@ class JsonLines:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Returns once all that was written has reached the disk."""
+        """Returns once everything written has reached the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -77,8 +77,8 @@ class RunLogs:
     """All the logs of a run, open for writing after `last_step`; a context manager.
 
     Attributes:
-      seconds: of training, as last logged.
-      notices: lines on what was damaged.
+      seconds: training time, as last logged.
+      notices: lines about damaged files.
     """
 
     def __init__(self, folder: Path, last_step: int):
@@ -97,7 +97,7 @@ class RunLogs:
         )
         self._stack.callback(self._events.close)
         if last_step:
-            # Tells readers to forget what an earlier file says of later steps.
+            # Tells readers to discard what an earlier file says about later steps.
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=last_step + 1, session_log=start))
 
@@ -113,7 +113,7 @@ class RunLogs:
         self._stack.close()
 
     def write_step(self, record: dict[str, Any]) -> None:
-        """Logs what is known of one step; `record["step"]` says which."""
+        """Logs what is known about one step, whose number is `record["step"]`."""
         self._metrics.write(record)
         values = [
             Summary.Value(tag=f"{_group(name)}/{name}", simple_value=value)
@@ -129,7 +129,7 @@ class RunLogs:
         )
 
     def write_time(self, step: int, seconds: float) -> None:
-        """Logs how long the run had trained, without compiling, after `step`."""
+        """Logs the training time of the run, without compiling, up to `step`."""
         self._timings.write({"step": step, "seconds": round(seconds, 6)})
         self.seconds = seconds
 
@@ -141,7 +141,7 @@ class RunLogs:
 
 
 def plain_number(value: Any) -> float | int | None:
-    """Returns a scalar array as a Python number; None where it is not finite."""
+    """Returns a scalar array as a Python number; None if it is not finite."""
     scalar = np.asarray(value)[()]
     if isinstance(scalar, np.integer | np.bool_):
         return int(scalar)
@@ -165,12 +165,12 @@ def _whole_lines(path: Path, last_step: int) -> tuple[list[bytes], bool]:
             elif step <= last_step:
                 kept.append(line)
                 last_kept, is_damaged = step, is_broken
-    # A kill leaves broken lines too, but after those that a checkpoint promises.
+    # A kill also leaves broken lines, but only after those that a checkpoint promises.
     return kept, is_damaged or last_kept != last_step
 
 
 def _step(line: bytes) -> int | None:
-    """Returns the step of a whole line, None where it is broken."""
+    """Returns the step of a whole line, None if the line is broken."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

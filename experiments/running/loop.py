@@ -2,8 +2,8 @@
 
     restore -> [ steps -> evaluate -> logs -> checkpoint ] ... -> result, curves
 
-At a checkpoint the logs are on the disk up to that step, so that killing the process at
-any moment loses only steps that a resumed run takes again.
+When a checkpoint is saved, the logs up to that step are on the disk, so killing the
+process at any moment only loses steps that a resumed run takes again.
 """
 
 import contextlib
@@ -39,17 +39,17 @@ __all__ = ["Result", "describe_result", "run_training"]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
       steps: steps taken.
-      finished: whether these are all.
-      metrics: what the last evaluation came to; empty where the run was stopped
-        before its end.
-      seconds: of training, over all resumptions, without compiling and evaluating.
-      compile_seconds: of compiling the training step, this time.
-      state: that of the learner after the last step.
-      failure: why nothing was learned, where that is so.
+      finished: whether these are all steps of the run.
+      metrics: results of the last evaluation; empty if the run was stopped before its
+        end.
+      seconds: training time over all resumptions, without compiling and evaluating.
+      compile_seconds: time to compile the training step, this time.
+      state: the learner's state after the last step.
+      failure: why nothing was learned, if so.
     """
 
     steps: int
@@ -62,14 +62,14 @@ class Result:
 
 
 def run_training(config: TrainConfig, folder: Path, console: Console) -> Result:
-    """Trains as `config` says, in `folder`, from its last checkpoint if it has one.
+    """Trains as `config` says, in `folder`, from the last checkpoint if there is one.
 
     Raises:
       ConfigError: the configuration does not fit the task or the run in the folder.
     """
     precision = getattr(config.task, "precision", "float32")
     with contextlib.ExitStack() as stack:
-        # Of this thread only.
+        # For this thread only.
         stack.enter_context(jax.enable_x64(precision == "float64"))
         learner = make_learner(config)
         if jax.process_index() == 0:
@@ -125,7 +125,7 @@ def _run(
 
 
 def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
-    """Returns the last line of a run: what came out, and where everything is."""
+    """Returns the last line of a run: its results, and where everything is."""
     if not result.finished:
         return _describe_stop(result.steps, config, folder)
     values = ", ".join(
@@ -135,8 +135,8 @@ def describe_result(result: Result, config: TrainConfig, folder: Path) -> str:
     )
     return (
         f"{_title(config)}: {values} after {result.steps} steps and "
-        f"{result.seconds:.1f} s of training "
-        f"(compiled in {result.compile_seconds:.1f} s). All of it is in {folder}"
+        f"{result.seconds:.1f} s of training (compiled in {result.compile_seconds:.1f} "
+        f"s). Everything is in {folder}"
     )
 
 
@@ -156,7 +156,7 @@ def _describe_stop(step: int, config: TrainConfig, folder: Path) -> str:
 def _find_failure(
     learner: Learner, records: Rows, metrics: dict[str, Any]
 ) -> str | None:
-    """Returns why nothing was learned, None where something was, or nobody knows."""
+    """Returns why nothing was learned; None if something was, or if nobody knows."""
     statuses = [record.get("status") for record in records]
     is_stuck = bool(statuses) and not any(
         status is None or ngd.StepStatus(status).is_taken for status in statuses
@@ -178,7 +178,7 @@ def _train(
     checkpoints: Checkpoints,
     report: SilentReport,
 ) -> Result:
-    """Takes the steps that are left, until `stop` is requested."""
+    """Takes the remaining steps, until `stop` is requested."""
     step = saved_step = int(state.step)
     seconds, metrics, compile_seconds = report.seconds, {}, 0.0
     if step < config.steps:

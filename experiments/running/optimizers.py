@@ -1,8 +1,8 @@
-"""Optimizers from their settings, called in one way, and what each tells of its step.
+"""Optimizers from their settings, with one calling convention, and their step reports.
 
 Every transformation accepts the same extra arguments (`batch`, `value`, `grad`,
 `value_fn`), so that one training step serves them all. `configs/optimizer/` names the
-constructors (`_target_`) and their arguments; what is learned comes from the task.
+constructors (`_target_`) and their arguments; the task supplies the model.
 """
 
 import functools
@@ -28,7 +28,7 @@ __all__ = [
 PyTree = Any
 Settings = dict[str, Any]
 
-# Whether settings are good is known before the data of a task are there.
+# Settings can be checked before the data of a task is there.
 _NO_TASK = Task(
     name="none",
     train={},
@@ -46,7 +46,7 @@ def make_optimizer(
     """Builds the transformation that `settings` describe, for the model of `task`.
 
     Raises:
-      ConfigError: settings that their constructor refuses, or of no transformation.
+      ConfigError: a constructor refuses the settings, or makes no transformation.
     """
     built = _build(settings, task, path)
     if not isinstance(built, optax.GradientTransformation):
@@ -58,10 +58,10 @@ def make_optimizer(
 
 
 def check_optimizer(settings: Settings, path: str = "optimizer") -> Any:
-    """Returns what `settings` describe for a model that does nothing.
+    """Builds what `settings` describe for a dummy model, and returns it.
 
     Raises:
-      ConfigError: settings that their constructor refuses.
+      ConfigError: their constructor refuses the settings.
     """
     return _build(settings, _NO_TASK, path)
 
@@ -71,10 +71,10 @@ def make_metric(
     microbatch_size: int | None = None,
     weights_fn: Any = None,
 ) -> ngd.Metric:
-    """The metric of the first `examples` of a batch, None for all.
+    """The metric on the first `examples` of a batch, None for all.
 
     Args:
-      examples: so many of them; what they weigh stays what `weights_fn` says.
+      examples: number of examples; their weights remain those of `weights_fn`.
       microbatch_size: examples in memory at once; None for all.
       weights_fn: see `ngd_jax.Metric`.
 
@@ -94,7 +94,7 @@ def make_metric(
 def without_extra_arguments(
     transformation: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Keeps `batch` and the like from one that says it takes them, and does not."""
+    """Hides `batch` and the like from a transformation that wrongly claims them."""
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> Any:
         return transformation.update(updates, state, params)
@@ -123,10 +123,10 @@ def _build(settings: Settings, task: Task, path: str) -> Any:
 
 
 def read_step_info(opt_state: PyTree) -> dict[str, jax.Array]:
-    """Returns what the optimizer itself reports of its last step, as named scalars.
+    """Returns what the optimizer reports about its last step, as named scalars.
 
-    The natural gradient tells all about its solve and its radius; a zoom line search
-    how many points it tried; other optimizers nothing.
+    The natural gradient reports its solve and its radius in full; a zoom line search
+    the number of points it tried; other optimizers nothing.
     """
     info = optax.tree.get(opt_state, "NaturalGradientInfo")
     if info is not None:

@@ -1,7 +1,7 @@
 """The curves of a run as one PNG: loss, a metric, KL and radius, solver steps.
 
-All of them over steps, from 0 on, and over the seconds of training above. A panel that
-has nothing to show, or the same all along, is left out.
+All curves are drawn over steps, from 0 on; the axis above shows the seconds of
+training. A panel with nothing to show, or with only constant curves, is left out.
 """
 
 import io
@@ -30,7 +30,7 @@ __all__ = [
 Records = list[dict[str, Any]]
 
 LIGHT, DARK, CONTRAST = "#9ecae1", "#08519c", "#d94801"
-FONT_SIZE = 8.5  # points, of legends
+FONT_SIZE = 8.5  # points, in legends
 SETS = (
     ("{}", "-", LIGHT, "batch, before the step"),
     ("train_{}", "o-", DARK, "training set"),
@@ -45,9 +45,9 @@ def plot_curves(
 
     Args:
       records: one for each step.
-      path: of the picture.
-      title: what the run is.
-      metric: which value is drawn beside the loss, of batches and of the sets.
+      path: where to save the picture.
+      title: a description of the run.
+      metric: the value drawn beside the loss, for batches and for both sets.
     """
     figure = Figure(layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
@@ -69,15 +69,15 @@ def save_figure(
     label: str = "step",
     scale: float = 1.0,
 ) -> None:
-    """Writes `path` with the panels that show something, their grids and legends.
+    """Writes `path` with the panels that have something to show, grids and legends.
 
     Args:
       figure: the picture.
       axes: its panels, over `scale` times the step.
-      path: of the file.
-      records: as of `plot_curves`; `seconds` are those of training until then.
-      label: of the axis of steps.
-      scale: of the axis of steps.
+      path: where to save the picture.
+      records: as for `plot_curves`; `seconds` is the training time so far.
+      label: label of the step axis.
+      scale: scale of the step axis.
     """
     shown = [axis for axis in axes.flat if _has_shape(_panel(axis))] or [axes.flat[0]]
     for axis in axes.flat:
@@ -104,21 +104,21 @@ def save_figure(
 def add_legend(axis: Axes, *, title: str | None = None) -> None:
     """Puts the legend, if there is one, below the axis, where it covers no curve.
 
-    Call it after the label of the axis is set.
+    Call it after setting the label of the axis.
     """
     labels = axis.get_legend_handles_labels()[1]
     figure, grid, whole = axis.figure, axis.get_gridspec(), axis.get_tightbbox()
     assert figure is not None
     assert grid is not None
     assert whole is not None
-    # What ticks and label take below the axis, in points.
+    # Height of ticks and label below the axis, in points.
     below = (axis.get_window_extent().y0 - whole.y0) * 72 / figure.dpi
     room = 0.85 * figure.bbox.width / grid.ncols
     for columns in range(min(3, len(labels)), 0, -1):
         legend = axis.legend(
             loc="upper center",
             bbox_to_anchor=(0.5, 0.0),
-            borderaxespad=below / FONT_SIZE + 0.2,  # as it counts
+            borderaxespad=below / FONT_SIZE + 0.2,  # in units of the font size
             ncols=columns,
             frameon=False,
             fontsize=FONT_SIZE,
@@ -129,7 +129,7 @@ def add_legend(axis: Axes, *, title: str | None = None) -> None:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Writes `path`, whole or not at all."""
+    """Writes `path` completely or not at all."""
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")
     write_atomically(path, content.getvalue())
@@ -142,7 +142,7 @@ def _panel(axis: Axes) -> list[Axes]:
 
 
 def _has_shape(panel: list[Axes]) -> bool:
-    """Whether any curve of the panel goes up or down."""
+    """Whether any curve of the panel is not constant."""
     curves = [line.get_ydata() for axis in panel for line in axis.get_lines()]
     finite = [values[np.isfinite(values)] for values in map(np.asarray, curves)]
     return any(values.size and np.ptp(values) > 0.0 for values in finite)
@@ -161,7 +161,7 @@ def _add_seconds(axis: Axes, places: np.ndarray, seconds: np.ndarray) -> None:
 def _draw_loss(axis: Axes, records: Records) -> None:
     axis.set(title="Loss", ylabel="mean loss per example (nats)")
     is_positive = _draw_sets(axis, records, "loss")
-    # A density may be above one, and its loss then is below zero.
+    # A probability density may exceed one, and its loss is then below zero.
     axis.set_yscale("log" if is_positive else "linear")
 
 
@@ -180,7 +180,7 @@ def _draw_metric(axis: Axes, records: Records, metric: str) -> None:
 
 
 def _draw_sets(axis: Axes, records: Records, name: str, scale: float = 1.0) -> bool:
-    """Draws `name` of batches and of both sets; returns whether all is positive."""
+    """Draws `name` for batches and both sets; returns whether all are positive."""
     is_positive = True
     for form, style, color, label in SETS:
         steps, values = series(records, form.format(name), is_before=form == "{}")
@@ -191,7 +191,7 @@ def _draw_sets(axis: Axes, records: Records, name: str, scale: float = 1.0) -> b
 
 
 def draw_kl(axis: Axes, records: Records) -> None:
-    """Draws the KL of each step, measured and as the model has it, and the radius."""
+    """Draws the KL of each step, measured and predicted, and the radius."""
     axis.set(title="KL of the step", ylabel="mean KL per example (nats)", yscale="log")
     steps, measured = series(records, "measured_kl")
     axis.plot(steps, _positive(measured), ".-", ms=4, color=DARK, label="measured")
@@ -228,9 +228,10 @@ def _draw_solver(axis: Axes, records: Records) -> None:
 def series(
     records: Records, name: str, *, is_before: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps after which `name` is known, and its values, NaN where null.
+    """Returns the steps after which `name` is known, and its values, NaN for null.
 
-    With `is_before` it is of the parameters before its step, so that the first is 0.
+    With `is_before` the values belong to the parameters before their step, so the first
+    step is 0.
     """
     known = [record for record in records if name in record]
     values = [np.nan if record[name] is None else record[name] for record in known]

@@ -1,6 +1,6 @@
-"""What a run tells while it goes: its files, and rows on the screen.
+"""What a run reports while it is running: its files, and rows on the screen.
 
-In a run of several processes the first one tells; the report of the others is silent.
+If a run has several processes, only the first one reports; the others are silent.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ Row = dict[str, Any]
 
 
 class SilentReport:
-    """Tells nothing; a context manager, as `Report` is.
+    """Reports nothing; a context manager, as `Report` is.
 
     Attributes:
-      seconds: of training, as last told.
+      seconds: training time, as last reported.
     """
 
     seconds: float = 0.0
@@ -41,7 +41,7 @@ class SilentReport:
         pass
 
     def show(self, rows: list[Row], seconds: float) -> None:
-        """Tells of the steps of a dispatch, after `seconds` of training in all."""
+        """Reports the steps of a dispatch, after `seconds` of training in all."""
         del rows
         self.seconds = seconds
 
@@ -50,9 +50,9 @@ class SilentReport:
 
 
 class Report(SilentReport):
-    """Tells of a run in `folder` and on `console`, from after `step` on.
+    """Reports on a run in `folder` and on `console`, starting after `step`.
 
-    `notices` are lines to say at the start.
+    `notices` are lines to print at the start.
     """
 
     def __init__(

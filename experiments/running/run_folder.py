@@ -1,15 +1,15 @@
-"""The folder of one run: where it is, what it holds, how it is opened again.
+"""The folder of one run: where it is, what it holds, and how to reopen it.
 
 config.yaml       the resolved configuration
 environment.json  versions and devices
 metrics.jsonl     one line for each step; the same bytes each time a run is repeated
-timings.jsonl     one line for each dispatch: seconds of training until then
+timings.jsonl     one line for each dispatch: seconds of training so far
 result.json       losses and metrics after the last step, and seconds
 curves.png        the curves; tensorboard/ has them too
 checkpoints/      the training state, through Orbax, with checksums
 .lock             held by the process that trains here
 
-What was damaged by other hands is reported, and kept under its name with `.damaged`.
+Files that were damaged from outside are reported, and kept as `<name>.damaged`.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.yaml"
-CHECKSUMS = ".sha256"  # follows the step of a checkpoint, which they make complete
+CHECKSUMS = ".sha256"  # appended to the step; a checkpoint without it is incomplete
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 
@@ -70,10 +70,10 @@ def choose_folder(
     seed: int,
     process_id: int | None = None,
 ) -> str:
-    """Returns the folder of the run to resume, or a fresh one named after the run.
+    """Returns the folder of the run to resume, or a new one named after the run.
 
-    Of several processes, the first one chooses for all; this makes none for the others.
-    It is the resolver `run_folder` of `configs/train.yaml`.
+    If there are several processes, the first one chooses for all; the others make none.
+    This is the resolver `run_folder` of `configs/train.yaml`.
     """
     if process_id:
         return runs_dir
@@ -89,7 +89,7 @@ def choose_folder(
 
 
 def plain_name(text: str) -> str:
-    """Returns `text` with what a command line would want quoted replaced by dashes.
+    """Replaces by dashes the characters of `text` that a command line must quote.
 
     This is the resolver `plain_name` of `configs/train.yaml`.
     """
@@ -123,17 +123,19 @@ def open_run(
     """Returns the checked configuration of the run in `folder`, new or resumed.
 
     Args:
-      tree: what this command line composes to.
+      tree: the configuration composed from this command line.
       folder: the run folder.
       overrides: the command line's overrides, such as "optimizer.max_kl=0.1".
-      is_sweep: whether the run is one of several of this command line.
+      is_sweep: whether the command line starts several runs.
 
     Raises:
-      ConfigError: a bad configuration, or overrides that do not fit the resumed run.
+      ConfigError: the configuration is bad, or overrides do not suit the resumed run.
     """
     if tree.resume is None:
         if (folder / CONFIG_FILE).exists():
-            raise ConfigError(f"{folder} holds a run already; resume={folder} goes on.")
+            raise ConfigError(
+                f"{folder} already holds a run; resume={folder} continues."
+            )
         return read_config(tree)
     if is_sweep:
         raise ConfigError("`resume` continues one run: leave out --multirun.")
@@ -148,22 +150,22 @@ def _load_config(path: Path) -> DictConfig:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     with contextlib.suppress(ValueError, OSError, yaml.YAMLError):
         tree = OmegaConf.load(path)
-        # One that was cut short is without its end of line, or a setting.
+        # A file that was cut short lacks its final newline or a setting.
         is_whole = path.read_bytes().endswith(b"\n")
         if isinstance(tree, DictConfig) and names <= tree.keys() and is_whole:
             return tree
     raise ConfigError(
-        f"{path} is damaged. Write it anew by the command of the run, as "
-        f"environment.json has it, with `--cfg job > {path}` at its end."
+        f"{path} is damaged. To restore it, run the command in environment.json again, "
+        f"with `--cfg job > {path}` appended."
     )
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it; a process that dies lets go of it, however it ends.
+    """Makes and locks `folder`; the lock ends with the process, however it ends.
 
     Raises:
-      ConfigError: another process holds it.
+      ConfigError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
@@ -172,7 +174,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"Another process is training in {folder}.") from None
         except OSError:
-            pass  # Some network file systems have no locks; training goes on without.
+            pass  # Some network file systems have no locks; train without one.
         yield
 
 
@@ -192,7 +194,7 @@ def describe_resumption(folder: Path, num_processes: int = 1) -> str:
 
 
 def hydra_override(name: str, value: str) -> str:
-    """Returns `name=value`, with quotes for Hydra where the value is not plain."""
+    """Returns `name=value`, quoted for Hydra unless the value is plain."""
     if re.fullmatch(r"[\w./+-]+", value, re.ASCII):
         return f"{name}={value}"
     escaped = value.replace('"', r"\"")
@@ -200,16 +202,16 @@ def hydra_override(name: str, value: str) -> str:
 
 
 def shorten(path: Path) -> Path:
-    """Returns `path` relative to the working directory where it lies within."""
+    """Returns `path` relative to the working directory if it lies within it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 @contextlib.contextmanager
 def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Removes `folder` at the end if nothing was written there.
+    """Removes `folder` on exit if nothing was written there.
 
-    Hydra makes the folder before anyone has looked at the configuration.
+    Hydra makes the folder before anyone has checked the configuration.
     """
     try:
         yield
@@ -233,7 +235,7 @@ def write_config(config: TrainConfig, folder: Path) -> None:
 
 
 def write_environment(folder: Path) -> list[str]:
-    """Writes versions and devices; returns lines on what is not as it was written."""
+    """Writes versions and devices; returns a line for each difference from before."""
     path = folder / "environment.json"
     environment = {
         "python": platform.python_version(),
@@ -255,24 +257,24 @@ def write_environment(folder: Path) -> list[str]:
         notices = [f"environment.json was damaged: it is kept as {set_aside(path)}."]
     write_json(path, environment)
     return notices + [
-        f"Not the environment of before: {name} was {earlier.get(name)}, is {value}."
+        f"The environment has changed: {name} was {earlier.get(name)}, is {value}."
         for name, value in environment.items()
         if name != "command" and earlier.get(name) != value
     ]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all."""
+    """Writes `value` as indented JSON, completely or not at all."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a file of one JSON object a line."""
+    """Returns the records of a file with one JSON object per line."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` whole or not at all, even where the power fails meanwhile."""
+    """Writes `data` completely or not at all, even if the power fails meanwhile."""
     draft = path.with_name(path.name + ".draft")
     try:
         with draft.open("wb") as file:
@@ -286,14 +288,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames what is damaged, and returns its new path."""
+    """Renames a damaged file or folder, and returns its new path."""
     target = path.with_name(path.name + ".damaged")
     remove(target)
     return path.replace(target)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that is in it, where it exists."""
+    """Removes a file, or a folder with everything in it, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

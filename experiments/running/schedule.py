@@ -1,4 +1,4 @@
-"""When a run stops between steps: to show, to evaluate, to save, to end."""
+"""When a run pauses between steps: to show, to evaluate, to save, to end."""
 
 from experiments.running.config import TrainConfig
 
@@ -6,7 +6,7 @@ __all__ = ["next_stop"]
 
 
 def next_stop(step: int, config: TrainConfig) -> int:
-    """Returns the step at which Python must look again, after `step`."""
+    """Returns the next step after `step` at which control must return to Python."""
     intervals = (
         config.steps_per_dispatch,
         config.eval_every,

@@ -1,4 +1,4 @@
-"""What a run shows: a row for each step, and on a terminal a live progress bar."""
+"""What a run shows: a row for each step, and a live progress bar on a terminal."""
 
 import os
 import sys
@@ -60,23 +60,23 @@ BAR_WIDTH = 6
 
 
 class Terminal(Console):
-    """A console that falls silent once nobody reads it, such as before `| head`."""
+    """A console that falls silent when its reader is gone, as with `| head`."""
 
     def on_broken_pipe(self) -> None:
-        """Ends the output, and not the program as `Console` does."""
+        """Ends the output, but not the program as `Console` does."""
         self.quiet = True
-        # What else is printed, and what Python flushes at its end.
+        # Covers later prints, and what Python flushes on exit.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
 
 
 class StepsPerSecond(ProgressColumn):
-    """Speed, over the last moments."""
+    """Speed over the last few moments."""
 
     def render(self, task: Task) -> Text:
         """Returns the speed of `task`."""
-        # `finished_speed` counts the time of compiling too.
+        # `finished_speed` includes the time spent compiling.
         speed = task.speed or task.finished_speed
         return Text(f"{speed:.1f} steps/s" if speed else "", no_wrap=True)
 
@@ -87,9 +87,9 @@ class Screen:
     Args:
       console: where to print.
       title: what the run is.
-      columns: those that follow the common ones; they need not be known at every step.
-      first_step: steps done before.
-      last_step: steps of the whole run.
+      columns: those after the common ones; they need not be known at every step.
+      first_step: steps taken before.
+      last_step: total number of steps of the run.
       log_every: steps between rows.
     """
 
@@ -108,7 +108,7 @@ class Screen:
         self._last_step = last_step
         self._last_columns = columns
         self._columns: list[Column] = []
-        # Without a terminal the rows alone tell how far the run is.
+        # Without a terminal, only the rows show how far the run is.
         self._progress = Progress(
             MofNCompleteColumn(),
             BarColumn(BAR_WIDTH),
@@ -138,7 +138,7 @@ class Screen:
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def show_step(self, record: dict[str, Any]) -> None:
-        """Prints the row of a step where one is due, and a heading above the first."""
+        """Prints the row of a step if one is due, and a heading above the first."""
         if not self._columns:
             common = [column for column in COLUMNS if column.name in record]
             self._columns = [*common, *self._last_columns]
@@ -155,7 +155,7 @@ class Screen:
         self.say(" ".join(cells).rstrip() + trouble)
 
     def show_progress(self, record: dict[str, Any]) -> None:
-        """Moves the bar to the step of `record`, with its numbers."""
+        """Moves the bar to the step of `record`, and shows its numbers."""
         description = " ".join(
             f"{column.title} {_cell(column, record)}"
             for column in BAR_COLUMNS

@@ -1,7 +1,7 @@
-"""Typed settings: dataclass fields that carry the rule which their value must obey.
+"""Typed settings: dataclass fields that carry the rule that their values must obey.
 
-A configuration class declares `learning_rate: Annotated[float, POSITIVE]`; its numbers
-live in `configs/`. `None` passes where the type allows it, a list where each of its
+A configuration class declares `learning_rate: Annotated[float, POSITIVE]`; its values
+are in `configs/`. `None` passes if the type allows it, and a list if each of its
 elements does. Knows neither Hydra nor any task.
 """
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class ConfigError(ValueError):
-    """A mistake in the configuration, told in one line that names the setting."""
+    """A mistake in the configuration, reported in one line that names the setting."""
 
 
 class Rule(NamedTuple):
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 
     Attributes:
       text: completes the sentence "`name` must be ...".
-      holds: the predicate. Written so that NaN fails it.
+      holds: the predicate, written so that NaN fails it.
     """
 
     text: str
@@ -47,12 +47,12 @@ AT_LEAST_ONE = Rule("at least 1", lambda value: value >= 1)
 
 
 def one_of(*names: str) -> Rule:
-    """The rule of a setting that names one of a few things."""
+    """The rule of a setting that must be one of a few names."""
     return Rule(f"one of {', '.join(names)}", lambda value: value in names)
 
 
 def one_of_or_own(*names: str) -> Rule:
-    """The rule of a setting that names one of a few things, or "module:function"."""
+    """The rule of a setting that is one of a few names, or "module:function"."""
     return Rule(
         f"one of {', '.join(names)}, or a module:function of your own",
         lambda value: value in names or ":" in value,
@@ -63,14 +63,14 @@ SEED = Rule("between 0 and 2^31 - 1", lambda value: 0 <= value < 2**31)
 
 
 def check_rules(config: Any, prefix: str = "") -> None:
-    """Holds every field of a configuration dataclass, nested ones too, to its rule.
+    """Checks every field of a configuration dataclass, nested ones too, by its rule.
 
     Args:
       config: a dataclass instance.
       prefix: dotted path of `config` in the whole configuration, for the message.
 
     Raises:
-      ConfigError: names the setting, the rule and the value that came.
+      ConfigError: names the setting, the rule and the actual value.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):

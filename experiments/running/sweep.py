@@ -1,6 +1,6 @@
-"""What comes out of a sweep: a table and a picture over its runs.
+"""The results of a sweep: a table and a picture of its runs.
 
-Runs that differ in nothing but the seed are one setting: its figures are the median
+Runs that differ only in the seed belong to one setting, whose figures are the median
 over seeds, with the lowest and the highest.
 """
 
@@ -25,8 +25,8 @@ from experiments.running.screen import Terminal
 
 __all__ = ["Run", "SweepReport", "draw_sweep", "label_runs", "sweep_table"]
 
-# By the first of these that the runs have, the setting with the lowest or the highest
-# median is the best one.
+# The best setting has the lowest or the highest median of the first of these metrics
+# that the runs have.
 GOALS: dict[str, Callable[[Iterable[float]], float]] = {
     "test_return": max,
     "test_l2_error": min,
@@ -34,15 +34,15 @@ GOALS: dict[str, Callable[[Iterable[float]], float]] = {
     "train_loss": min,
 }
 SEED = "seed"
-MAX_LABEL = 30  # longer ones are broken
+MAX_LABEL = 30  # longer labels are wrapped
 
 
 class Run(NamedTuple):
     """One run of a sweep.
 
     Attributes:
-      overrides: what its command line says, `{name: value}`.
-      folder: where it is.
+      overrides: those of its command line, `{name: value}`.
+      folder: its run folder.
     """
 
     overrides: dict[str, str]
@@ -50,20 +50,20 @@ class Run(NamedTuple):
 
     @property
     def result(self) -> dict[str, Any]:
-        """Its last figures; empty if it has not finished."""
+        """Its final figures; empty if it has not finished."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.folder / "result.json").read_text())
         return {}
 
 
 class SweepReport(Callback):
-    """Collects the runs of a sweep, and reports on them at its end."""
+    """Collects the runs of a sweep and reports on them at the end."""
 
     def __init__(self) -> None:
         self._runs: list[Run] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Remembers a run."""
+        """Records a run."""
         del config
         assert job_return.hydra_cfg is not None
         words = [word.partition("=") for word in job_return.overrides or ()]
@@ -78,7 +78,7 @@ class SweepReport(Callback):
         folder = self._runs[0].folder.parent
         if (table := sweep_table(groups)) is None:
             return
-        # A file has room, a terminal what it has.
+        # A file has as much room as needed, a terminal only its own width.
         width = None if sys.stdout.isatty() else 200
         console = Terminal(width=width, soft_wrap=True, highlight=False, markup=False)
         console.print(table)
@@ -88,7 +88,7 @@ class SweepReport(Callback):
 
 
 def label_runs(runs: list[Run]) -> dict[str, list[Run]]:
-    """Groups runs by what they differ in, the seed apart; the label says that."""
+    """Groups runs by their overrides other than the seed; labels tell them apart."""
     names = dict.fromkeys(name for run in runs for name in run.overrides)
     varied = [
         name
@@ -106,9 +106,9 @@ def label_runs(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def sweep_table(groups: dict[str, list[Run]]) -> Table | None:
-    """The figures of each setting over its seeds, the best one marked.
+    """The figures of each setting over its seeds, with the best setting marked.
 
-    None where no run has finished.
+    Returns None if no run has finished.
     """
     results = {
         label: [run.result for run in runs if run.result]
@@ -149,8 +149,8 @@ def _best(results: dict[str, list[dict[str, Any]]], goal: str) -> str | None:
 
 
 def draw_sweep(groups: dict[str, list[Run]], path: Path) -> None:
-    """Draws the loss of each setting over steps, its median and range over seeds."""
-    height = 4.5 + 0.2 * len(groups)  # a line of the legend each, at most
+    """Draws the loss of each setting over steps: its median and range over seeds."""
+    height = 4.5 + 0.2 * len(groups)  # at most one legend line per group
     figure = Figure(figsize=(7.5, height), layout="constrained")
     axis = figure.subplots()
     lowest = np.inf
@@ -180,7 +180,7 @@ def _loss_of(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _values(results: list[dict[str, Any]], name: str) -> list[float]:
-    """The figure of every run; empty where one has none, or none that is finite."""
+    """The figure of every run; empty if one has none, or if none is finite."""
     values = [result.get(name) for result in results]
     known = [value for value in values if value is not None]
     return known if len(known) == len(values) else []

@@ -1,8 +1,8 @@
-"""What is learned: each task has a file in `configs/task/`, which names what makes it.
+"""What can be learned: each task has a file in `configs/task/` that names its maker.
 
-That is a function that returns a `Task`, a data set with a model and a loss; or, for
-what is none (a policy in an environment, an equation, a wave function), the class of
-its settings, for which `learners` has a learner.
+The maker is a function that returns a `Task`: a data set with a model and a loss. For
+anything else (a policy in an environment, an equation, a wave function) the file names
+the class of its settings, for which `learners` has a learner.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ __all__ = ["Task", "make_task", "num_examples"]
 
 
 def make_task(config: Any) -> Task:
-    """Calls what `config._target_` names with the settings beside it.
+    """Calls the function that `config._target_` names with the other settings.
 
     Raises:
-      ConfigError: it makes no task.
+      ConfigError: the function does not return a task.
     """
     settings = dict(vars(config))
     name, target = settings.pop("name"), settings.pop("_target_")

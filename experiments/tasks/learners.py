@@ -1,4 +1,4 @@
-"""The learner of a configuration: most tasks are data sets; others bring their own."""
+"""Chooses the learner of a configuration: for a data set, or the task's own."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ OTHER_LEARNERS: dict[type, Callable[[TrainConfig], Learner]] = {
 
 
 def make_learner(config: TrainConfig) -> Learner:
-    """Builds what `config.task` names, with the optimizer that the rest describes.
+    """Builds the learner of `config.task`, with the optimizer of the configuration.
 
     Raises:
       ConfigError: a setting does not fit the task.

@@ -2,11 +2,12 @@
 
     q = N(m, Λ⁻¹),    L = KL(q ‖ prior) - Σ E_q log p(yₙ | xₙᵀ w),    η = (Λ m, Λ)
 
-The parameters are the natural ones of q, and q itself is the output of the model: one
-example, whose KL is in closed form and whose Fisher comes from it by `FromKL`. On a
-conjugate model one step of rate 1 is the exact posterior. On logistic regression (the
-breast cancer data of scikit-learn) a step of rate ρ moves Λ by the part ρ to that of
-the prior plus Σ E_q[σ'] x xᵀ, so that it never ceases to be positive.
+The parameters are the natural parameters of q, and q itself is the model's output, with
+a single example: its KL is in closed form, and `FromKL` derives the Fisher from it. On
+a conjugate model one step with rate 1 gives the exact posterior. On logistic regression
+(the breast cancer data of scikit-learn) a step with rate ρ moves Λ the fraction ρ of
+the way to the precision of the prior plus Σ E_q[σ'] x xᵀ, so it stays positive
+definite.
 """
 
 import math
@@ -74,7 +75,7 @@ def kl(p: Gaussian, q: Gaussian) -> jax.Array:
 
 
 def start(size: int, precision: float = 1.0) -> Gaussian:
-    """N(0, I / precision): the prior, and where to begin."""
+    """N(0, I / precision): the prior and the starting point."""
     rows, columns = np.tril_indices(size)
     lower = jnp.where(jnp.asarray(rows == columns), float(precision), 0.0)
     return Gaussian(jnp.zeros(size), lower)
@@ -90,7 +91,7 @@ def log_likelihood_linear(
 def log_likelihood_logistic(
     mean: jax.Array, variance: jax.Array, y: jax.Array
 ) -> jax.Array:
-    """E log σ(y z) for z ~ N(mean, variance) and y = ±1, by Gauss and Hermite."""
+    """E log σ(y z) for z ~ N(mean, variance), y = ±1, by Gauss-Hermite quadrature."""
     z = mean + jnp.sqrt(2 * variance) * jnp.asarray(_NODES)[:, None]
     weights = jnp.asarray(_WEIGHTS / math.sqrt(math.pi))
     return weights @ jax.nn.log_sigmoid(y * z)
@@ -109,7 +110,7 @@ def free_energy(
 def fit(
     log_likelihood: Any, data: Data, *, rate: float, num_steps: int
 ) -> tuple[Gaussian, jax.Array]:
-    """Natural gradient steps from the prior N(0, I).
+    """Takes natural gradient steps from the prior N(0, I).
 
     Returns:
       q, and L before each step and at the end, `[num_steps + 1]`.
@@ -141,7 +142,7 @@ def fit(
 
 
 def logistic_data(num_features: int = 30) -> tuple[Data, Data]:
-    """Training and test parts of the breast cancer data, standardised, with a one."""
+    """Training and test parts of the breast cancer data, standardised, plus a one."""
     bunch: Any = sklearn.datasets.load_breast_cancer()
     x = bunch.data[:, :num_features]
     x = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -156,7 +157,7 @@ def logistic_data(num_features: int = 30) -> tuple[Data, Data]:
 
 
 def linear_data(seed: int = 0, size: int = 6, num_examples: int = 40) -> Data:
-    """A random linear model with noise of width one."""
+    """A random linear model with noise of standard deviation one."""
     random = np.random.default_rng(seed)
     x = random.normal(size=(num_examples, size))
     y = x @ random.normal(size=size) + random.normal(size=num_examples)

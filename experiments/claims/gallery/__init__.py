@@ -1,7 +1,7 @@
-"""Many known algorithms are natural gradient in disguise: each identity, measured.
+"""Many known algorithms are the natural gradient in disguise: each identity, measured.
 
-A file for each identity or each pair of related ones; in it the call of this library,
-the textbook's way in NumPy, and what is left of the identity without its condition.
+One file for each identity or pair of related ones. It contains the call of this
+library, the textbook version in NumPy, and the difference if the condition is violated.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from experiments.claims.gallery.wave_function import reconfiguration
 
 __all__ = ["GALLERY"]
 
-_FLOOR = 1e-16  # of what double precision can show
+_FLOOR = 1e-16  # the smallest difference that double precision can show
 
 
 def demonstrate(quick: bool) -> Evidence:
@@ -53,17 +53,19 @@ def demonstrate(quick: bool) -> Evidence:
     steps = len(descent.natural) - 1
     return Evidence(
         headline=(
-            f"{len(identities)} algorithms are a call of `natural_gradient`, to "
-            f"{worst:.0e} relative at worst; Newton's gradient norm is "
-            f"{descent.natural[-1]:.0e} after {steps} steps, where gradient descent "
-            f"takes {np.argmax(descent.plain < 1e-8):,} to 1e-8"
+            f"{len(identities)} algorithms are equivalent to a call of "
+            f"`natural_gradient`, with a relative difference of at most {worst:.0e}; "
+            f"Newton's gradient norm is {descent.natural[-1]:.0e} after {steps} steps, "
+            f"while gradient descent takes {np.argmax(descent.plain < 1e-8):,} steps "
+            f"to 1e-8"
         ),
         setup=(
-            "Each algorithm as its source has it, written in NumPy (Adam: Optax's), "
-            "against one call of the library, in float64; the problems are in the "
-            "second table. Differences are the largest one over the largest entry. "
-            "Round-off is bounded by n ε κ: n the length of the sums or of the chain "
-            "of steps, ε = 2.2e-16, κ the condition number of what is solved."
+            "Each algorithm as in its source, written in NumPy (Adam: from Optax), "
+            "compared with one call of the library, in float64; the problems are in "
+            "the second table. Differences are the largest absolute difference over "
+            "the largest entry. Round-off is bounded by n ε κ, with n the length of "
+            "the sums or of the chain of steps, ε = 2.2e-16, and κ the condition "
+            "number of the matrix in the solve."
         ),
         checks=[
             check
@@ -74,15 +76,16 @@ def demonstrate(quick: bool) -> Evidence:
         plots=[
             Plot(
                 "gallery",
-                "Left: Newton's method, alias natural gradient, and gradient descent "
-                "on logistic regression. Right: how far each algorithm is from its "
-                "call, and how far where the condition of the identity is left out.",
+                "Left: Newton's method, which here is the natural gradient, and "
+                "gradient descent on logistic regression. Right: the difference "
+                "between each algorithm and its call, also when the condition of the "
+                "identity is violated.",
                 _draw(identities, descent),
             )
         ],
         notes=[
             f"`ngd.contrib.presets.trpo()` is `{ngd.contrib.presets.trpo()}`.",
-            "The code that ran, NumPy for the textbook's side:",
+            "The code that ran, with the textbook version in NumPy:",
             _listing("the steps", descend),
             *(
                 _listing(each.algorithm, each.ours, each.textbook)
@@ -139,7 +142,7 @@ def _draw(identities: Sequence[Identity], descent: Descent) -> Figure:
 
 
 def _draw_descent(axis: Axes, descent: Descent) -> None:
-    # Each with its name beside it, and until round-off is all that is left.
+    # Label the curves directly, and end them where only round-off is left.
     curves = [
         (descent.plain, "gradient descent,\nrate 1/L", (60, 0.05), "SGD"),
         (descent.tuned, "rate 25/L", (270, 1e-10), "SGD, clipped"),
@@ -183,14 +186,15 @@ GALLERY = Claim(
     statement=(
         "Least squares, Newton's method for generalised linear models, "
         "Levenberg-Marquardt, TRPO, the tabular natural policy gradient, K-FAC, Adam, "
-        "stochastic reconfiguration, mirror descent and variational inference are "
-        "natural gradient with a choice of outputs, damping and solver."
+        "stochastic reconfiguration, mirror descent and variational inference are the "
+        "natural gradient with a particular choice of outputs, damping and solver."
     ),
     truth=(
-        "Exact identities, to round-off, each under a condition; without it the two "
-        "differ by per cents or far more. Of TRPO the direction is the same, not the "
-        "length; of K-FAC one layer only; of Adam only batches of one, and with the "
-        "empirical Fisher to the power ½, which is not the natural gradient."
+        "These are exact identities, up to round-off, each under a condition; without "
+        "it the two differ by a few per cent or far more. For TRPO the direction is "
+        "the same, but not the length; for K-FAC the identity covers only one layer; "
+        "for Adam only batches of one example, and with the empirical Fisher to the "
+        "power ½, which is not the natural gradient."
     ),
     source="Martens 2020, and the sources in the table",
     demonstrate=demonstrate,

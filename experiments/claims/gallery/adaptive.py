@@ -1,6 +1,6 @@
 """Adam: the diagonal of the empirical Fisher, to the power ½.
 
-v ← β v + (1 - β) g²,   θ ← θ - η m / (√v + ε):   for batches of one example
+v ← β v + (1 - β) g²,   θ ← θ - η m / (√v + ε):   for batches of a single example,
 g gᵀ is the empirical Fisher, g² its diagonal, and v the running mean of that
 """
 
@@ -30,7 +30,7 @@ _BATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class RootOfDiagonal(ngd.Solver):
-    """d = g / (√(running mean of diag F) + λ): a solver of one's own."""
+    """d = g / (√(running mean of diag F) + λ): a user-defined solver."""
 
     decay: float = 0.999
 
@@ -56,7 +56,7 @@ def model_fn(weights, batch):
 
 
 def natural_adam(weights, batches):
-    """The first moment before, the root of the diagonal as the metric."""
+    """Averages the gradient first; the metric is the root of the diagonal."""
     tx = optax.chain(
         optax.ema(0.9),
         ngd.natural_gradient(
@@ -72,7 +72,7 @@ def natural_adam(weights, batches):
 
 
 def optax_adam(weights, batches):
-    """As Optax has it."""
+    """Adam as in Optax."""
     tx = optax.adam(_RATE, b1=0.9, b2=0.999, eps=1e-8)
     return train(tx, loss_fn, weights, batches, lambda _, moved, *__: moved)[1]
 
@@ -84,7 +84,7 @@ def loss_fn(weights, batch):
 
 
 def adam(quick: bool) -> Identity:
-    """On the breast-cancer data, one patient at a time: every iterate."""
+    """On the breast-cancer data, one patient at a time: compares every iterate."""
     num_steps = 100 if quick else 500
     columns, y = sklearn.datasets.load_breast_cancer(return_X_y=True)
     chosen = np.random.default_rng(0).permutation(len(y))[:num_steps]
@@ -119,10 +119,10 @@ def adam(quick: bool) -> Identity:
             "the square of a mean is not the mean of squares",
         ),
         condition=(
-            "Batches of one example. It is the empirical Fisher, not the Fisher; its "
-            "diagonal; and to the power ½, where the natural gradient has 1. On larger "
-            "batches it is not even that: where a batch of B has a mean gradient near "
-            "zero, g² is about 1/B of the diagonal."
+            "Batches of one example. The metric is the diagonal of the empirical "
+            "Fisher, not of the Fisher, and to the power ½ instead of 1. On larger "
+            "batches it is not even that: if the mean gradient of a batch of B "
+            "examples is near zero, g² is about 1/B of the diagonal."
         ),
         source="Kingma and Ba 2015, algorithm 1; Martens 2020, section 11; Kunstner "
         "et al. 2019, section 2",

@@ -1,9 +1,9 @@
-"""Mirror descent and variational inference: natural parameters against means.
+"""Mirror descent and variational inference: natural and mean parameters.
 
     natural parameters η, log-partition A, means μ = ∇A(η), Fisher F = ∇²A = ∂μ/∂η:
     F⁻¹ ∂L/∂η = ∂L/∂μ
 
-so that the natural gradient in η is the plain gradient in μ: no matrix is left.
+so the natural gradient in η is the plain gradient in μ, without any matrix.
 """
 
 import jax
@@ -28,7 +28,7 @@ _NOISE, _PRECISION = 0.7, 1.0
 
 
 def natural_mirror(start, batch, log_rates_fn=lambda params: params):
-    """Poisson rates, fitted through a blur: the model is the family itself."""
+    """Poisson rates observed through a blur: the model is the family itself."""
 
     def model_fn(params, _batch):
         return log_rates_fn(params)[None]  # one example
@@ -44,7 +44,7 @@ def natural_mirror(start, batch, log_rates_fn=lambda params: params):
 
 
 def exponentiated_gradient(rates, blur, seen):
-    """Mirror descent with entropy as the mirror: μ ← μ exp(-η ∂L/∂μ)."""
+    """Mirror descent with the entropy as mirror map: μ ← μ exp(-η ∂L/∂μ)."""
     path = []
     for _ in range(_MIRROR_STEPS):
         rates = rates * np.exp(-_MIRROR_RATE * blur.T @ (blur @ rates - seen))
@@ -53,7 +53,7 @@ def exponentiated_gradient(rates, blur, seen):
 
 
 def mirror(quick: bool) -> Identity:
-    """On rates seen through a blur: every iterate, and other coordinates."""
+    """On rates observed through a blur: every iterate, and in other coordinates."""
     num_rates = 6 if quick else 30
     random = np.random.default_rng(0)
     distance = np.abs(np.subtract.outer(np.arange(num_rates), np.arange(num_rates)))
@@ -66,7 +66,7 @@ def mirror(quick: bool) -> Identity:
 
     def run(start: ArrayLike, in_means: ArrayLike) -> jax.Array:
         def log_rates_fn(params: jax.Array) -> jax.Array:
-            rates = jnp.where(in_means, params, 1.0)  # no logarithm of what is one
+            rates = jnp.where(in_means, params, 1.0)  # no log of log-rates
             return jnp.where(in_means, jnp.log(rates), params)
 
         return natural_mirror(start, batch, log_rates_fn)
@@ -90,12 +90,12 @@ def mirror(quick: bool) -> Identity:
             "mirror descent, the means as parameters: difference of a step",
             by_means[0],
             truth[0],
-            "first order only: 1 - x in place of exp(-x)",
+            "first order only: 1 - x instead of exp(-x)",
         ),
         condition=(
-            "The parameters are the natural ones of an exponential family, undamped; "
-            "then for any rate. In other coordinates the two agree in the limit of "
-            "small steps only."
+            "The parameters are the natural ones of an exponential family, without "
+            "damping; then it holds for any rate. In other coordinates the two agree "
+            "only in the limit of small steps."
         ),
         source="Raskutti and Mukherjee 2015, theorem 1",
         setup=f"{num_rates} Poisson rates seen through a blur, {_MIRROR_STEPS} steps",
@@ -117,7 +117,7 @@ def kl_fn(natural, other):
 
 
 def symmetric(params):
-    """The parameters as they are, but for what is no part of a precision matrix."""
+    """Keeps only the symmetric part of the quadratic parameters."""
     quadratic = params["quadratic"]
     return {"linear": params["linear"], "quadratic": (quadratic + quadratic.T) / 2}
 
@@ -143,7 +143,7 @@ def natural_inference(start, batch, natural_fn=symmetric):
         model_fn,
         ngd.FromKL(jax.vmap(kl_fn)),
         damping=0.0,
-        solver=ngd.CG(max_steps=50, rtol=1e-13),  # from zero, never off F's range
+        solver=ngd.CG(max_steps=50, rtol=1e-13),  # from zero, stays in F's range
     )
     moved = descend(tx, loss_fn, start, batch)[0]
     return natural_fn(jax.tree.map(lambda leaf: leaf[-1], moved))
@@ -175,7 +175,7 @@ def variational(quick: bool) -> Identity:
 
         return natural_inference(start, batch, natural_fn)
 
-    # With precision 1, the start is the same in both coordinates.
+    # With precision 1, the starting point is the same in both coordinates.
     run = compiled(run)
     found, elsewhere = run(False), run(True)
     # A step along the same tangent: δm = Σ (δh - δP m) = P' (m' - m), for Σ = 1.
@@ -203,9 +203,9 @@ def variational(quick: bool) -> Identity:
             "other coordinates: exact in the precision, not in the mean",
         ),
         condition=(
-            "A conjugate model, the natural parameters of the posterior's family as "
-            "parameters, rate 1, no damping; from any start. Without conjugacy it is "
-            "an iteration, and in other coordinates even this one is."
+            "A conjugate model, with the natural parameters of the posterior's family "
+            "as parameters, rate 1 and no damping; then it holds from any start. "
+            "Without conjugacy, or in other coordinates, more than one step is needed."
         ),
         source="Hoffman et al. 2013; Khan and Rue 2023, The Bayesian learning rule",
         setup=(

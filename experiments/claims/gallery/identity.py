@@ -1,8 +1,8 @@
-"""An identity: an algorithm of the textbooks, and the call that is the same.
+"""An identity: a textbook algorithm, and the equivalent call of this library.
 
     the textbook's update, in NumPy   =   the update of ngd.natural_gradient(...)
 
-Both are short functions, made to be read; the report shows the very source that ran.
+Both are short, readable functions; the report shows the source that actually ran.
 """
 
 import ast
@@ -31,23 +31,23 @@ __all__ = [
     "unequal",
 ]
 
-# What is not equal differs by at least this much: far above any round-off, and far
-# below what the differences here are by their theory.
+# Results that are not equal differ by at least this much: far above any round-off, and
+# far below the differences that the theory predicts here.
 _CLEARLY = 1e-3
 
 
 class Identity(NamedTuple):
-    """An algorithm that is natural gradient in disguise, and how well that was met.
+    """An algorithm that is the natural gradient in disguise, and how well they agree.
 
     Attributes:
       algorithm: its name.
       ours: the function with the call.
-      textbook: the algorithm as its source has it, with none of our code.
-      equality: the largest difference of the two; round-off.
-      limit: the same difference where the condition is left out; not round-off.
-      condition: when the identity holds, and what is else.
+      textbook: the algorithm as in its source, without any of our code.
+      equality: the largest difference of the two, which is round-off.
+      limit: the same difference if the condition is violated, which is not round-off.
+      condition: when the identity holds, and what happens otherwise.
       source: paper and equation.
-      setup: on what it was measured.
+      setup: the problem on which it was measured.
       others: further figures.
     """
 
@@ -63,10 +63,10 @@ class Identity(NamedTuple):
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` for what is small and runs once: most of its time goes to compiling."""
+    """`jax.jit` for small functions that run once: most of the time is compilation."""
 
-    # A function of its own: JAX would remember `function`, and a test that changes what
-    # it calls would get an old answer.
+    # A new function each time: JAX would cache `function`, and a test that changes what
+    # it calls would get an old result.
     def fresh(*arguments: Any) -> Any:
         return function(*arguments)
 
@@ -98,7 +98,7 @@ def descend(
 
 
 def relative_error(ours: Any, truth: Any) -> float:
-    """Largest difference over the largest entry of `truth`; of trees the worst leaf."""
+    """Largest difference over the largest entry of `truth`; in trees the worst leaf."""
     errors = []
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
         a, b = np.asarray(a), np.asarray(b)
@@ -111,14 +111,14 @@ def relative_error(ours: Any, truth: Any) -> float:
 def equal(
     name: str, ours: Any, truth: Any, *, num_rounded: int, condition: float = 1.0
 ) -> Check:
-    """Two results that differ by round-off only: at most n ε κ, relative.
+    """Checks that two results differ only by round-off: at most n ε κ, relative.
 
     Args:
       name: of the algorithm.
-      ours: by natural gradient.
+      ours: by the natural gradient.
       truth: by the textbook.
-      num_rounded: n, the length of the sums that are rounded, or of the chain of steps.
-      condition: κ of the matrix that is solved with.
+      num_rounded: n, the number of terms in sums, or of steps in a chain.
+      condition: κ, the condition number of the matrix in the solve.
     """
     bound = num_rounded * float(np.finfo(float).eps) * condition
     return at_most(
@@ -131,13 +131,13 @@ def equal(
 
 
 def unequal(name: str, ours: Any, truth: Any, reason: str) -> Check:
-    """Two results that differ, for that reason, by more than any round-off."""
+    """Checks that two results differ, for `reason`, by more than any round-off."""
     error = relative_error(ours, truth)
     return between(name, error, _CLEARLY, np.inf, "theory", reason)
 
 
 def call_in(function: Callable[..., Any]) -> str:
-    """What `function` assigns to `tx`, on one line, its constants filled in."""
+    """What `function` assigns to `tx`, on one line, with constants filled in."""
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(function).parameters.items()
@@ -154,7 +154,7 @@ def call_in(function: Callable[..., Any]) -> str:
 
 
 def listing(*functions: Callable[..., Any]) -> str:
-    """The source that ran: the functions, and what of their module they use."""
+    """The source that ran: the functions, and what they use from their module."""
     used: dict[str, Any] = {}
     found = list(functions)
     while found:
@@ -174,13 +174,13 @@ def listing(*functions: Callable[..., Any]) -> str:
 
 
 class _Filled(ast.NodeTransformer):
-    """Puts numbers in the place of their names."""
+    """Replaces names by their numbers."""
 
     def __init__(self, numbers: Mapping[str, float]) -> None:
         self.numbers = numbers
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        """A number where there is one."""
+        """Returns a number if there is one for the name."""
         if node.id in self.numbers:
             return ast.Constant(self.numbers[node.id])
         return node
@@ -191,7 +191,7 @@ def _parse(function: Callable[..., Any]) -> ast.AST:
 
 
 def _globals_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """What the source of `function` or class names of its module."""
+    """The names from its module that the source of a function or class uses."""
     names = {n.id for n in ast.walk(_parse(function)) if isinstance(n, ast.Name)}
     module = vars(sys.modules[function.__module__])
     return {name: module[name] for name in sorted(names) if name in module}

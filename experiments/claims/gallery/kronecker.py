@@ -1,7 +1,7 @@
-"""K-FAC: the Fisher of a linear layer is a Kronecker product, where it is exact.
+"""K-FAC: when the Fisher of a linear layer is exactly a Kronecker product.
 
 F = E[x xᵀ ⊗ H] = E[x xᵀ] ⊗ E[H] = A ⊗ G    for an output metric H that does not
-                                            vary with the inputs x
+                                            depend on the inputs x
 """
 
 import jax
@@ -21,7 +21,7 @@ __all__ = ["factored_layer"]
 
 
 def natural_layer(weights, batch):
-    """A linear layer whose outputs have Gaussian noise with a precision matrix."""
+    """A linear layer with Gaussian output noise, given its precision matrix."""
     precision = batch["precision"]
 
     def model_fn(weights, batch):
@@ -85,13 +85,13 @@ def factored_layer(quick: bool) -> Identity:
             "K-FAC, softmax outputs, F and A ⊗ G: difference",
             _factors(x, weights),
             varied,
-            "the output metric varies with the inputs",
+            "the output metric depends on the inputs",
         ),
         condition=(
-            "One linear layer, and an output metric that does not vary with the "
-            "inputs: Gaussian outputs of any covariance; softmax only where all "
-            "examples have the same probabilities, as at zero weights. For deeper "
-            "networks A ⊗ G, without terms between layers, is an approximation."
+            "One linear layer, and an output metric that does not depend on the "
+            "inputs: Gaussian outputs with any covariance; softmax only if all "
+            "examples have the same probabilities, as with zero weights. For deeper "
+            "networks, A ⊗ G without terms between layers is an approximation."
         ),
         source="Martens and Grosse 2015, section 3",
         setup=(
@@ -110,7 +110,7 @@ def factored_layer(quick: bool) -> Identity:
 
 
 def _factors(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A ⊗ G of softmax outputs, with G the mean of diag(p) - p pᵀ."""
+    """A ⊗ G for softmax outputs, with G the mean of diag(p) - p pᵀ."""
     exponentials = np.exp(x @ weights)
     p = exponentials / exponentials.sum(axis=1, keepdims=True)
     metric = np.diag(p.mean(axis=0)) - p.T @ p / len(p)

@@ -2,8 +2,9 @@
 
     ∇² loss = Xᵀ diag(p (1 - p)) X / N + λI = F + λI
 
-with outputs that are natural parameters: their likelihood's curvature has no targets in
-it, so that the Hessian is its own expectation.
+with natural parameters as outputs: then the second derivatives of the negative
+log-likelihood by the outputs do not depend on the targets, so the Hessian equals its
+own expectation.
 """
 
 from typing import NamedTuple
@@ -28,9 +29,9 @@ __all__ = ["Descent", "reweighting"]
 
 _PENALTY = 0.01
 _STEPS = 8
-# Rates of gradient descent, in units of 1/L with L a bound on the curvature: the one
-# that is safe everywhere, and one found by trial, for the loss happens to be flatter on
-# this way; at 30 it no longer settles.
+# Rates of gradient descent, in units of 1/L, with L a bound on the curvature: the rate
+# that is safe everywhere, and one found by trial, which works because the loss is
+# flatter along this path; with 30 it no longer converges.
 _RATES = (1.0, 25.0)
 _GRADIENT_STEPS = 4000
 _SMALL = 1e-8
@@ -38,12 +39,12 @@ _BEFORE = 3785
 
 
 class Descent(NamedTuple):
-    """The norms of the gradient, before each step.
+    """The gradient norms before each step.
 
     Attributes:
       natural: by natural gradient.
       plain: by gradient descent with the rate 1/L.
-      tuned: by the rate 25/L, found by trial.
+      tuned: with the rate 25/L, found by trial.
     """
 
     natural: np.ndarray
@@ -52,14 +53,14 @@ class Descent(NamedTuple):
 
 
 def penalised_loss(weights, batch):
-    """Mean negative log-likelihood, and half the squared norm of the weights."""
+    """Mean negative log-likelihood plus an L2 penalty on the weights."""
     outputs = batch["x"] @ weights
     nats = -ngd.Bernoulli(event_ndims=0).log_prob(outputs, batch["y"]).mean()
     return nats + _PENALTY * jnp.vdot(weights, weights) / 2
 
 
 def natural_newton(start, batch):
-    """The penalty's curvature λI is what others call damping: F + λI is the Hessian."""
+    """The penalty's curvature λI acts as the damping: F + λI is the Hessian."""
 
     def model_fn(weights, batch):  # log-odds, the canonical link
         return batch["x"] @ weights
@@ -88,7 +89,7 @@ def reweighted_least_squares(start, x, y):
 
 
 def reweighting() -> tuple[Identity, Descent]:
-    """On the breast-cancer data: every iterate, and beside it gradient descent."""
+    """On the breast-cancer data: every iterate, with gradient descent to compare."""
     columns, y = sklearn.datasets.load_breast_cancer(return_X_y=True)
     x = (columns - columns.mean(axis=0)) / columns.std(axis=0)
     x = np.c_[x, np.ones(len(x))]
@@ -122,8 +123,9 @@ def reweighting() -> tuple[Identity, Descent]:
             "not canonical: the Hessian depends on the targets, F does not",
         ),
         condition=(
-            "A generalised linear model with its canonical link; the L2 penalty is the "
-            "damping. With another link it is Fisher scoring, not Newton's method."
+            "A generalised linear model with its canonical link; the L2 penalty acts "
+            "as the damping. With another link, it is Fisher scoring, not Newton's "
+            "method."
         ),
         source="Nelder and Wedderburn 1972; McCullagh and Nelder 1989, section 2.5",
         setup=(
@@ -183,7 +185,7 @@ def _descents(
 def _with_another_link(
     weights: jax.Array, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Hessian of the mean negative log-likelihood, and F, where p = 1 - exp(-eᶻ)."""
+    """Hessian of the mean negative log-likelihood, and F, with p = 1 - exp(-eᶻ)."""
     likelihood = ngd.Bernoulli(event_ndims=0)
 
     def model_fn(weights: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:

@@ -2,8 +2,8 @@
 
     d = (F + λI)⁻¹ ∇J,    step = s d with KL(π_θ ‖ π_θ+sd) = δ
 
-For a table of logits and states weighted as they are visited, F⁺ ∇J = A / (1 - γ), with
-the advantages A centred over actions.
+For a table of logits and states weighted by their visits, F⁺ ∇J = A / (1 - γ), with the
+advantages A centred over actions.
 """
 
 import jax
@@ -22,19 +22,19 @@ from experiments.claims.gallery.identity import (
 
 __all__ = ["policy_gradient", "trpo"]
 
-_RADIUS, _DAMPING = 1e-2, 1e-3  # nats; of ngd.contrib.presets.trpo()
+_RADIUS, _DAMPING = 1e-2, 1e-3  # nats; as in ngd.contrib.presets.trpo()
 _NUM_STATES = 200
 _DISCOUNT = 0.9
 _RATE = 0.5
 
 
 def natural_trpo(weights, batch):
-    """A step to the KL radius, accepted where the surrogate gains what it should."""
+    """A step to the KL radius, accepted if the surrogate gains enough."""
 
-    def policy_fn(weights, batch):  # states to the logits of actions
+    def policy_fn(weights, batch):  # maps states to logits of actions
         return batch["states"] @ weights
 
-    def surrogate_fn(weights, batch):  # minus the advantage, by importance weights
+    def surrogate_fn(weights, batch):  # minus the importance-weighted advantage
         log_policy = jax.nn.log_softmax(policy_fn(weights, batch))
         chosen = jnp.take_along_axis(log_policy, batch["actions"][:, None], 1)[:, 0]
         return -jnp.mean(jnp.exp(chosen - batch["log_policy"]) * batch["advantages"])
@@ -64,7 +64,7 @@ def trpo_direction(weights, batch, num_steps=10):
         alpha = squared / np.sum(p * image)
         d, r = d + alpha * p, r - alpha * image
         p = r + np.sum(r * r) / squared * p
-    # TRPO's own length: the radius by the quadratic model, the damping counted in.
+    # TRPO's own length: the radius in the quadratic model, which includes damping.
     return d, np.sqrt(2 * _RADIUS / np.sum(d * product(d)))
 
 
@@ -81,7 +81,7 @@ def mean_kl(weights, step, states):
 
 
 def trpo(quick: bool) -> Identity:
-    """On linear policies of random states: the directions, the length of the steps."""
+    """On linear policies with random states: directions, and lengths of the steps."""
     problems = [_policy_problem(seed) for seed in range(4 if quick else 32)]
     run = compiled(natural_trpo)
     results = [run(weights, batch) for weights, batch in problems]
@@ -119,11 +119,11 @@ def trpo(quick: bool) -> Identity:
         ),
         condition=(
             f"The gradient is that of the surrogate at the old policy. The direction "
-            f"is TRPO's; the length is not. TRPO takes √(2δ/dᵀ(F+λI)d), here with a KL "
-            f"of {by_model.min():.2f} to {by_model.max():.2f} δ, and halves it until "
-            f"the KL is below δ (then {accepted.min():.2f} to {accepted.max():.2f} δ). "
-            f"Ours is searched for by the measured KL ({ours.min():.2f} to "
-            f"{ours.max():.2f} δ)."
+            f"is that of TRPO; the length is not. TRPO takes √(2δ/dᵀ(F+λI)d), here "
+            f"with a KL of {by_model.min():.2f} to {by_model.max():.2f} δ, and halves "
+            f"it until the KL is below δ (then {accepted.min():.2f} to "
+            f"{accepted.max():.2f} δ). Our length is found by measuring the KL "
+            f"({ours.min():.2f} to {ours.max():.2f} δ)."
         ),
         source="Schulman et al. 2015, appendix C, and its authors' code",
         setup=(
@@ -139,7 +139,7 @@ def trpo(quick: bool) -> Identity:
 
 
 def _policy_problem(seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Weights, and states with actions drawn from the policy and their advantages."""
+    """Weights; states with actions drawn from the policy, and their advantages."""
     random = np.random.default_rng(seed)
     states = random.normal(size=(_NUM_STATES, 16))
     weights = 2 * random.normal(size=(16, 4))
@@ -154,7 +154,7 @@ def _policy_problem(seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _largest_eigenvalue(weights: np.ndarray, batch: dict[str, np.ndarray]) -> float:
-    """Of the Fisher matrix, from its definition: the mean of Σ π ∇log π ∇log πᵀ."""
+    """Of the Fisher matrix, by its definition: the mean of Σ π ∇log π ∇log πᵀ."""
     x, policy = batch["states"], softmax(batch["states"] @ weights)
     scores = np.eye(policy.shape[1]) - policy[:, None, :]  # [states, actions, logits]
     gradients = np.einsum("ni,nak->naik", x, np.sqrt(policy)[..., None] * scores)
@@ -163,7 +163,7 @@ def _largest_eigenvalue(weights: np.ndarray, batch: dict[str, np.ndarray]) -> fl
 
 
 def natural_policy_gradient(logits, batch):
-    """A table of logits; every state is an example, weighted as it is visited."""
+    """A table of logits; every state is an example, weighted by its visits."""
 
     def policy_fn(logits, _batch):
         return logits  # [states, actions]
@@ -176,7 +176,7 @@ def natural_policy_gradient(logits, batch):
         policy_fn,
         ngd.Categorical(),
         damping=0.0,
-        solver=ngd.CG(max_steps=100, rtol=1e-13),  # from zero, never off F's range
+        solver=ngd.CG(max_steps=100, rtol=1e-13),  # from zero, stays in F's range
         metric=ngd.Metric(weights_fn=lambda batch: batch["visits"]),
     )
     moved, _ = descend(tx, loss_fn, logits, batch)
@@ -206,8 +206,8 @@ def advantage_step(policy, process):
     """A / (1 - γ), and π exp(ηA / (1 - γ)): a soft step of policy iteration."""
     advantages, _ = advantages_and_visits(policy, process)
     weighted = policy * np.exp(_RATE * advantages / (1 - _DISCOUNT))
-    # The null space of F: adding a number to all logits of a state changes nothing, and
-    # the pseudo-inverse leaves it alone.
+    # The null space of F: adding a constant to all logits of a state changes nothing,
+    # and the pseudo-inverse does not move along it.
     centred = advantages - advantages.mean(axis=1, keepdims=True)
     return centred / (1 - _DISCOUNT), weighted / weighted.sum(axis=1, keepdims=True)
 
@@ -235,9 +235,9 @@ def policy_gradient(quick: bool) -> Identity:
         policy[:, :, None] * np.eye(num_actions)
         - policy[:, :, None] * policy[:, None, :]
     )
-    eigenvalues = np.linalg.eigvalsh(fisher)[:, 1:]  # all but a state's null vector
+    eigenvalues = np.linalg.eigvalsh(fisher)[:, 1:]  # without a state's null vector
     condition = eigenvalues.max() / eigenvalues.min()
-    condition *= (1 + _DISCOUNT) / (1 - _DISCOUNT)  # that of Bellman's equations
+    condition *= (1 + _DISCOUNT) / (1 - _DISCOUNT)  # of Bellman's equations
     size = {"num_rounded": logits.size, "condition": float(condition)}
     return Identity(
         algorithm="tabular policy gradient",
@@ -248,13 +248,15 @@ def policy_gradient(quick: bool) -> Identity:
             "tabular policy, states weighted alike: difference",
             unweighted,
             truth,
-            "then A is scaled by how often a state is visited, times their number",
+            "then A is scaled by the frequency of visits to a state, times the number "
+            "of states",
         ),
         condition=(
             "A logit for each state and action, states weighted by their discounted "
-            "visits, no damping; A is centred over the actions, since F⁺ leaves its "
-            "null space alone, and the policy is the same. With features in place of a "
-            "table it is the best fit to A, not A."
+            "visits, and no damping; A is centred over the actions, since F⁺ does not "
+            "move along its null space, which does not change the policy. With "
+            "features instead of a table, the result is the best fit to A, not A "
+            "itself."
         ),
         source="Kakade 2001, theorem 1; Agarwal et al. 2021, soft policy iteration",
         setup=(

@@ -26,7 +26,7 @@ _LM_START = np.array([1.0, 1.0, 0.0])
 
 
 def one_step_of_regression(start, batch, damping=0.0):
-    """From anywhere to the minimum: the quadratic model is the loss itself."""
+    """From any point to the minimum, since the quadratic model is the loss itself."""
 
     def model_fn(weights, batch):
         return batch["x"] @ weights
@@ -50,7 +50,7 @@ def ordinary_least_squares(x, y):
 
 
 def least_squares() -> Identity:
-    """On the diabetes data, columns in units of their spread."""
+    """On the diabetes data, with columns in units of their spread."""
     columns, targets = map(np.asarray, sklearn.datasets.load_diabetes(return_X_y=True))
     x = np.c_[columns / columns.std(axis=0), np.ones(len(columns))]
     start = np.random.default_rng(0).normal(size=x.shape[1], scale=100.0)
@@ -58,7 +58,7 @@ def least_squares() -> Identity:
     run = compiled(one_step_of_regression)
     found, damped = (run(start, batch, damping) for damping in (0.0, _DAMPING))
 
-    # From w₀, damping is ridge regression towards w₀, with Nλ.
+    # From w₀, damping gives ridge regression towards w₀, with Nλ.
     truth = ordinary_least_squares(x, targets)
     penalty = np.sqrt(len(x) * _DAMPING) * np.eye(len(start))
     ridge = ordinary_least_squares(np.r_[x, penalty], np.r_[targets, penalty @ start])
@@ -76,9 +76,9 @@ def least_squares() -> Identity:
             "ridge regression towards the start, not least squares",
         ),
         condition=(
-            "A linear model, half the mean square as loss, no damping. The mean square "
-            "itself would step twice as far; with damping λ it is ridge regression, "
-            "with Nλ, towards where the step began."
+            "A linear model, half the mean square as the loss, no damping. With the "
+            "mean square itself, the step would be twice as long; with damping λ it is "
+            "ridge regression, with Nλ, towards the starting point."
         ),
         source="Martens 2020, section 9",
         setup=f"diabetes data of scikit-learn, {len(x)} patients, 10 columns and one 1",
@@ -89,7 +89,7 @@ def least_squares() -> Identity:
 
 
 def natural_levenberg_marquardt(start, batch):
-    """Damped natural gradient with Gaussian outputs: a curve through points."""
+    """Damped natural gradient with Gaussian outputs: fits a curve to points."""
 
     def model_fn(params, batch):
         a, b, c = params
@@ -110,7 +110,7 @@ def natural_levenberg_marquardt(start, batch):
 
 
 def residuals_and_jacobian(params, time, y):
-    """Of a e⁻ᵇᵗ + c against y, with derivatives by a, b and c."""
+    """For a e⁻ᵇᵗ + c fitted to y, with derivatives by a, b and c."""
     a, b, c = params
     decay = np.exp(-b * time)
     J = np.stack([decay, -a * time * decay, np.ones_like(time)], axis=1)
@@ -118,7 +118,7 @@ def residuals_and_jacobian(params, time, y):
 
 
 def levenberg_marquardt(start, time, y):
-    """(JᵀJ + λ'I) δ = -Jᵀr with λ' = Nλ; λ by actual over foretold reduction."""
+    """(JᵀJ + λ'I) δ = -Jᵀr with λ' = Nλ; λ by actual over predicted reduction."""
     params, damping, path, dampings = start, 1.0, [], []
     for _ in range(_LM_STEPS):
         r, J = residuals_and_jacobian(params, time, y)
@@ -139,7 +139,7 @@ def levenberg_marquardt(start, time, y):
 
 
 def gauss_newton() -> Identity:
-    """On a decaying curve with noise: every iterate, and every λ."""
+    """On a noisy decaying curve: every iterate, and every λ."""
     time = np.linspace(0.0, 4.0, 40)
     noise = 0.05 * np.random.default_rng(1).normal(size=time.shape)
     y = 2.5 * np.exp(-1.3 * time) + 0.5 + noise
@@ -148,7 +148,7 @@ def gauss_newton() -> Identity:
     found, dampings = run(jnp.asarray(_LM_START), batch)
     truth, true_dampings = levenberg_marquardt(_LM_START, time, y)
 
-    # The mistake to be made: λ next to JᵀJ, a sum, in place of a mean.
+    # A common mistake: adding λ to JᵀJ, which is a sum, as if it were a mean.
     r, J = residuals_and_jacobian(_LM_START, time, y)
     naive = _LM_START - np.linalg.solve(J.T @ J + np.eye(3), J.T @ r)
     name = "Levenberg-Marquardt, its iterates"
@@ -166,9 +166,9 @@ def gauss_newton() -> Identity:
             "F is a mean over N examples, JᵀJ a sum",
         ),
         condition=(
-            "Gaussian outputs of unit variance. λ is in units of F, a mean over N "
-            "examples: N times it stands next to JᵀJ. It is not Newton's method: F has "
-            "none of the second derivatives of the model."
+            "Gaussian outputs of unit variance. λ is in units of F, which is a mean "
+            "over N examples, so Nλ is added to JᵀJ. This is not Newton's method: F "
+            "does not contain the second derivatives of the model."
         ),
         source="Martens 2020, section 9; Levenberg 1944; Marquardt 1963",
         setup=f"a e⁻ᵇᵗ + c through {len(y)} points, {_LM_STEPS} steps",

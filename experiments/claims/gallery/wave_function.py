@@ -2,7 +2,7 @@
 
     S = ⟨D* Dᵀ⟩ - ⟨D*⟩⟨D⟩ᵀ,   f = ⟨D* E⟩ - ⟨D*⟩⟨E⟩,   θ ← θ - η (S + λI)⁻¹ f
 
-with D = ∂ log ψ / ∂θ and the local energy E = (Hψ)/ψ, means over |ψ|².
+with D = ∂ log ψ / ∂θ and the local energy E = (Hψ)/ψ, averaged over |ψ|².
 """
 
 import itertools
@@ -40,7 +40,7 @@ def half_the_energy(params, batch):
 
 
 def natural_reconfiguration(params, batch):
-    """S⁻¹f; with samples of |ψ|² in place of all configurations, without weights."""
+    """S⁻¹f; samples of |ψ|², instead of all configurations, would need no weights."""
     tx = ngd.natural_gradient(
         _RATE,
         log_amplitude,
@@ -73,7 +73,7 @@ def reconfiguration_direction(params, batch):
 
 
 def reconfiguration(quick: bool) -> Identity:
-    """On a chain of spins in a transverse field: real, complex, and what the KL is."""
+    """On a chain of spins in a transverse field: real and complex, and the KL."""
     num_spins, num_hidden = (4, 4) if quick else (8, 8)
     random = np.random.default_rng(0)
     real = {
@@ -82,7 +82,7 @@ def reconfiguration(quick: bool) -> Identity:
         "w": 0.2 * random.normal(size=(num_spins, num_hidden)),
     }
     phased = jax.tree.map(lambda x: x + 0.2j * random.normal(size=x.shape), real)
-    # In the quick run as complex numbers too: there is one program to compile then.
+    # The quick run also uses complex numbers, so there is only one program to compile.
     start = jax.tree.map(lambda x: x + 0j, real) if quick else real
     problems = [
         (params, _configurations(num_spins, params)) for params in (start, phased)
@@ -95,7 +95,7 @@ def reconfiguration(quick: bool) -> Identity:
     damped = [matrix + _DAMPING * np.eye(len(S)) for matrix in (S, phased_S)]
     condition = float(max(np.linalg.cond(matrix) for matrix in damped))
     size = {"num_rounded": len(S), "condition": condition}
-    # Of the real one, whose KL is all in |ψ|².
+    # For the real one, whose KL is entirely in |ψ|².
     step = _RATE * np.concatenate([np.real(truth[name]).ravel() for name in "abw"])
     quadratic, kl = float(step @ np.real(S) @ step) / 2, float(info.measured_kl)
     name = "stochastic reconfiguration"
@@ -113,13 +113,14 @@ def reconfiguration(quick: bool) -> Identity:
             f"{name}, KL of |ψ|² and ½ dᵀSd: difference",
             quadratic,
             kl,
-            "S is of ψ: the Fisher of |ψ|² is 4 times that",
+            "S is the metric of ψ: the Fisher of |ψ|² is 4 times as large",
         ),
         condition=(
-            "Outputs are log ψ at samples of |ψ|² (here all configurations, weighted), "
-            "the gradient is of half the energy; for complex ones a holomorphic log ψ, "
-            "and the conjugate of JAX's gradient. S measures ψ, not |ψ|²: the KL of a "
-            "step is 4 times ½dᵀSd for real ψ, which a radius here takes into account."
+            "The outputs are log ψ at samples of |ψ|² (here all configurations, "
+            "weighted), and the gradient is that of half the energy; for complex "
+            "parameters, log ψ must be holomorphic, and JAX's gradient is conjugated. "
+            "S is the metric of ψ, not of |ψ|²: the KL of a step is 4 times ½dᵀSd for "
+            "real ψ, which a radius takes into account here."
         ),
         source="Sorella 1998; Stokes et al. 2020",
         setup=(

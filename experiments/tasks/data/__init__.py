@@ -1,5 +1,5 @@
-"""Where data comes from: one module for each source, plain NumPy arrays out of it.
+"""Where data comes from: one module per source, each returning plain NumPy arrays.
 
-Every source says how to install it where it is missing, and holds what it read against
-a known checksum. Knows nothing of models or likelihoods.
+If its data is missing, a source says how to install it; what it reads is checked
+against a known checksum. Knows nothing of models or likelihoods.
 """

@@ -1,8 +1,8 @@
-"""Compressive strength of 1030 samples of concrete: eight ingredients and ages, MPa.
+"""Compressive strength in MPa of 1030 samples of concrete, from ingredients and age.
 
 From the Debian package `r-cran-modeldata` (Yeh 1998), which installs it in one of R's
-lazy-load databases: an index (`Rdata.rdx`) of places in a file of compressed objects
-(`Rdata.rdb`). The PyPI package `rdata` understands the objects.
+lazy-load databases: an index (`Rdata.rdx`) of positions in a file of compressed objects
+(`Rdata.rdb`). The PyPI package `rdata` parses the objects.
 """
 
 import lzma
@@ -31,7 +31,7 @@ FEATURES = (
     "age",
 )
 TARGET = "compressive_strength"
-# Of the float64 table [1030, 9], features first, little-endian.
+# Checksum of the float64 table [1030, 9], features first, little-endian.
 SUM = "d0e2d2f0f50277624d7d00b98c4e8b66465e8d5f2f51738500552b8b10a4689b"
 
 
@@ -63,7 +63,7 @@ def _read_object(rdata: Any, index_path: Path, name: str) -> Any:
 
     def convert(content: bytes) -> Any:
         with warnings.catch_warnings():
-            # It says which of R's classes it takes for which: a tibble for a frame.
+            # It warns about how it maps R's classes: a tibble to a data frame.
             warnings.simplefilter("ignore")
             return rdata.conversion.convert(rdata.parser.parse_data(content))
 
@@ -77,7 +77,7 @@ def _read_object(rdata: Any, index_path: Path, name: str) -> Any:
 
 
 def _decompress(chunk: bytes) -> bytes:
-    # The length when decompressed, in four bytes; then zlib, or "Z" and raw LZMA2.
+    # Four bytes with the decompressed length; then zlib, or "Z" and raw LZMA2.
     if chunk[4:5] == b"Z":
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
         return lzma.decompress(chunk[5:], lzma.FORMAT_RAW, filters=filters)

@@ -1,7 +1,7 @@
-"""Fashion-MNIST: 60,000 and 10,000 grey images of 28 x 28 pixels, ten kinds of clothes.
+"""Fashion-MNIST: 60,000 + 10,000 grey images of 28 x 28 pixels, ten kinds of clothes.
 
-Four gzipped IDX files, as their authors published them (Xiao, Rasul and Vollgraf 2017)
-and as the Debian package `dataset-fashion-mnist` installs them.
+Four gzipped IDX files, as published by their authors (Xiao, Rasul and Vollgraf 2017)
+and installed by the Debian package `dataset-fashion-mnist`.
 """
 
 import gzip
@@ -45,7 +45,7 @@ def load_fashion_mnist(
     """Returns the training and the test set.
 
     Each has the pixels `x`, uint8 `[N, 784]`, and the labels `y`, int32 `[N]`. With
-    `cache_dir`, the pixels are read from files there as they are needed.
+    `cache_dir`, the pixels are read as needed from files in that folder.
 
     Raises:
       ConfigError: a file is missing or damaged.
@@ -60,7 +60,7 @@ def load_fashion_mnist(
             array = read_idx(content, path)
             return array.reshape(len(array), -1)
 
-        # A copy of other contents has another name.
+        # A copy of different contents gets a different name.
         short = f"fashion-mnist-{Path(name).stem}-{SUMS[name][:12]}"
         return memory_mapped(cache_dir, short, read)
 
@@ -79,7 +79,7 @@ def read_idx(content: bytes, path: Path) -> np.ndarray:
     """Returns the array in a gzipped IDX file of unsigned bytes.
 
     Raises:
-      ConfigError: the content is none.
+      ConfigError: the content is not such a file.
     """
     try:
         raw = gzip.decompress(content)

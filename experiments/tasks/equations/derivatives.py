@@ -4,7 +4,7 @@
     h = tanh(z):        ∂h = h' ∂z,         D h = h' D z + h'' Σᵢ cᵢ (∂ᵢz)²
 
 with D = Σᵢ cᵢ ∂ᵢᵢ. This is the forward Laplacian (for c = 1): d + 2 forward passes, no
-Hessian. Also the same operator for any function, by Taylor mode and by a dense Hessian.
+Hessian. Also has the same operator for any function, by Taylor mode or a dense Hessian.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,11 +48,11 @@ def init_network(
     """Weights `[in, out]` and biases of every layer.
 
     Args:
-      key: for the draws.
+      key: for the random draws.
       widths: inputs first, outputs last.
       scale: standard deviation of all weights and biases; None for weights of
         1/√inputs and biases of 1.
-      dtype: of all; JAX's default unless given.
+      dtype: of all arrays; JAX's default unless given.
     """
     layers = []
     for layer_key, fan_in, fan_out in zip(
@@ -80,7 +80,7 @@ def forward_operator(params: Params, x: jax.Array, coefficients: jax.Array) -> J
     """u, ∂u and D u of the network at one point, in one pass.
 
     Args:
-      params: of `init_network`.
+      params: as from `init_network`.
       x: the point, `[d]`.
       coefficients: c of D, `[d]`.
 
@@ -111,7 +111,7 @@ def by_hessian(fn: Function, x: jax.Array, coefficients: jax.Array) -> jax.Array
 
 
 def by_nested_jvp(fn: Function, x: jax.Array, coefficients: jax.Array) -> jax.Array:
-    """D f by forward over forward mode, one direction after the other, all at once."""
+    """D f by forward over forward mode, along all directions at once."""
 
     def second(direction: jax.Array) -> jax.Array:
         def slope(x: jax.Array) -> jax.Array:

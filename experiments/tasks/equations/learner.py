@@ -1,6 +1,6 @@
-"""The learner of the task `pinn`: steps of an optimizer on the residuals of all points.
+"""The learner of the task `pinn`: optimizer steps on the residuals at all points.
 
-L2 error = √ mean (u_θ - u)²  at the points of an evaluation
+L2 error = √ mean (u_θ - u)²  at the evaluation points
 """
 
 import contextlib
@@ -32,16 +32,16 @@ __all__ = ["PhysicsLearner", "PhysicsState", "l2_error", "physics_task"]
 
 PyTree = Any
 
-# Folded into the key of a run for its points; parameters come from the key itself.
+# Folded into the key of a run to draw its points; parameters use the key itself.
 POINTS_STREAM = 2**31 - 1
 
 
 class PhysicsState(NamedTuple):
-    """All that the next step needs.
+    """Everything that the next step needs.
 
     Attributes:
       step: int32, steps taken.
-      key: for the points of a step.
+      key: for drawing the points of a step.
       params: of the network.
       opt_state: of the optimizer.
     """
@@ -56,7 +56,7 @@ class PhysicsLearner:
     """Solves the equation of `config.task`; see `Learner`.
 
     Raises:
-      ConfigError: settings that do not fit each other.
+      ConfigError: settings that contradict each other.
     """
 
     train_data = None
@@ -102,10 +102,10 @@ class PhysicsLearner:
 
     @contextlib.contextmanager
     def start(self, state: PhysicsState) -> Iterator[Advance]:
-        """Gives `advance(state, num_steps)`, compiled."""
+        """Yields the compiled `advance(state, num_steps)`."""
         train_chunk = self._train_chunk.lower(state, np.int32(0)).compile()
         # The matrices are small: on a busy machine the threads of LAPACK wait for each
-        # other thirty times as long as one of them computes.
+        # other for thirty times as long as a single thread computes.
         with threadpool_limits(limits=1, user_api="blas"):
             yield self._advance(train_chunk)
 
@@ -119,7 +119,7 @@ class PhysicsLearner:
         return advance
 
     def evaluate(self, state: PhysicsState) -> dict[str, Any]:
-        """Returns the absolute L2 error, and relative to the solution."""
+        """Returns the L2 error, absolute and relative to the solution."""
         error, relative = self._error(state.params)
         return {"test_l2_error": error, "test_relative_error": relative}
 
@@ -133,7 +133,7 @@ class PhysicsLearner:
 
 
 def physics_task(problem: Problem, config: PhysicsConfig) -> Task:
-    """The equation as optimizers know a model: a task whose data are points."""
+    """The equation in the form that optimizers expect: a task whose data are points."""
     widths = (problem.dimension, *config.hidden_sizes, 1)
     return Task(
         name="pinn",
@@ -200,7 +200,7 @@ def _make_train_chunk(
 def _loss_on(
     task: Task, points: Points, params: PyTree, *_: Any, **__: Any
 ) -> jax.Array:
-    """For line searches, which call it with more or less than the parameters."""
+    """The loss for line searches, which may pass further arguments."""
     return task.loss_fn(params, points)
 
 
@@ -211,7 +211,7 @@ def _check(config: TrainConfig) -> None:
         if problem.dimension != 2:
             raise ConfigError(
                 f"`task.layout` must be halton or random in {problem.dimension} "
-                f"dimensions, got grid: that is for two of them."
+                f"dimensions, got grid, which needs two dimensions."
             )
         if round(task.interior**0.5) ** 2 != task.interior:
             raise ConfigError(
@@ -227,7 +227,7 @@ def _check(config: TrainConfig) -> None:
     if task.fresh_points and task.layout != "random":
         raise ConfigError(
             f"`task.fresh_points` must be false for task.layout={task.layout}: only "
-            f"random points are others in every step."
+            f"random points can change in every step."
         )
     for name in ("batch_size", "eval_train_examples", "stream_above"):
         if (value := getattr(config, name)) is not None:

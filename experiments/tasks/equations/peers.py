@@ -1,8 +1,9 @@
-"""What others do with the same residuals: the peers of the natural gradient.
+"""Other methods on the same residuals, as peers of the natural gradient.
 
     r(θ) = (√(w_b / N_b) r_bn)ₙ,    loss = |r|²,    J = ∂r/∂θ
 
-All see the parameters as one vector. `advance` takes some steps in one compiled call.
+All treat the parameters as one vector. `advance` takes several steps in one compiled
+call.
 """
 
 import functools
@@ -42,7 +43,7 @@ class Equation(NamedTuple):
     params: PyTree
 
     def unravel(self, theta: jax.Array) -> PyTree:
-        """The tree of a vector of parameters."""
+        """Converts a vector of parameters into a tree."""
         return ravel_pytree(self.params)[1](theta)
 
     def residuals(self, theta: jax.Array) -> jax.Array:
@@ -51,7 +52,7 @@ class Equation(NamedTuple):
         return self._join(blocks)
 
     def jacobian(self, theta: jax.Array) -> jax.Array:
-        """J, `[N, P]`, from one backward pass for each point."""
+        """J, `[N, P]`, by one backward pass per point."""
 
         def rows(points: Points) -> PyTree:
             single = jax.tree.map(lambda x: x[None], points)
@@ -96,7 +97,7 @@ def _search(equation: Equation, theta: jax.Array, direction: jax.Array) -> jax.A
 
 
 def _published(equation: Equation) -> tuple[PyTree, Step]:
-    """Müller and Zeinhofer 2023: least squares of the Gram matrix, line search."""
+    """Müller and Zeinhofer 2023: least squares with the Gram matrix, line search."""
 
     def step(theta: jax.Array) -> jax.Array:
         jacobian, residuals = equation.jacobian(theta), equation.residuals(theta)
@@ -108,7 +109,7 @@ def _published(equation: Equation) -> tuple[PyTree, Step]:
 
 
 def _least_squares(equation: Equation) -> tuple[PyTree, Step]:
-    """Least squares by singular values of J above 1e-7, the same line search."""
+    """Least squares with the singular values of J above 1e-7, the same line search."""
 
     def step(theta: jax.Array) -> jax.Array:
         jacobian, residuals = equation.jacobian(theta), equation.residuals(theta)
@@ -119,7 +120,7 @@ def _least_squares(equation: Equation) -> tuple[PyTree, Step]:
 
 
 def _levenberg_marquardt(equation: Equation) -> tuple[PyTree, Step]:
-    """(JᵀJ + λI) d = Jᵀr; λ/3 after good steps, 2λ after poor, 4λ refused."""
+    """(JᵀJ + λI) d = Jᵀr; λ/3 after a good step, 2λ after a poor one, 4λ if refused."""
 
     def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         theta, damping = state
@@ -135,7 +136,7 @@ def _levenberg_marquardt(equation: Equation) -> tuple[PyTree, Step]:
         factor = jnp.where(
             actual > 0.75 * foretold, 1 / 3, jnp.where(actual < 0.25 * foretold, 2, 1)
         )
-        # NaN is refused, a failed factorisation too.
+        # NaN is refused, which covers a failed factorisation.
         is_taken = actual > 0
         factor = jnp.where(is_taken, factor, 4.0)
         return jnp.where(is_taken, moved, theta), damping * factor
@@ -205,10 +206,10 @@ PEERS: dict[str, Callable[[Equation], tuple[PyTree, Step]] | None] = {
 
 
 def iterate(name: str, chunk: int) -> Callable[[Equation], Iterator[PyTree]]:
-    """Parameters after every `chunk` steps of the peer of that name.
+    """Iterates over the parameters after every `chunk` steps of the peer `name`.
 
-    The result is called for one problem at several initial parameters, and compiles
-    once; the first element of its iterators is the initial parameters themselves.
+    The result can be called for one problem at several initial parameters, and compiles
+    once; its iterators yield the initial parameters first.
     """
     make = PEERS[name]
     if make is None:
@@ -235,8 +236,8 @@ def iterate(name: str, chunk: int) -> Callable[[Equation], Iterator[PyTree]]:
 def _iterate_scipy(chunk: int, equation: Equation) -> Iterator[PyTree]:
     """SciPy's BFGS with compiled gradients, `chunk` iterations at a time.
 
-    SciPy calls back, and cannot be asked for the next step: so each turn goes on from
-    the last one's inverse Hessian.
+    SciPy calls back and cannot be asked for the next step, so each chunk continues from
+    the inverse Hessian of the last one.
     """
     import scipy.optimize
 

@@ -1,4 +1,4 @@
-"""Pictures of a solution: what came out, how far off it is, and what is left over."""
+"""Pictures of a solution: the solution itself, its error and its residual."""
 
 import functools
 from pathlib import Path
@@ -28,12 +28,12 @@ __all__ = ["draw_curves", "draw_solution"]
 PyTree = Any
 
 _SIDE = 121
-# From the largest value down, so many decades are told apart.
+# The logarithmic scale shows this many decades below the largest value.
 _DECADES = 2.0
 
 
 def draw_curves(records: Records, path: Path, title: str) -> None:
-    """Draws loss, L2 error, KL, damping, length of steps and solver steps of a run."""
+    """Draws loss, L2 error, KL, damping, step length and solver steps of a run."""
     figure = Figure(layout="constrained")
     axes = figure.subplots(2, 3, sharex=True)
     figure.suptitle(title)
@@ -60,8 +60,8 @@ def draw_curves(records: Records, path: Path, title: str) -> None:
 def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> None:
     """Draws u_θ, u_θ - u and the residual, on a grid, into `path`.
 
-    In more than two dimensions, on the plane through the middle of the box that the
-    first two inputs span.
+    In more than two dimensions, the grid lies in the plane through the centre of the
+    box that the first two inputs span.
     """
     axes = [
         np.linspace(lo, hi, _SIDE)

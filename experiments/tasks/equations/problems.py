@@ -2,7 +2,7 @@
 
     residual_fn(params, points) -> {block: residuals [N_b]},    loss = Σ_b w_b mean r_b²
 
-A problem knows no optimizer and no network but the one that gives it derivatives.
+A problem knows no optimizer, and no network except the one that gives it derivatives.
 """
 
 import dataclasses
@@ -54,9 +54,10 @@ class Problem:
       solution: points `[N, d]` -> exact u `[N]`.
       faces: (axis, end) of the sides of the box on which u is given; end 0 is low.
       weights: w of both blocks, "interior" and "boundary".
-      stretch: k > 0 where u has a layer in the middle of the first axis: points lie at
-        x = sinh(k s) / sinh(k) of evenly spread s in [-1, 1], and residuals count in
-        proportion to the spacing dx/ds, so that the layer does not drown the rest.
+      stretch: k > 0 if u has a layer in the middle of the first axis: points lie at x =
+        sinh(k s) / sinh(k) for evenly spread s in [-1, 1], and residuals are weighted
+        in proportion to the spacing dx/ds, so that the layer does not drown out the
+        rest.
     """
 
     name: str
@@ -71,17 +72,17 @@ class Problem:
 
     @property
     def dimension(self) -> int:
-        """Number of inputs, time among them."""
+        """Number of inputs, including time."""
         return len(self.low)
 
     @functools.cached_property
     def likelihood(self) -> ngd.Likelihood:
-        """What makes the Fisher the Gauss-Newton matrix of ½ loss."""
+        """The likelihood whose Fisher is the Gauss-Newton matrix of ½ loss."""
         blocks = {name: ngd.Gaussian(event_ndims=0) for name in self.weights}
         return ngd.Product(blocks, weights=self.weights)
 
     def residuals(self, params: Params, points: Points) -> dict[str, jax.Array]:
-        """R of every block at its points: the outputs of the model."""
+        """The residuals of every block at its points: the outputs of the model."""
         operator = jnp.asarray(self.operator)
 
         def inside(x: jax.Array) -> jax.Array:
@@ -95,13 +96,13 @@ class Problem:
         }
 
     def loss(self, residuals: dict[str, jax.Array], points: Points) -> jax.Array:
-        """½ Σ w mean r²: the negative log-likelihood but for a constant."""
+        """½ Σ w mean r²: the negative log-likelihood up to a constant."""
         del points
         total = [w * jnp.mean(residuals[name] ** 2) for name, w in self.weights.items()]
         return sum(total[1:], start=total[0]) / 2
 
     def draw_points(self, key: jax.Array, sizes: "Sizes") -> Points:
-        """Points of both blocks, and the values u shall have on the boundary."""
+        """Points of both blocks, and the values prescribed on the boundary."""
         match sizes.layout:
             case "grid":
                 interior, boundary = self._grid(sizes.interior, sizes.boundary)
@@ -119,7 +120,7 @@ class Problem:
         return {"interior": interior, "boundary": boundary, "boundary_values": values}
 
     def test_points(self, num_points: int) -> jax.Array:
-        """A grid in two dimensions, else points drawn with a key of their own."""
+        """A grid in two dimensions, otherwise random points from a separate key."""
         if self.dimension == 2:
             side = round(num_points**0.5)
             axes = [
@@ -130,7 +131,7 @@ class Problem:
         return self._uniform(jax.random.key(2024), num_points)
 
     def _spacing(self, x: jax.Array) -> jax.Array | float:
-        """Of points along the first axis at x, in units of the widest."""
+        """Spacing of points at x along the first axis, relative to the widest."""
         if not self.stretch:
             return 1.0
         narrowest = 1 / math.sinh(self.stretch)
@@ -155,7 +156,7 @@ class Problem:
     def _random(
         self, key: jax.Array, interior: int, boundary: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Uniform inside, and on all faces in turn."""
+        """Uniform points inside, and on all faces in turn."""
         keys = jax.random.split(key)
         faces = np.asarray(self.faces)[np.arange(boundary) % len(self.faces)]
         ends = np.asarray((self.low, self.high))[faces[:, 1], faces[:, 0]]
@@ -165,10 +166,10 @@ class Problem:
         return self._uniform(keys[0], interior), points
 
     def _halton(self, interior: int, boundary: int) -> tuple[jax.Array, jax.Array]:
-        """Halton's points inside, and those of a dimension less on the faces in turn.
+        """Halton points inside, and lower-dimensional ones on the faces in turn.
 
-        No two share a coordinate: a jump of u along an axis, which hides between the
-        lines of a grid, does not get past them.
+        No two points share a coordinate, so they detect a jump of u along an axis,
+        which could hide between the lines of a grid.
         """
         low, high = np.asarray(self.low), np.asarray(self.high)
         inside = low + (high - low) * _halton(self.dimension, interior)
@@ -191,7 +192,7 @@ class Problem:
         for axis, end in self.faces:
             points = np.empty((per_face, 2))
             along = 1 - axis
-            # Each corner once: a face begins where the last one ends.
+            # Count each corner once: a face begins where the last one ends.
             is_backwards = (axis == 0) != (end == 0)
             start, stop = self.low[along], self.high[along]
             if is_backwards:
@@ -205,7 +206,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many points, and where.
+    """How many points there are, and how they are laid out.
 
     Attributes:
       interior: points inside.
@@ -219,15 +220,15 @@ class Sizes:
 
 
 def _halton(dimension: int, count: int) -> np.ndarray:
-    """Points in (0, 1)^d; the first of the sequence, which is zero, is left out."""
+    """Points in (0, 1)^d, without the first point of the sequence, which is zero."""
     return qmc.Halton(dimension, scramble=False).random(count + 1)[1:]
 
 
 ALL_FACES = ((1, 0), (0, 1), (1, 1), (0, 0))
-# Of a box in space (the first input) and time: the start and both ends.
+# Faces of a box in space (the first input) and time: the start and both ends.
 PARABOLIC_FACES = ((1, 0), (0, 1), (0, 0))
 _EQUAL = {"interior": 1.0, "boundary": 1.0}
-# An error on the boundary is one of u as it is, while inside the operator magnifies it.
+# A boundary residual is an error in u itself; inside, the operator amplifies errors.
 _BOUNDARY_FIRST = {"interior": 1.0, "boundary": 10.0}
 
 
@@ -243,7 +244,7 @@ def _poisson2d() -> Problem:
         equation=equation,
         solution=lambda x: jnp.prod(jnp.sin(jnp.pi * x), axis=-1),
         faces=ALL_FACES,
-        weights={"interior": 1.0, "boundary": 4.0},  # the length of the boundary
+        weights={"interior": 1.0, "boundary": 4.0},  # length of the boundary
     )
 
 
@@ -273,7 +274,7 @@ def _poisson5d() -> Problem:
 
 
 def _poisson20d() -> Problem:
-    """Δu = 1, where u is the mean of xᵢ² / 2 and a harmonic part Σ x₂ᵢ x₂ᵢ₊₁."""
+    """Δu = 1, where u is the mean of xᵢ² / 2 plus a harmonic part Σ x₂ᵢ x₂ᵢ₊₁."""
 
     def solution(x: jax.Array) -> jax.Array:
         return (x**2).mean(axis=-1) / 2 + (x[:, ::2] * x[:, 1::2]).sum(axis=-1)
@@ -334,7 +335,7 @@ def _burgers1d() -> Problem:
 
 
 def burgers_solution(points: jax.Array, num_nodes: int = 200) -> jax.Array:
-    """u(x, t) of u_t + u uₓ = ν uₓₓ from u(x, 0) = -sin πx, by Cole and Hopf.
+    """u(x, t) of u_t + u uₓ = ν uₓₓ from u(x, 0) = -sin πx, by the Cole-Hopf transform.
 
     u = -∫ sin π(x-η) f(x-η) e^(-η²/4νt) dη / ∫ f(x-η) e^(-η²/4νt) dη with
     f(y) = e^(-cos(πy)/2πν), by Gauss-Hermite quadrature.
@@ -347,7 +348,7 @@ def burgers_solution(points: jax.Array, num_nodes: int = 200) -> jax.Array:
     x, t = points[:, :1], points[:, 1:]
     y = x - jnp.sqrt(4 * VISCOSITY * t) * nodes
     exponent = -jnp.cos(jnp.pi * y) / (2 * jnp.pi * VISCOSITY)
-    # Only the ratio matters: the largest exponent out, so that nothing overflows.
+    # Only the ratio matters: divide out the largest exponential to avoid overflow.
     factor = weights * jnp.exp(exponent - exponent.max(axis=1, keepdims=True))
     return -(factor * jnp.sin(jnp.pi * y)).sum(axis=1) / factor.sum(axis=1)
 
@@ -364,10 +365,10 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 @functools.cache
 def make_problem(name: str) -> Problem:
-    """Builds the problem of that name, or of the "module:function" of a user, once.
+    """Builds the problem of that name, or a user's "module:function", only once.
 
     Raises:
-      ConfigError: the user's function makes no `Problem`.
+      ConfigError: the user's function does not return a `Problem`.
     """
     problem = (PROBLEMS.get(name) or locate(name, "task.problem"))()
     if not isinstance(problem, Problem):

@@ -1,6 +1,6 @@
 """The settings of the task `pinn`.
 
-`configs/task/pinn.yaml` and `configs/problem/` have the numbers.
+`configs/task/pinn.yaml` and `configs/problem/` have the values.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ class PhysicsConfig:
 
     Attributes:
       name: "pinn".
-      problem: the equation; `problem=...` chooses one with its numbers. As
+      problem: the equation; `problem=...` chooses one with its values. As
         "module:function", a function without arguments that returns a `Problem`.
       precision: "float64" or "float32".
       hidden_sizes: widths of the tanh network.
       initial_scale: standard deviation of weights and biases; null for weights of
         1/√inputs and biases of 1.
-      interior: points inside of the domain.
-      boundary: points on its boundary, the start of time included.
+      interior: number of points inside the domain.
+      boundary: number of points on its boundary, including the initial time.
       layout: "grid", in two dimensions; "halton", evenly scattered; or "random".
-      fresh_points: points drawn anew in every step.
-      test_points: points of an evaluation, on a grid in two dimensions.
+      fresh_points: whether every step draws new points.
+      test_points: number of evaluation points, on a grid in two dimensions.
     """
 
     name: str

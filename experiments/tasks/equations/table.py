@@ -1,8 +1,9 @@
-"""Errors on one clock: `python -m experiments.tasks.equations.table [problem=...]`.
+"""Errors at equal time: `python -m experiments.tasks.equations.table [problem=...]`.
 
-Every peer starts from the same parameters on the same points, in one process, one after
-the other for each seed, and gets as many CPU seconds. Prints a table, draws the paths,
-and writes both into `output`. The numbers are in `configs/physics_table.yaml`.
+For each seed, all peers start from the same parameters on the same points, run one
+after the other in one process, and get the same CPU time. Prints a table, draws the
+error curves, and writes both into `output`. The settings are in
+`configs/physics_table.yaml`.
 """
 
 import dataclasses
@@ -42,12 +43,12 @@ class TableConfig:
 
     Attributes:
       task: the equation; as in `experiments.train task=pinn`.
-      seeds: 0, 1, ..., of the initial parameters and the points.
-      seconds: CPU seconds after which the errors are told; a run has the most of them.
-      target: L2 error whose time is told.
-      iterations: after which the errors are told.
-      peers: those to run; null for all.
-      output: folder of the table, the paths and the picture.
+      seeds: 0, 1, ..., for the initial parameters and the points.
+      seconds: CPU seconds after which errors are reported; a run lasts for the largest.
+      target: L2 error to reach; the time it takes is reported.
+      iterations: numbers of steps after which errors are reported.
+      peers: which peers to run; null for all.
+      output: folder for the table, the error curves and the picture.
     """
 
     task: PhysicsConfig
@@ -60,11 +61,11 @@ class TableConfig:
 
 
 class Course(NamedTuple):
-    """What a run went through, at all of its evaluations.
+    """The history of a run, at all of its evaluations.
 
     Attributes:
       iterations: steps so far.
-      seconds: CPU seconds so far, evaluations left out.
+      seconds: CPU seconds so far, without evaluations.
       errors: absolute L2 error.
     """
 
@@ -73,7 +74,7 @@ class Course(NamedTuple):
     errors: list[float]
 
 
-# Steps between evaluations: those of first-order methods cost little.
+# Steps between evaluations: steps of first-order methods are cheap.
 _CHUNKS = {
     "L-BFGS (Optax)": 50,
     "BFGS, dense (SciPy)": 50,
@@ -83,7 +84,7 @@ _CHUNK = 5
 
 
 def measure(config: TableConfig, say: Any = print) -> dict[str, list[Course]]:
-    """Runs every peer from every seed."""
+    """Runs every peer with every seed."""
     task = config.task
     problem = make_problem(task.problem)
     names = list(PEERS) if config.peers is None else config.peers
@@ -128,7 +129,7 @@ def _follow(run: Any, error_of: Any, chunk: int, budget: float) -> Course:
         path.errors.append(float(error_of(params)))
         if seconds >= budget:
             return path
-        # Nothing is compiled here: iterators do so before their first element.
+        # Nothing is compiled here: iterators compile before their first element.
         start = time.process_time()
         params = jax.block_until_ready(next(run))
         seconds += time.process_time() - start
@@ -173,7 +174,7 @@ def _error_at(path: Course, iteration: int) -> float | None:
 
 
 def _error_after(path: Course, seconds: float) -> float:
-    """The error at the last evaluation within those seconds."""
+    """The error at the last evaluation within `seconds`."""
     within = [s <= seconds for s in path.seconds]
     return path.errors[sum(within) - 1]
 
@@ -227,7 +228,7 @@ def table(tree: DictConfig) -> None:
     """Measures, prints and writes the table that `tree` describes."""
     console = Terminal(highlight=False, markup=False, soft_wrap=True)
     try:
-        # Of the problem's file, all but the steps of a run.
+        # From the problem's file, everything except the number of steps.
         own = [field.name for field in dataclasses.fields(TableConfig)]
         tree = OmegaConf.masked_copy(tree, own)
         config = read_as(OmegaConf.structured(TableConfig), tree)

@@ -1,15 +1,15 @@
-"""Policies that learn by reinforcement: trust regions, and their peer on clipped steps.
+"""Policies trained by reinforcement learning: trust regions, and PPO as their peer.
 
-    rollout -> advantages -> policy update -> value fit        many times, in one scan
+    rollout -> advantages -> policy update -> value fit        repeated, in one scan
 
-* `settings`: what a configuration may say;
+* `settings`: the settings of a configuration;
 * `environments`, `rollouts`: gymnax, and a policy acting in many copies of it;
 * `advantages`: generalised advantage estimation;
-* `observations`: what the networks see of them, by running statistics;
+* `observations`: normalises what the networks see by running statistics;
 * `networks`: the policy and the value function;
 * `updates`, `values`: one step of each;
-* `training`: all of it, compiled, for one agent or for many at once;
-* `evaluation`, `pictures`: how good it has become, and what it looks like;
-* `export`: the policy as a file of its own;
-* `learner`: the same as the loop of `experiments.train` sees it.
+* `training`: everything together, compiled, for one agent or for many at once;
+* `evaluation`, `pictures`: how good the policy has become, and what it looks like;
+* `export`: saves the policy as a single file;
+* `learner`: the learner for the loop of `experiments.train`.
 """

@@ -3,9 +3,9 @@
     δ_t = r_t + γ (1 - terminated_t) V(s'_t) - V(s_t)
     A_t = δ_t + γ λ (1 - ended_t) A_{t+1},      ended = terminated or truncated
 
-s' is where the action led to. Where an episode was truncated its value is still counted
-on, for it would have gone on; no advantage reaches over the end of an episode either
-way.
+s' is the state that the action led to. Where an episode was truncated, the value of s'
+still counts, since the episode would have continued; advantages never propagate across
+the end of an episode, whichever way it ended.
 """
 
 import jax
@@ -28,12 +28,13 @@ def generalized_advantages(
 
     Args:
       rewards: r.
-      values: V(s), of what the policy saw.
-      next_values: V(s'), of where the action led to, at the end of an episode too.
-      terminated: whether the episode came to its end.
-      truncated: whether the time limit cut it off.
+      values: V(s), of the states that the policy saw.
+      next_values: V(s'), of the states that the actions led to, also at the end of an
+        episode.
+      terminated: whether the episode reached a terminal state.
+      truncated: whether the time limit cut the episode off.
       discount: γ.
-      trace_decay: λ; 0 trusts V after one step, 1 only after the end of the data.
+      trace_decay: λ; 0 bootstraps from V after one step, 1 only at the end of the data.
 
     References:
       Schulman et al., High-dimensional continuous control using generalized advantage
@@ -55,10 +56,10 @@ def generalized_advantages(
 
 
 def normalize(advantages: jax.Array) -> jax.Array:
-    """Mean 0 and variance 1; zeros where all are equal but for round-off."""
+    """Scales to mean 0 and variance 1; zeros if all are equal up to round-off."""
     mean = jnp.mean(advantages)
     scale = jnp.std(advantages)
-    # What round-off alone would leave of equal numbers.
+    # The variance that round-off alone would leave if all were equal.
     floor = 1e-5 * jnp.max(jnp.abs(advantages))
     usable = scale > floor
     return jnp.where(usable, (advantages - mean) / jnp.where(usable, scale, 1.0), 0.0)

@@ -2,8 +2,8 @@
 
     state, action --step--> observation, state, reward, terminated, truncated
 
-A terminated episode has no future; a truncated one has, but nobody watches it: the two
-must never be one flag. Knows nothing of policies.
+A terminated episode has no future; a truncated one has, but it is not observed. The two
+must never be merged into one flag. Knows nothing of policies.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ PyTree = Any
 
 
 class Transition(NamedTuple):
-    """What one step of one environment gives.
+    """The result of one step of one environment.
 
     Attributes:
-      observation: what the policy sees next: of a new episode where this one ended.
-      state: of the environment, of the new episode likewise.
+      observation: what the policy sees next: of a new episode if this one ended.
+      state: of the environment, likewise of the new episode.
       reward: float32.
-      terminated: whether the episode came to its end.
-      truncated: whether the time limit cut it off.
-      next_observation: where the action led to, whether the episode ended or not.
+      terminated: whether the episode reached a terminal state.
+      truncated: whether the time limit cut the episode off.
+      next_observation: of the state that the action led to, even if the episode ended.
     """
 
     observation: jax.Array
@@ -46,20 +46,21 @@ class Transition(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)  # an array has no hash
 class Environment:
-    """One environment of gymnax with its parameters.
+    """One gymnax environment with its parameters.
 
     Attributes:
-      name: as gymnax has it.
+      name: its name in gymnax.
       dynamics: the environment.
       constants: its parameters.
       observation_shape: of one observation.
-      num_actions: of the actions to choose from; 0 where they are vectors.
-      action_size: entries of the vectors; 0 where actions are chosen.
-      action_low: bounds of the vectors.
-      action_high: likewise.
+      num_actions: number of discrete actions; 0 for vectors.
+      action_size: number of entries of an action vector; 0 for discrete actions.
+      action_low: lower bounds of action vectors.
+      action_high: upper bounds.
       max_episode_steps: the time limit.
       observation_scale: what observations are divided by.
-      is_squashed: whether vectors come to their bounds by tanh; else they are clipped.
+      is_squashed: whether tanh maps action vectors into their bounds; otherwise they
+        are clipped.
     """
 
     name: str
@@ -76,13 +77,14 @@ class Environment:
 
     @property
     def likelihood(self) -> ngd.Likelihood:
-        """The distribution of the actions: categorical, or normal with learned width.
+        """The distribution of actions: categorical, or normal with learned width.
 
-        That of vectors is not cut off at the bounds: it is of u, and the environment
-        acts by `bounded(u)`. Where that is tanh the density of the action is
-        p(u) / |da/du|. The Jacobian has no parameters: it cancels in the ratio of two
-        policies, and with it in their KL, so that surrogate and metric are those of
-        the normal distribution. Not in the entropy, which is that of u.
+        For vectors, the distribution is not cut off at the bounds: it is that of u, and
+        the environment gets the action a = `bounded(u)`. If that is tanh, the density
+        of the action is p(u) / |da/du|. The Jacobian does not depend on the parameters,
+        so it cancels in the ratio of two policies and in their KL: surrogate and metric
+        are those of the normal distribution. It does not cancel in the entropy, which
+        is that of u.
         """
         return ngd.Categorical() if self.num_actions else ngd.DiagonalGaussian()
 
@@ -92,7 +94,7 @@ class Environment:
         return self.scaled(observation), jax.tree.map(_strong, state)
 
     def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> Transition:
-        """Takes `action`; where the episode ends, a new one has begun after it."""
+        """Takes `action`; if the episode ends, a new one begins after it."""
         observation, next_state, reward, terminated, truncated, info = (
             self.dynamics.step(key, state, self.bounded(action), self.constants)
         )
@@ -114,16 +116,16 @@ class Environment:
         )
 
     def bounded(self, action: jax.Array) -> jax.Array:
-        """What the environment is given for an `action` that a policy drew."""
+        """The action passed to the environment for an `action` that a policy drew."""
         if self.num_actions:
             return action
         low, high = jnp.asarray(self.action_low), jnp.asarray(self.action_high)
         if self.is_squashed:
             action = low + (high - low) * (1 + jnp.tanh(action)) / 2
-        return jnp.clip(action, low, high)  # a squashed one, by round-off
+        return jnp.clip(action, low, high)  # also after tanh, because of round-off
 
     def scaled(self, observation: Any) -> jax.Array:
-        """An observation of the environment as the policy is given it."""
+        """Scales an observation of the environment for the policy."""
         return _as_float(observation) / jnp.asarray(self.observation_scale, jnp.float32)
 
 
@@ -133,19 +135,19 @@ def make_environment(
     *,
     squash_actions: bool = False,
 ) -> Environment:
-    """Builds the environment that gymnax has under `name`.
+    """Builds the gymnax environment called `name`.
 
     Args:
-      name: as gymnax has it, or "module:function" for a function that returns what
-        `gymnax.make` does: an environment and its parameters.
+      name: its name in gymnax, or "module:function" for a function that returns an
+        environment and its parameters, as `gymnax.make` does.
       observation_scale: what observations are divided by: one number, or one for each
         entry of a vector.
-      squash_actions: whether tanh maps vectors of actions into their bounds, instead
-        of clipping them.
+      squash_actions: whether tanh maps action vectors into their bounds; otherwise they
+        are clipped.
 
     Raises:
-      ConfigError: gymnax is not installed, has no such environment, or has one whose
-        actions or observations no policy here is made for.
+      ConfigError: gymnax is not installed or has no such environment, or no policy here
+        supports its actions or observations.
     """
     for package in ("gymnax", "six"):
         if importlib.util.find_spec(package) is None:

@@ -1,4 +1,4 @@
-"""How good a policy is when it takes its most likely action, in episodes of its own."""
+"""How good a policy is when it always takes its most likely action, in new episodes."""
 
 import functools
 from collections.abc import Callable
@@ -25,11 +25,11 @@ def greedy_actions(environment: Environment, outputs: PyTree) -> jax.Array:
 def run_episode(
     environment: Environment, policy_fn: PolicyFn, params: PyTree, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Plays one episode greedily, over the longest time that it can take.
+    """Plays one episode greedily, for the maximum length that it can have.
 
     Returns:
-      The observations `[T, ...]`, whether the episode still ran at each, `[T]`, and the
-      return, a scalar.
+      The observations `[T, ...]`, whether the episode was still running at each, `[T]`,
+      and the return, a scalar.
     """
 
     def step(carry: tuple[Any, ...], time: jax.Array) -> tuple[Any, Any]:
@@ -41,7 +41,7 @@ def run_episode(
         still = running & ~(new.terminated | new.truncated)
         return (new.observation, new.state, still, total), (observation, running)
 
-    # A key that no time folds into.
+    # A key that no time step uses.
     reset_key = jax.random.fold_in(key, environment.max_episode_steps)
     observation, state = environment.reset(reset_key)
     first = (observation, state, jnp.asarray(True), jnp.zeros(()))
@@ -61,7 +61,7 @@ def make_evaluate_fn(
 ) -> Callable[[PyTree, jax.Array], jax.Array]:
     """Builds `evaluate(params, key) -> returns`, `[agents, episodes]`.
 
-    At most `batch_size` episodes of an agent run side by side.
+    At most `batch_size` episodes of an agent run in parallel.
     """
 
     def returns(params: PyTree, key: jax.Array) -> jax.Array:

@@ -1,14 +1,14 @@
-"""The greedy policy as one file of arrays, and its actions by NumPy alone.
+"""Saves the greedy policy as one file of arrays, and evaluates it with NumPy alone.
 
-`policy.npz` has
+`policy.npz` contains
 
-* `kernel_0`, `bias_0`, ...: the layers, with tanh between them; of images the first one
-  takes squares of 3 by 3 pixels;
+* `kernel_0`, `bias_0`, ...: the layers, with tanh between them; for images, the first
+  one acts on patches of 3 by 3 pixels;
 * `center`, `scale`, `limit`: the first layer sees (observation - center) / scale, cut
   off at ± limit;
 * `shape`: of one observation of the environment;
-* `kind`, `low`, `high`: of the actions, "chosen", or vectors that are "clipped" to
-  their bounds or "squashed" into them by tanh.
+* `kind`, `low`, `high`: of the actions, which are "chosen", or vectors that are
+  "clipped" to their bounds or "squashed" into them by tanh.
 """
 
 import io
@@ -38,10 +38,10 @@ def export_policy(
     """Writes `policy.npz`.
 
     Args:
-      environment: which actions and observations they are.
+      environment: defines the actions and observations.
       params: of a `PolicyNetwork`.
-      statistics: by which it sees; None where observations stay as they are.
-      folder: where to.
+      statistics: for normalising observations; None to leave them as they are.
+      folder: where to write the file.
     """
     torso = params.get("Torso_0", {})
     layers = [torso[f"Dense_{i}"] for i in range(len(torso))] + [params["Dense_0"]]
@@ -73,11 +73,11 @@ def export_policy(
 
 
 def load_policy(folder: Path) -> Callable[[Any], np.ndarray]:
-    """Returns `act(observation) -> action` of the policy that a run left in `folder`.
+    """Returns `act(observation) -> action` of the policy that a run saved in `folder`.
 
     It takes one observation of the environment, or an array of them with any leading
-    axes, and gives as many of its most likely actions. This function needs nothing of
-    its module but NumPy, and can be copied.
+    axes, and returns the most likely action for each. This function depends only on
+    NumPy, so it can be copied out of this module.
     """
     with np.load(folder / "policy.npz") as file:
         arrays = dict(file)

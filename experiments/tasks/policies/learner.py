@@ -1,4 +1,4 @@
-"""The learner of the task `trpo`: steps are updates of policies on their rollouts."""
+"""The learner of the task `trpo`: a step updates policies on their rollouts."""
 
 import contextlib
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ __all__ = ["PolicyLearner", "make_parts"]
 
 PyTree = Any
 
-# Folded into the key of a run for its evaluations; steps do not get that far.
+# Folded into the key of a run for evaluations; step numbers never reach it.
 EVALUATION_STREAM = 2**31 - 1
 
 
@@ -51,7 +51,7 @@ class PolicyLearner:
     """Trains one or many agents as `config` says; see `Learner`.
 
     Raises:
-      ConfigError: settings that do not fit each other, or gymnax is not there.
+      ConfigError: settings that contradict each other, or gymnax is not installed.
     """
 
     train_data = None
@@ -79,7 +79,7 @@ class PolicyLearner:
             Column("residual", "solver_residual", ".1e"),
             Column("accepted", "accepted", ".0%"),
         )
-        # The value function may have a natural gradient of its own.
+        # The value function may use a natural gradient of its own.
         info = read_step_info(self.first_state.agents.opt_state)
         is_solved = "solver_residual" in info
         self.columns = (
@@ -92,7 +92,7 @@ class PolicyLearner:
 
     @contextlib.contextmanager
     def start(self, state: PolicyState) -> Iterator[Advance]:
-        """Gives `advance(state, num_steps)`, compiled."""
+        """Yields the compiled `advance(state, num_steps)`."""
         train_chunk = self._train_chunk.lower(state, np.int32(0)).compile()
 
         def advance(state: PolicyState, num_steps: int) -> tuple[PolicyState, Records]:
@@ -101,9 +101,9 @@ class PolicyLearner:
         yield advance
 
     def evaluate(self, state: PolicyState) -> dict[str, Any]:
-        """Returns of greedy episodes: their mean, and the lowest one.
+        """Evaluates greedy episodes: their mean return, and the lowest one.
 
-        With several agents also the median and the lowest of the agents' means.
+        With several agents, also the median and the lowest of the agents' means.
         """
         returns = np.asarray(self._returns(state.agents.policy, self._evaluation_key))
         values = {"test_return": returns.mean(), "test_return_lowest": returns.min()}
@@ -114,10 +114,10 @@ class PolicyLearner:
         return values
 
     def draw(self, state: PolicyState, records: Rows, folder: Path, title: str) -> None:
-        """Draws the curves, and frames of an episode where they can be drawn.
+        """Draws the curves, and frames of an episode if they can be drawn.
 
-        Writes the policy, too. Of several agents the policy and the episode are those
-        of the first.
+        Also writes the policy. With several agents, the policy and the episode are
+        those of the first.
         """
         environment = self._parts.environment
         title = f"{environment.name}, {title}"
@@ -146,10 +146,10 @@ class PolicyLearner:
 
 
 def make_parts(config: TrainConfig) -> Parts:
-    """Puts together what an agent is made of.
+    """Assembles the parts of an agent.
 
     Raises:
-      ConfigError: settings that do not fit each other, or gymnax is not there.
+      ConfigError: settings that contradict each other, or gymnax is not installed.
     """
     _check(config)
     task: PolicyConfig = config.task

@@ -1,4 +1,4 @@
-"""Passes over a rollout in minibatches, each one step of a first-order optimizer."""
+"""Passes over a rollout in minibatches, with a first-order optimizer step on each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,10 +28,10 @@ def descend(
       loss_fn: (params, minibatch) -> loss.
       params: where to start.
       opt_state: of `tx`.
-      batch: leaves of one leading axis, a multiple of `minibatch_size`.
-      key: of the order, which is a new one in each pass.
-      epochs: passes.
-      minibatch_size: of each step.
+      batch: leaves with a common leading axis, a multiple of `minibatch_size`.
+      key: for the order, which is drawn anew in each pass.
+      epochs: number of passes.
+      minibatch_size: examples per step.
     """
     size = jax.tree.leaves(batch)[0].shape[0]
     grad_fn = jax.grad(loss_fn)

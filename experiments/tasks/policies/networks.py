@@ -1,10 +1,10 @@
-"""The networks: a policy with outputs for its likelihood, and a value function.
+"""Networks: a policy, whose outputs parametrise its likelihood, and a value function.
 
-    observation --tanh layers--> logits,  or mean beside a log scale of its own
+    observation --tanh layers--> logits,  or mean with a separate log scale
     observation --tanh layers--> value
 
-They share nothing. Images (`[height, width, channels]`) go through one convolution
-first.
+They share no parameters. Images (`[height, width, channels]`) first go through one
+convolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ __all__ = ["PolicyNetwork", "ValueNetwork", "make_policy_fn", "make_value_fn"]
 PyTree = Any
 
 HIDDEN_SCALE = 2.0**0.5
-# The first policy is nearly uniform, whatever it sees.
+# The first policy is nearly uniform for every observation.
 LAST_POLICY_SCALE = 0.01
 CONVOLUTION_FEATURES = 16
 
 
 class Torso(nn.Module):
-    """What both networks begin with.
+    """The first layers of both networks.
 
     Attributes:
       sizes: widths of the hidden layers.
-      num_axes: axes of one observation: images have three.
+      num_axes: number of axes of one observation: three for images.
     """
 
     sizes: Sequence[int]
@@ -50,10 +50,10 @@ class Torso(nn.Module):
 
 
 def patches(images: jax.Array) -> jax.Array:
-    """The squares of 3 by 3 pixels, `[..., H, W, C]` to `[..., H - 2, W - 2, 9 C]`.
+    """The patches of 3 by 3 pixels, `[..., H, W, C]` to `[..., H - 2, W - 2, 9 C]`.
 
-    A dense layer on them is a convolution, whose derivatives XLA's CPU compiler makes
-    plain loops of inside of `scan`; and all of training is one.
+    A dense layer on them is a convolution. XLA's CPU compiler turns the derivatives of
+    a true convolution into plain loops inside `scan`, and all of training is one scan.
     """
     height, width = images.shape[-3] - 2, images.shape[-2] - 2
     shifts = [(row, column) for row in range(3) for column in range(3)]
@@ -67,10 +67,10 @@ class PolicyNetwork(nn.Module):
 
     Attributes:
       sizes: widths of the hidden layers.
-      num_axes: axes of one observation.
-      num_actions: logits; 0 for a normal distribution.
-      action_size: entries of the normal distribution.
-      initial_scale: its standard deviation at first.
+      num_axes: number of axes of one observation.
+      num_actions: number of logits; 0 for a normal distribution.
+      action_size: number of entries of the normal distribution.
+      initial_scale: its initial standard deviation.
     """
 
     sizes: Sequence[int]
@@ -97,7 +97,7 @@ class ValueNetwork(nn.Module):
 
     Attributes:
       sizes: widths of the hidden layers.
-      num_axes: axes of one observation.
+      num_axes: number of axes of one observation.
     """
 
     sizes: Sequence[int]
@@ -111,14 +111,14 @@ class ValueNetwork(nn.Module):
 
 
 def scaled(scale: float) -> nn.initializers.Initializer:
-    """Normal weights whose outputs are `scale` times as large as the inputs."""
+    """Normal weights that make outputs `scale` times as large as the inputs."""
     return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
 
 
 def make_policy_fn(
     environment: Environment, sizes: Sequence[int], initial_scale: float
 ) -> tuple[Callable[[jax.Array], PyTree], Callable[[PyTree, PyTree], PyTree]]:
-    """`init_fn(key) -> params` and `policy_fn(params, batch) -> outputs`.
+    """Makes `init_fn(key) -> params` and `policy_fn(params, batch) -> outputs`.
 
     The batch holds "observations"; the outputs are those of `environment.likelihood`.
     """
@@ -135,7 +135,7 @@ def make_policy_fn(
 def make_value_fn(
     environment: Environment, sizes: Sequence[int]
 ) -> tuple[Callable[[jax.Array], PyTree], Callable[[PyTree, PyTree], jax.Array]]:
-    """`init_fn(key) -> params` and `value_fn(params, batch) -> values`."""
+    """Makes `init_fn(key) -> params` and `value_fn(params, batch) -> values`."""
     network = ValueNetwork(
         sizes=tuple(sizes), num_axes=len(environment.observation_shape)
     )

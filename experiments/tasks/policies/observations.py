@@ -1,11 +1,11 @@
-"""Running mean and variance of observations, and networks that see by them.
+"""Running mean and variance of observations, and networks that normalise by them.
 
     w = B / (n + B),   δ = m_B - m
     m <- m + w δ,      v <- (1 - w) v + w v_B + w (1 - w) δ²
 
-merges the B observations of a rollout into the n before it. A network sees
-(o - m) / √v, cut off at ±10. The statistics are an argument like the parameters, so
-that a rollout and the update on it see by the same ones.
+merges the B observations of a rollout into the n before it. A network sees (o - m) /
+√v, clipped at ±10. The statistics are an argument like the parameters, so that a
+rollout and the update on it use the same ones.
 
 References:
   Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing
@@ -30,17 +30,17 @@ __all__ = [
 PyTree = Any
 
 LIMIT = 10.0
-# Of the variance: an entry that has not moved so far is not divided by zero.
+# Lower bound of the variance: avoids division by zero for an entry that never changed.
 FLOOR = 1e-8
 
 
 class Statistics(NamedTuple):
-    """What is known of each entry of the observations so far.
+    """Statistics of each entry of the observations so far.
 
     Attributes:
-      number: float32, how many there were.
-      mean: of the shape of an observation.
-      variance: likewise, by their number, not one less.
+      number: float32, number of observations.
+      mean: has the shape of an observation.
+      variance: likewise; divided by their number, not by one less.
     """
 
     number: jax.Array
@@ -49,12 +49,12 @@ class Statistics(NamedTuple):
 
 
 def no_statistics(shape: tuple[int, ...]) -> Statistics:
-    """Those of nothing, by which observations are as they are."""
+    """Statistics of no observations; they leave observations unchanged."""
     return Statistics(jnp.zeros(()), jnp.zeros(shape), jnp.ones(shape))
 
 
 def merge(statistics: Statistics, observations: jax.Array) -> Statistics:
-    """The statistics with `observations`, `[T, E, ...]`, among them."""
+    """The statistics after including `observations`, `[T, E, ...]`."""
     new = observations.shape[0] * observations.shape[1]
     number = statistics.number + new
     weight = new / number
@@ -69,7 +69,7 @@ def merge(statistics: Statistics, observations: jax.Array) -> Statistics:
 
 
 def normalized(statistics: Statistics | None, observations: jax.Array) -> jax.Array:
-    """What a network sees of `observations`; all as it is where there are none."""
+    """What a network sees of `observations`; unchanged if there are no statistics."""
     if statistics is None:
         return observations
     standard = (observations - statistics.mean) / deviation(statistics)
@@ -77,12 +77,12 @@ def normalized(statistics: Statistics | None, observations: jax.Array) -> jax.Ar
 
 
 def deviation(statistics: Statistics) -> jax.Array:
-    """What is divided by."""
+    """The divisor."""
     return jnp.sqrt(statistics.variance + FLOOR)
 
 
 def normalizing(network_fn: Callable[[PyTree, PyTree], Any]) -> Callable[..., Any]:
-    """Makes `(params, batch)` a function of `((params, statistics), batch)`."""
+    """Turns `f(params, batch)` into `f((params, statistics), batch)`."""
 
     def apply_fn(
         params_and_statistics: tuple[PyTree, Statistics | None], batch: PyTree

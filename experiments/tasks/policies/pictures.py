@@ -1,7 +1,7 @@
 """Pictures of a run: curves with bands, and frames of an episode.
 
-Bands are the 10 % and 90 % quantiles of the last episodes where one agent learns, and
-from the lowest to the highest agent where many do.
+Bands are the 10 % and 90 % quantiles of the last episodes for a single agent, and range
+from the lowest to the highest agent for several.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +33,8 @@ def draw_curves(
 
     Args:
       records: one for each update of the policy.
-      path: of the picture.
-      title: what the run is.
+      path: where to save the picture.
+      title: a description of the run.
       steps_per_update: environment steps of an agent between two updates.
     """
     curves = _Curves(records, steps_per_update)
@@ -76,7 +76,7 @@ class _Curves:
         style: str = "-",
         bounds: Sequence[str] = ("{}_min", "{}_max"),
     ) -> bool:
-        """Draws `name`, and its band if there is one; whether there was anything."""
+        """Draws `name`, and its band if it has one; returns whether there was data."""
         steps, values = self.get(name)
         if not steps.size:
             return False
@@ -150,7 +150,7 @@ def _draw_value(axis: Axes, curves: _Curves) -> None:
     axis.set(title="Value function", ylabel="explained variance of the returns")
     name = "explained_variance"
     curves.draw(axis, name, DARK)
-    steps, lowest = curves.get(f"{name}_min")  # of several agents
+    steps, lowest = curves.get(f"{name}_min")  # for several agents
     if not steps.size:
         steps, lowest = curves.get(name)
     _limit(axis, steps, lowest, -1.0, 1.05)
@@ -159,7 +159,7 @@ def _draw_value(axis: Axes, curves: _Curves) -> None:
 def _limit(
     axis: Axes, steps: np.ndarray, values: np.ndarray, low: float, high: float
 ) -> None:
-    """Limits `axis`, and marks at its edge the steps whose values are beyond."""
+    """Limits `axis`, and marks at its edge the steps whose values lie outside."""
     axis.set_ylim(low, high)
     for edge, beyond, marker, text in (
         (low, values < low, "v", "below {:g}, down to {:.3g}"),
@@ -189,9 +189,9 @@ def draw_frames(name: str, observations: np.ndarray, path: Path, title: str) -> 
 
     Args:
       name: of the environment.
-      observations: `[steps, ...]`, as the environment gave them.
-      path: of the picture.
-      title: above it.
+      observations: `[steps, ...]`, as the environment returned them.
+      path: where to save the picture.
+      title: written above it.
     """
     last = len(observations) - 1
     times = np.unique(np.linspace(0, last, NUM_FRAMES).round().astype(int))

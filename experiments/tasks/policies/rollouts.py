@@ -2,8 +2,8 @@
 
     observations --policy--> actions --environment--> rewards, next observations
 
-One `lax.scan` over time, the environments side by side. Knows nothing of what is
-learned from it.
+One `lax.scan` over time, with the environments in parallel. Knows nothing of how the
+policy learns from it.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,20 @@ __all__ = ["Actors", "Rollout", "collect", "start_actors", "window_quantiles"]
 
 PyTree = Any
 
-# Episodes that a "mean return" is over, as in other libraries.
+# Number of episodes in a "mean return", as in other libraries.
 WINDOW = 100
 
 
 class Actors(NamedTuple):
-    """The environments between two rollouts; E of them.
+    """The E environments between two rollouts.
 
     Attributes:
       observations: `[E, ...]`, what the policy sees next.
       states: of the environments, with a leading axis E.
       returns: `[E]`, sum of the rewards of the running episodes so far.
-      lengths: `[E]`, int32, their steps so far.
-      finished: `[WINDOW]`, the returns of the last episodes that ended, in no order;
-        NaN where there have been fewer.
+      lengths: `[E]`, int32, their number of steps so far.
+      finished: `[WINDOW]`, the returns of the last finished episodes, in no particular
+        order; NaN while there have been fewer.
       num_finished: int32, episodes that have ended.
     """
 
@@ -49,10 +49,10 @@ class Rollout(NamedTuple):
     Attributes:
       observations: what the policy saw.
       actions: what it drew.
-      rewards: what came of it.
-      terminated: whether the episode came to its end.
-      truncated: whether the time limit cut it off.
-      next_observations: where the action led to, before any new episode.
+      rewards: what it received.
+      terminated: whether the episode reached a terminal state.
+      truncated: whether the time limit cut the episode off.
+      next_observations: of the states that the actions led to, before any new episode.
     """
 
     observations: jax.Array
@@ -64,7 +64,7 @@ class Rollout(NamedTuple):
 
 
 def start_actors(environment: Environment, key: jax.Array, num_envs: int) -> Actors:
-    """Begins an episode in each of `num_envs` copies."""
+    """Starts an episode in each of `num_envs` copies."""
     keys = jax.random.split(key, num_envs)
     observations, states = jax.vmap(environment.reset)(keys)
     return Actors(
@@ -91,8 +91,8 @@ def collect(
       environment: the environment.
       policy_fn: (params, {"observations": ...}) -> outputs of its distribution.
       params: of the policy.
-      actors: where the environments are.
-      key: all randomness of the rollout.
+      actors: the current state of the environments.
+      key: for all randomness of the rollout.
       num_steps: T.
     """
     likelihood = environment.likelihood
@@ -146,11 +146,11 @@ def window_quantiles(actors: Actors, levels: tuple[float, ...]) -> jax.Array:
 def _remember(
     window: jax.Array, count: jax.Array, returns: jax.Array, ended: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Puts the returns of the episodes that ended into the ring `window`."""
+    """Writes the returns of episodes that ended into the ring buffer `window`."""
     size = window.shape[0]
     rank = count + jnp.cumsum(ended) - 1
     total = count + jnp.sum(ended)
-    # Only the last ones, or two would want the same place.
+    # Only the last ones, or two would be written to the same place.
     kept = ended & (rank >= total - size)
     place = jnp.where(kept, rank % size, size)
     return window.at[place].set(returns, mode="drop"), total

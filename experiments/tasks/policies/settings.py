@@ -1,6 +1,6 @@
 """The settings of the task `trpo`.
 
-`configs/task/trpo.yaml` and `configs/env/` have the numbers.
+`configs/task/trpo.yaml` and `configs/env/` have the values.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ class ValueConfig:
       hidden_sizes: widths of its hidden layers.
       method: "adam", on minibatches, or "natural_gradient", on the whole rollout.
       learning_rate: of Adam.
-      epochs: passes of Adam over the rollout.
+      epochs: Adam's passes over the rollout.
       minibatch_size: environment steps in a minibatch of Adam.
-      natural_rate: learning rate of the natural gradient, where the radius allows it.
-      natural_steps: of the natural gradient on the whole rollout.
+      natural_rate: learning rate of the natural gradient, if the radius allows it.
+      natural_steps: number of natural gradient steps on the whole rollout.
       max_kl: radius of a natural gradient step in nats per environment step, for a
         normal distribution of width one around the value; null for none.
       damping: λ of the natural gradient.
-      max_steps: conjugate gradient steps of the natural gradient.
+      max_steps: largest number of conjugate gradient steps of the natural gradient.
     """
 
     hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
@@ -55,8 +55,8 @@ class PPOConfig:
 
     Attributes:
       learning_rate: of Adam.
-      clip: a ratio of probabilities gains nothing by going further from 1.
-      epochs: passes over a rollout.
+      clip: moving a ratio of probabilities further than this from 1 gains nothing.
+      epochs: number of passes over a rollout.
       minibatch_size: environment steps in a minibatch; divides `batch_size`.
     """
 
@@ -72,27 +72,28 @@ class PolicyConfig:
 
     Attributes:
       name: "trpo".
-      env: the environment, as gymnax names it; `env=...` chooses one with its numbers.
+      env: the environment, as gymnax names it; `env=...` chooses one with its values.
         As "module:function", a function that returns what `gymnax.make` does.
-      num_agents: agents that learn side by side, each from a seed of its own; curves
+      num_agents: agents that learn in parallel, each from a seed of its own; curves
         then have bands.
       num_envs: copies of the environment that an agent acts in; `batch_size` must be a
         multiple of it.
       discount: γ.
       trace_decay: λ of the advantages.
-      observation_scale: what observations are divided by: a number for each entry, or
+      observation_scale: what observations are divided by: one number for each entry, or
         one for all.
-      normalize_observations: whether they are then shifted and divided by the mean and
-        the standard deviation of all that the agent had seen before the rollout.
-      reward_scale: what rewards are multiplied by in learning; logs and evaluations
-        know the true ones.
+      normalize_observations: whether they are then shifted by the mean and divided by
+        the standard deviation of all observations that the agent had seen before the
+        rollout.
+      reward_scale: what rewards are multiplied by for learning; logs and evaluations
+        use the true ones.
       hidden_sizes: widths of the policy's hidden layers.
-      initial_scale: standard deviation of the first actions, where they are vectors.
-      squash_actions: whether vectors of actions come to their bounds by tanh, and are
-        not clipped; `initial_scale` and the entropy in the logs are then of what tanh
-        is taken of.
-      eval_episodes: episodes of an evaluation, in which the policy takes its most
-        likely action.
+      initial_scale: standard deviation of the first actions, if they are vectors.
+      squash_actions: whether tanh maps action vectors into their bounds, instead of
+        clipping them; `initial_scale` and the entropy in the logs then refer to the
+        argument of tanh.
+      eval_episodes: number of episodes of an evaluation, in which the policy takes its
+        most likely action.
       value: the value function.
     """
 

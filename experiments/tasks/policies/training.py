@@ -2,8 +2,8 @@
 
     agent, key --iterate--> agent, records        num_steps times, for every agent
 
-One agent, or many under `vmap`, each with its own parameters, environments and random
-numbers.
+One agent, or several under `vmap`, each with its own parameters, environments and
+random numbers.
 """
 
 import dataclasses
@@ -57,13 +57,13 @@ class Agent(NamedTuple):
       params: of the policy.
       opt_state: of its optimizer.
       value_params: of the value function.
-      value_opt_state: of its fit.
-      actors: where its environments are.
-      seen: statistics of all observations so far, by which the next rollout and all
-        that is learned from it will see; None where they stay as they are.
-      used: those that the last update saw by: of the observations before its rollout.
-        It is with them that the policy is within the radius of the one before, and is
-        evaluated.
+      value_opt_state: state of the value fit.
+      actors: its environments.
+      seen: statistics of all observations so far, which normalise the next rollout and
+        all learning from it; None if observations are not normalised.
+      used: the statistics that the last update used: of the observations before its
+        rollout. With these the policy is within the radius of the previous one, so it
+        is evaluated with them.
     """
 
     params: PyTree
@@ -76,17 +76,17 @@ class Agent(NamedTuple):
 
     @property
     def policy(self) -> tuple[PyTree, Statistics | None]:
-        """What `normalizing(policy_fn)` takes for the policy as it was learned."""
+        """The argument of `normalizing(policy_fn)` for the policy as it was learned."""
         return self.params, self.used
 
 
 class PolicyState(NamedTuple):
-    """Everything that the next step needs, and so everything that a checkpoint holds.
+    """Everything that the next step needs, and thus everything in a checkpoint.
 
     Attributes:
-      step: int32, policy updates.
-      key: typed PRNG key; each agent and each step folds its number in.
-      agents: one `Agent`, or with a leading axis as many as there are.
+      step: int32, number of policy updates.
+      key: typed PRNG key; each agent and each step folds in its number.
+      agents: one `Agent`, with a leading axis if there are several.
     """
 
     step: jax.Array
@@ -96,24 +96,24 @@ class PolicyState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What an agent is made of.
+    """The parts of an agent.
 
     Attributes:
       environment: where it acts.
-      num_envs: in how many copies, E.
-      num_steps: for how many steps each between two updates, T.
+      num_envs: number of copies of the environment, E.
+      num_steps: number of steps in each copy between two updates, T.
       discount: γ.
       trace_decay: λ of the advantages.
-      reward_scale: what rewards are multiplied by in learning.
-      normalize_observations: whether the networks see by running statistics.
+      reward_scale: what rewards are multiplied by for learning.
+      normalize_observations: whether observations are normalised by running statistics.
       init_policy: key -> parameters.
-      policy_fn: (params, batch) -> outputs, of observations that are normalised.
+      policy_fn: (params, batch) -> outputs, for normalised observations.
       init_optimizer: parameters -> state of the optimizer.
-      update: of the policy.
+      update: the update of the policy.
       init_value: key -> parameters.
       value_fn: (params, batch) -> values, likewise.
-      init_value_optimizer: parameters -> state of the fit.
-      fit: of the value function.
+      init_value_optimizer: parameters -> state of the value fit.
+      fit: the fit of the value function.
     """
 
     environment: Environment
@@ -158,10 +158,10 @@ class Experience(NamedTuple):
     Attributes:
       policy: "observations", "actions", "log_probs" and normalised "advantages".
       value: "observations" and "targets".
-      actors: the environments after it.
-      seen: the statistics of observations after it; what is in the batches has been
-        normalised by those before.
-      records: what it tells by itself.
+      actors: the environments after the rollout.
+      seen: the statistics of observations after it; the batches were normalised by
+        those before it.
+      records: the records of the rollout itself.
     """
 
     policy: PyTree
@@ -172,7 +172,7 @@ class Experience(NamedTuple):
 
 
 def gather(parts: Parts, agent: Agent, key: jax.Array) -> Experience:
-    """Lets the policy act, and weighs what came of it by the value function."""
+    """Lets the policy act, and estimates advantages by the value function."""
     environment = parts.environment
     rollout, actors = collect(
         environment,
@@ -223,7 +223,7 @@ def gather(parts: Parts, agent: Agent, key: jax.Array) -> Experience:
 
 
 def iterate(parts: Parts, agent: Agent, key: jax.Array) -> tuple[Agent, Records]:
-    """One rollout and what is learned from it."""
+    """One rollout, and the learning from it."""
     rollout_key, update_key, fit_key = jax.random.split(key, 3)
     experience = gather(parts, agent, rollout_key)
     params, opt_state, records = parts.update(
@@ -253,8 +253,8 @@ def init_state(parts: Parts, seed: int, num_agents: int) -> PolicyState:
         agents = _for_agents(functools.partial(init_agent, parts), num_agents)(keys)
         return PolicyState(jnp.zeros((), jnp.int32), key, agents)
 
-    # Under jit every leaf gets a buffer of its own, as donation demands; weak types
-    # go, since a checkpoint would not bring them back.
+    # Under jit every leaf gets a buffer of its own, as donation requires; weak types
+    # are removed, since a checkpoint would not restore them.
     return fix_types(jax.jit(init)(jax.random.key(seed)))
 
 
@@ -264,15 +264,15 @@ def make_train_chunk(
     """Builds `train_chunk(state, num_steps) -> (state, records)`, jitted.
 
     It donates `state`, takes `num_steps <= capacity` steps, and returns records with a
-    leading axis of length `capacity`, of which the first `num_steps` count. With more
-    than one agent, `name` is the mean over them of what each records, of counts the
-    largest; `name_min` and `name_max` are the bounds. Unless `is_merged`: then records
-    have a second axis, of agents.
+    leading axis of length `capacity`, of which only the first `num_steps` are valid.
+    With several agents, `name` is the mean over agents of a record, or the largest of a
+    count, and `name_min` and `name_max` are the bounds. If not `is_merged`, records
+    have a second axis, over agents, instead.
     """
     step_fn = _for_agents(functools.partial(iterate, parts), num_agents)
 
     def take_step(state: PolicyState, index: jax.Array) -> tuple[PolicyState, Records]:
-        del index  # of the dispatch
+        del index  # within the dispatch
         keys = _agent_keys(state.key, num_agents, state.step + 1)
         agents, records = step_fn(state.agents, keys)
         if num_agents > 1 and is_merged:
@@ -289,7 +289,7 @@ def make_train_chunk(
 
 
 def _for_agents(function: Callable[..., Any], num_agents: int) -> Callable[..., Any]:
-    # A leading axis of length one is not free: conditions would become selections.
+    # A leading axis of length one is not free: `cond` would become `select`.
     return jax.vmap(function) if num_agents > 1 else function
 
 
@@ -304,7 +304,7 @@ def _over_agents(records: Records) -> Records:
     merged = {}
     for name, values in records.items():
         if name in ("status", "solver_status"):
-            continue  # codes, of which there is no mean; `accepted` says how many did
+            continue  # status codes have no mean; `accepted` gives the share taken
         is_count = jnp.issubdtype(values.dtype, jnp.integer)
         merged[name] = jnp.max(values) if is_count else jnp.mean(values)
         merged[f"{name}_min"] = jnp.min(values)

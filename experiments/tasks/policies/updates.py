@@ -2,10 +2,10 @@
 
     L(θ) = mean_n  π_θ(a_n|s_n) / π_old(a_n|s_n)  A_n,      ∇L(θ_old) = policy gradient
 
-Any Optax transformation that knows the project's extra arguments takes one step on the
-whole rollout: with the natural gradient to a KL radius that is trust region policy
-optimization, with one of fixed rate the natural policy gradient. Proximal policy
-optimization takes many steps on parts of it, on a clipped L.
+Any Optax transformation that accepts the project's extra arguments takes one step on
+the whole rollout: the natural gradient with a KL radius gives trust region policy
+optimization, with a fixed rate the natural policy gradient. Proximal policy
+optimization takes many steps on minibatches, on a clipped L.
 """
 
 import functools
@@ -46,7 +46,7 @@ PolicyUpdate = Callable[
 def surrogate_loss(
     likelihood: ngd.Likelihood, outputs: PyTree, batch: PyTree
 ) -> jax.Array:
-    """-L(θ): minus the mean advantage under importance weights.
+    """-L(θ): minus the importance-weighted mean advantage.
 
     References:
       Schulman et al., Trust region policy optimization, 2015, equation 14.
@@ -59,7 +59,7 @@ def surrogate_loss(
 def clipped_loss(
     likelihood: ngd.Likelihood, clip: float, outputs: PyTree, batch: PyTree
 ) -> jax.Array:
-    """-L(θ) where no ratio gains by leaving 1 ± `clip`.
+    """-L(θ), with no gain for ratios outside 1 ± `clip`.
 
     References:
       Schulman et al., Proximal policy optimization algorithms, 2017, equation 7.
@@ -86,7 +86,7 @@ def policy_task(
     init_fn: Callable[[jax.Array], PyTree],
     likelihood: ngd.Likelihood,
 ) -> Task:
-    """The policy as the optimizers know a model: a task whose data are rollouts."""
+    """The policy in the form that optimizers expect: a task whose data are rollouts."""
     return Task(
         name="policy",
         train={},
@@ -101,12 +101,12 @@ def policy_task(
 def make_whole_update(
     tx: optax.GradientTransformationExtraArgs, task: Task, *, measure_kl: bool
 ) -> PolicyUpdate:
-    """One step of `tx` on the surrogate of the whole rollout.
+    """Makes an update that is one step of `tx` on the surrogate of the whole rollout.
 
     Args:
-      tx: takes `batch`, `value`, `grad` and `value_fn` beside the gradient.
-      task: the policy, of `policy_task`.
-      measure_kl: whether to measure the KL of the step where `tx` does not.
+      tx: takes `batch`, `value`, `grad` and `value_fn` in addition to the gradient.
+      task: the policy, from `policy_task`.
+      measure_kl: whether to measure the KL of the step if `tx` does not.
     """
 
     def update(
@@ -149,13 +149,15 @@ def make_clipped_update(
     minibatch_size: int,
     measure_kl: bool,
 ) -> PolicyUpdate:
-    """`epochs` passes over the rollout in minibatches, each a step on the clipped loss.
+    """Makes an update of `epochs` passes over the rollout in minibatches.
+
+    Each minibatch gives one step on the clipped loss.
 
     Args:
       tx: any plain transformation.
-      task: the policy, of `policy_task`.
-      clip: how far from 1 a ratio may gain.
-      epochs: passes.
+      task: the policy, from `policy_task`.
+      clip: how far from 1 a ratio can still gain.
+      epochs: number of passes.
       minibatch_size: environment steps in a minibatch; divides those of the rollout.
       measure_kl: whether to measure the KL of the whole update.
     """

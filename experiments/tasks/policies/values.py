@@ -2,8 +2,9 @@
 
     min_φ  mean_n ½ (V_φ(s_n) - R_n)²,      R = A + V_old
 
-By Adam on minibatches, or by natural gradient on the whole rollout: squared error is
-the log-likelihood of a Gaussian, so that is Gauss-Newton within a KL radius.
+Fitted by Adam on minibatches, or by natural gradient on the whole rollout: squared
+error is the negative log-likelihood of a Gaussian, so this is Gauss-Newton within a KL
+radius.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ ValueFit = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]]
 def make_value_fit(
     config: ValueConfig, value_fn: ValueFn
 ) -> tuple[Callable[[PyTree], PyTree], ValueFit]:
-    """`init(params) -> opt_state`, and the fit after a rollout."""
+    """Makes `init(params) -> opt_state`, and the fit after a rollout."""
 
     def loss_fn(params: PyTree, batch: PyTree) -> jax.Array:
         return jnp.mean((value_fn(params, batch) - batch["targets"]) ** 2) / 2
@@ -40,9 +41,9 @@ def make_value_fit(
 
 
 def explained_variance(values: jax.Array, targets: jax.Array) -> jax.Array:
-    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant.
+    """1 - Var(R - V) / Var(R): 1 is perfect, 0 is no better than a constant.
 
-    Not a number where all targets are equal.
+    NaN if all targets are equal.
     """
     return 1 - jnp.var(targets - values) / jnp.var(targets)
 

@@ -1,1 +1,1 @@
-"""Tasks that are a data set, a network and a loss, and what trains them."""
+"""Tasks that consist of a data set, a network and a loss, and their training."""

@@ -1,8 +1,9 @@
-"""The deep autoencoder on which curvature methods made their name: 784-1000-...-784.
+"""The classic deep autoencoder benchmark for curvature methods: 784-1000-...-784.
 
-Logistic units, a linear code, Bernoulli pixels: the outputs are logits, the targets the
-images themselves, and the loss is the cross-entropy in nats per image (Hinton and
-Salakhutdinov 2006, Martens 2010). First-order methods sit long at the mean image.
+Logistic units, a linear code, Bernoulli pixels: the outputs are logits, the targets are
+the images themselves, and the loss is the cross-entropy in nats per image (Hinton and
+Salakhutdinov 2006, Martens 2010). First-order methods get stuck at the mean image for a
+long time.
 """
 
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def make_autoencoder(
       data: "fashion_mnist" or "mnist5k".
       widths: of the layers of the encoder, the code last; the decoder mirrors them.
       init: "dense", N(0, 1 / inputs), or "sparse", 15 weights N(0, 1) into each unit.
-      data_dir: a folder where the data is looked for first; null for none.
+      data_dir: a folder to search for the data first; null for none.
       cache_dir: a folder for a memory-mapped copy of the pixels of fashion_mnist; null
         keeps them in memory.
     """

@@ -1,8 +1,8 @@
-"""Which examples the batch of a step holds: a pure function of the key and the step.
+"""Which examples are in the batch of a step: a pure function of the key and the step.
 
-Each epoch is a fresh permutation of the training set, cut into batches; what does not
-fill a batch is dropped for that epoch. Since nothing but the key and the step goes in,
-a resumed run sees the very batches of a run that was never stopped.
+Each epoch is a new permutation of the training set, cut into batches; examples that do
+not fill a batch are dropped for that epoch. Since batches depend only on the key and
+the step, a resumed run sees the same batches as a run that was never stopped.
 """
 
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ Step = TypeVar("Step", int, jax.Array)
 def epoch_and_position(
     step: Step, num_examples: int, batch_size: int
 ) -> tuple[Step, Step]:
-    """Returns the epoch that `step` is in, and which batch of that epoch it takes."""
+    """Returns the epoch of `step`, and the position of its batch in that epoch."""
     batches_per_epoch = num_examples // batch_size
     return step // batches_per_epoch, step % batches_per_epoch
 

@@ -1,11 +1,11 @@
 """A small Transformer that reads a text character by character, in Flax nnx.
 
-    p(character | those before it in its window)      one Categorical for each character
+    p(character | those before it in its window)      one Categorical per character
 
-A document is cut into windows of `context` characters to predict; what the last one
-lacks is filled up, and masked by weights of zero in the loss, the metric and the KL
-alike. All three are means over characters. The keys of dropout are part of the batch,
-one for each window, so that a part of a batch has the same masks as the whole of it.
+A document is cut into windows of `context` characters to predict; the last one is
+padded, and the padding is masked by weights of zero in the loss, the metric and the KL.
+All three are means over characters. The dropout keys are part of the batch, one for
+each window, so that a part of a batch has the same masks as the whole batch.
 """
 
 from typing import Annotated, Any
@@ -24,12 +24,12 @@ from ngd_jax.flax import nnx_model_fn
 
 __all__ = ["CharTransformer", "cut_into_windows", "make_charlm"]
 
-HELD_OUT = 20  # one window in so many
-MAX_CHARACTERS = 256  # different ones; they are stored as bytes
+HELD_OUT = 20  # one window in twenty
+MAX_CHARACTERS = 256  # distinct ones; they are stored as bytes
 
 
 class _Block(nnx.Module):
-    """Attention and a feed-forward layer, each on its own normalised copy."""
+    """Attention and a feed-forward layer, each applied to normalised inputs."""
 
     def __init__(self, width: int, num_heads: int, rngs: nnx.Rngs):
         self.num_heads = num_heads
@@ -41,7 +41,7 @@ class _Block(nnx.Module):
         self.out = nnx.Linear(4 * width, width, rngs=rngs)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Mixes each place with those before it, `[B, T, D]`."""
+        """Mixes each position with those before it, `[B, T, D]`."""
         heads = self.projections(self.attention_norm(x))
         heads = heads.reshape(*x.shape[:2], 3, self.num_heads, -1)
         queries, keys, values = (heads[:, :, i] for i in range(3))
@@ -49,20 +49,20 @@ class _Block(nnx.Module):
         return self.attention_out(mixed.reshape(x.shape))
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
-        """Transforms each place by itself, `[B, T, D]`."""
+        """Transforms each position separately, `[B, T, D]`."""
         return self.out(nnx.gelu(self.hidden(self.norm(x))))
 
 
 class CharTransformer(nnx.Module):
-    """A causal Transformer whose output weights are the embeddings.
+    """A causal Transformer whose output weights are its embeddings.
 
     Args:
       num_layers: attention and feed-forward pairs.
       width: of the stream between the layers.
-      num_heads: attention heads, which divide the width.
-      context: characters that a window predicts.
-      dropout: share of activations that are dropped where there are keys.
-      vocabulary_size: different characters.
+      num_heads: number of attention heads; must divide the width.
+      context: number of characters that a window predicts.
+      dropout: share of activations that are dropped if keys are given.
+      vocabulary_size: number of distinct characters.
       rngs: the stream `params` draws the initial parameters.
     """
 
@@ -93,7 +93,7 @@ class CharTransformer(nnx.Module):
 
         Args:
           tokens: characters by number.
-          keys: typed keys `[B]` of dropout; None for evaluation.
+          keys: typed dropout keys `[B]`; None for evaluation.
         """
         x = self.embedding(tokens.astype(jnp.int32)) + self.places[: tokens.shape[1]]
         x = self._drop(x, keys, 0)
@@ -117,13 +117,13 @@ class CharTransformer(nnx.Module):
 def cut_into_windows(
     documents: list[str], context: int
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Returns the windows of all documents, and the characters in order of number.
+    """Returns the windows of all documents, and the characters ordered by number.
 
     The windows are `tokens`, uint8 `[N, context + 1]`, of which all but the first are
-    predicted, and `length`, int32 `[N]`: how many of those are really there.
+    predicted, and `length`, int32 `[N]`: how many of those are not padding.
 
     Raises:
-      ConfigError: more than 256 different characters.
+      ConfigError: there are more than 256 distinct characters.
     """
     characters = "".join(sorted(set("".join(documents))))
     if len(characters) > MAX_CHARACTERS:
@@ -155,14 +155,14 @@ def make_charlm(
     """Builds the task from its settings.
 
     Args:
-      text: "python", the topics of Python's documentation, which are always there, or
-        "kjv", the King James Bible.
+      text: "python", the topics of Python's documentation, which are always available,
+        or "kjv", the King James Bible.
       num_layers: attention and feed-forward pairs.
       width: of the stream between the layers.
-      num_heads: attention heads, which divide the width.
-      context: characters that a window predicts.
+      num_heads: number of attention heads; must divide the width.
+      context: number of characters that a window predicts.
       dropout: share of activations that are dropped in training.
-      data_dir: a folder where the data is looked for first; null for none.
+      data_dir: a folder to search for the data first; null for none.
 
     Raises:
       ConfigError: the text is missing, or the heads do not divide the width.

@@ -1,4 +1,4 @@
-"""What all classifiers share: the loss, the accuracy, the likelihood, and an MLP.
+"""What all classifiers share: loss, accuracy, likelihood, and an MLP.
 
 The loss is the mean cross-entropy, which is minus the log-likelihood of the
 categorical distribution whose logits are the network's outputs.
@@ -48,14 +48,14 @@ def make_classifier(
     model_fn: Callable[[PyTree, PyTree], jax.Array],
     **options: Any,
 ) -> Task:
-    """Builds the task of telling the labels `y` by the logits of `model_fn`.
+    """Builds the task of predicting the labels `y` from the logits of `model_fn`.
 
     Args:
       name: of the task.
       train: the training set, with the labels under "y".
       test: the test set, likewise.
-      init_fn: as of `Task`.
-      model_fn: as of `Task`.
+      init_fn: as in `Task`.
+      model_fn: as in `Task`.
       **options: other attributes of `Task`.
     """
 
@@ -89,15 +89,15 @@ def make_mlp_classifier(
     inputs_fn: Callable[[jax.Array], jax.Array] = lambda x: x,
     first_scale: float = 1.0,
 ) -> Task:
-    """Builds the task of telling the labels `y` from `inputs_fn(x)` by an MLP.
+    """Builds the task of predicting the labels `y` from `inputs_fn(x)` by an MLP.
 
     Args:
       name: of the task.
       train: the training set: inputs `x`, labels `y`.
       test: the test set, likewise.
       sizes: widths of the layers, the number of classes last.
-      inputs_fn: from `x` as it is stored to the inputs of the network.
-      first_scale: as of `MLP`.
+      inputs_fn: maps `x` as it is stored to the inputs of the network.
+      first_scale: as in `MLP`.
     """
     mlp = MLP(tuple(sizes), first_scale)
     num_inputs = train["x"].shape[1]
@@ -112,5 +112,5 @@ def make_mlp_classifier(
 
 
 def _lecun_normal(scale: float) -> Callable[..., Any]:
-    # Variances: the scale enters squared.
+    # `variance_scaling` takes a variance, so the scale enters squared.
     return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")

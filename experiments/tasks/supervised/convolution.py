@@ -1,12 +1,13 @@
-"""Convolutions whose derivatives are as fast inside of a loop as outside on a CPU.
+"""Convolutions whose derivatives are as fast inside a loop as outside, on CPUs.
 
     y = x * k        dx = dy ⋆ k        dk = x ⋆ dy
 
-XLA's CPU compiler has a fast routine for convolutions with the axes in one order. At
-the top of a program it brings others into that order; inside of `scan`, `cond` and
-`while_loop` it does not, and runs them as plain loops, some twenty times slower. JAX's
-own transposes of a convolution are of other orders. Those written here are not, so that
-conjugate gradients, and many steps to a dispatch, cost what they should.
+XLA's CPU compiler has a fast routine for convolutions with one particular order of
+axes. At the top level of a program it brings other orders into that one; inside `scan`,
+`cond` and `while_loop` it does not, and compiles them to plain loops, some twenty times
+slower. JAX's own transposes of a convolution use other orders. Those written here use
+the fast one, so that conjugate gradients, and many steps per dispatch, cost what they
+should.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +20,14 @@ from jax.custom_derivatives import SymbolicZero, linear_call
 
 __all__ = ["Conv", "convolve"]
 
-# The order of axes that is fast: images [B, H, W, C], kernels [H, W, C, D].
+# The fast order of axes: images [B, H, W, C], kernels [H, W, C, D].
 _ORDER = ("NHWC", "HWIO", "NHWC")
 
 Pads = tuple[tuple[int, int], ...]
 
 
 class Conv(nn.Module):
-    """`nn.Conv(..., padding="SAME", use_bias=False)`: the same parameters and values.
+    """`nn.Conv(..., padding="SAME", use_bias=False)`: same parameters, same values.
 
     Attributes:
       features: channels of the output.
@@ -47,10 +48,10 @@ class Conv(nn.Module):
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
-    """Returns x * kernel with zeros around x: H' = ⌈H / strides⌉, W' likewise.
+    """Returns x * kernel with zero padding: H' = ⌈H / strides⌉, W' likewise.
 
-    For first derivatives in both modes, and for transposes of tangents, as products
-    with the Fisher matrix need them. Not for second derivatives, and not for `vmap`.
+    Supports first derivatives in both modes, and transposes of tangents, as products
+    with the Fisher matrix need them; not second derivatives, and not `vmap`.
 
     Args:
       x: images `[B, H, W, C]`.
@@ -87,7 +88,7 @@ def _linear_in_images(
     shape: Sequence[int], pads: Pads, strides: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def transpose(kernel: jax.Array, dy: jax.Array) -> jax.Array:
-        # Zeros between the entries of dy, and around them until the shape is that of x.
+        # Zeros between the entries of dy, and around them up to the shape of x.
         around = [
             (length - 1 - low, size + low - (count - 1) * strides - 1)
             for size, length, count, (low, _) in zip(
@@ -107,7 +108,7 @@ def _linear_in_kernels(
     shape: Sequence[int], pads: Pads, strides: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def transpose(x: jax.Array, dy: jax.Array) -> jax.Array:
-        # Examples are what is summed over, and so take the place of the channels.
+        # The sum is over examples, so they take the place of the channels.
         around = [
             (low, (count - 1) * strides + length - size - low)
             for size, length, count, (low, _) in zip(
@@ -145,7 +146,7 @@ def _convolve(
 
 
 def _pads(size: int, length: int, strides: int) -> tuple[int, int]:
-    """Zeros before and after an axis, as "SAME" has them."""
+    """Zeros before and after an axis, as for "SAME" padding."""
     count = -(-size // strides)
     total = max((count - 1) * strides + length - size, 0)
     return total // 2, total - total // 2

@@ -1,7 +1,7 @@
 """Handwritten digits: scikit-learn's 8 x 8 images, ten classes, a Flax MLP.
 
-The split (1437 to train on, 360 to test on, the classes in equal proportions) is part
-of the task and does not depend on the seed of a run.
+The split (1437 training and 360 test examples, the classes in equal proportions) is
+part of the task and does not depend on the seed of a run.
 """
 
 from typing import Annotated

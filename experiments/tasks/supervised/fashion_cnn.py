@@ -1,11 +1,11 @@
 """Fashion-MNIST with a convolutional network and batch normalisation.
 
-In training, the activations are normalised by the batch that they are of, so that the
-examples of a batch depend on each other. Solvers that need products alone, such as CG,
-take that as it is; those on rows of the Jacobian need independent examples.
+In training, activations are normalised by the statistics of their batch, so the
+examples of a batch depend on each other. Solvers that only need products, such as CG,
+can handle this; those that use rows of the Jacobian need independent examples.
 
 The running statistics, for evaluation, are the model state. The outputs in training
-mode do not depend on them, so `model_fn` reads the initial ones, whatever the step.
+mode do not depend on them, so `model_fn` always reads the initial ones.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ class CNN(nn.Module):
 
     Attributes:
       channels: of the convolutions.
-      hidden_size: of the first dense layer.
-      num_classes: of the second one.
-      statistics_decay: of the running statistics.
+      hidden_size: width of the first dense layer.
+      num_classes: width of the second one.
+      statistics_decay: decay rate of the running statistics.
     """
 
     channels: Sequence[int]
@@ -45,10 +45,10 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool) -> jax.Array:
-        """Returns the logits `[B, num_classes]` of images `[B, 784]`, as bytes."""
+        """Returns the logits `[B, num_classes]` for images `[B, 784]` of bytes."""
         x = to_unit_interval(pixels).reshape(-1, SIDE, SIDE, 1)
         for size in self.channels:
-            # No bias: the normalisation would take it away.
+            # No bias: the normalisation would cancel it.
             x = Conv(size, (3, 3), strides=2)(x)
             x = nn.BatchNorm(not train, momentum=self.statistics_decay)(x)
             x = nn.relu(x)
@@ -66,10 +66,10 @@ def make_fashion_cnn(
     """Builds the task from its settings.
 
     Args:
-      channels: of the convolutional layers, each of which halves the sides.
+      channels: of the convolutional layers, each of which halves the image size.
       hidden_size: width of the layer between the last of them and the classes.
-      statistics_decay: of the running statistics of the batches.
-      data_dir: a folder where the data is looked for first; null for none.
+      statistics_decay: decay rate of the running statistics of the batches.
+      data_dir: a folder to search for the data first; null for none.
       cache_dir: a folder for a memory-mapped copy of the pixels; null keeps them in
         memory.
     """
@@ -84,7 +84,7 @@ def make_fashion_cnn(
     shapes = jax.eval_shape(
         lambda: network.init(jax.random.key(0), images, train=False)["batch_stats"]
     )
-    # All that training mode does with them is to write new ones.
+    # Training mode does nothing with them except write new ones.
     unused = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     in_training = linen_model_fn(network, collections=("batch_stats",), train=True)
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST with a fully connected network, 784-512-256-10 as shipped."""
+"""Fashion-MNIST with a fully connected network, 784-512-256-10 by default."""
 
 from typing import Annotated
 
@@ -21,7 +21,7 @@ def make_fashion_mlp(
 
     Args:
       hidden_sizes: widths of the hidden layers.
-      data_dir: a folder where the data is looked for first; null for none.
+      data_dir: a folder to search for the data first; null for none.
       cache_dir: a folder for a memory-mapped copy of the pixels; null keeps them in
         memory.
     """

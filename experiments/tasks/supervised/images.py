@@ -1,6 +1,6 @@
-"""The images of the tasks: stored as bytes, seen by the networks as numbers in [0, 1].
+"""The images of the tasks: stored as bytes, fed to the networks as numbers in [0, 1].
 
-Bytes take a quarter of the memory, on the host as on the device, and of the way
+Bytes take a quarter of the memory, on the host and on the device, and of the transfer
 between the two.
 """
 
@@ -25,10 +25,10 @@ def load_images(
       ConfigError: the data is missing or damaged.
     """
     if name == "mnist5k":
-        return load_mnist5k(data_dir)  # small: nothing to keep on the disk
+        return load_mnist5k(data_dir)  # small: no need for a file on the disk
     return load_fashion_mnist(data_dir, cache_dir)
 
 
 def to_unit_interval(pixels: jax.Array) -> jax.Array:
-    """Returns bytes as floating-point numbers between 0 and 1."""
+    """Converts bytes to floating-point numbers between 0 and 1."""
     return jnp.asarray(pixels, jnp.float32) / 255.0

@@ -1,9 +1,9 @@
-"""Small tables in their raw units, one class rare: an ill-conditioned classification.
+"""Small tables in their raw units with a rare class: ill-conditioned classification.
 
-The columns of the wine data range from 0.1 (hue) to 1,700 (proline), so that the Fisher
-matrix of the first layer has eigenvalues a factor of 10^8 apart. The rarest class of
-the training set is thinned out; the test set keeps its proportions, so that its
-accuracy tells whether the rare class was learned.
+The columns of the wine data range from 0.1 (hue) to 1,700 (proline), so the Fisher
+matrix of the first layer has eigenvalues that differ by a factor of 10^8. The rarest
+class of the training set is thinned out; the test set keeps its proportions, so its
+accuracy shows whether the rare class was learned.
 """
 
 from typing import Annotated
@@ -29,7 +29,7 @@ def load_imbalanced(data: str, rare_share: float) -> tuple[PyTree, PyTree]:
     The split is part of the task and does not depend on the seed of a run.
 
     Raises:
-      ConfigError: `rare_share` would leave no example of the rarest class.
+      ConfigError: `rare_share` would leave no examples of the rarest class.
     """
     columns, labels = TABLES[data](return_X_y=True)  # pyright: ignore[reportCallIssue]
     x_train, x_test, y_train, y_test = train_test_split(
@@ -60,9 +60,9 @@ def make_imbalance(
 
     Args:
       data: "wine" (13 columns, 3 classes) or "breast_cancer" (30 columns, 2 classes).
-      rare_share: how much of the rarest class is kept to train on.
-      standardize: whether to bring every column to mean 0 and deviation 1, which is
-        what the task is about not doing.
+      rare_share: share of the rarest class that is kept in the training set.
+      standardize: whether to scale every column to mean 0 and deviation 1; false keeps
+        the ill-conditioning, which is the point of the task.
       hidden_sizes: widths of the hidden layers.
     """
     train, test = load_imbalanced(data, rare_share)
@@ -76,6 +76,6 @@ def make_imbalance(
         train,
         test,
         sizes=(*hidden_sizes, num_classes),
-        # No unit is saturated at the start, whatever the units of measurement.
+        # No unit saturates at the start, whatever the units of measurement.
         first_scale=1.0 / max(1.0, float(np.sqrt(np.mean(np.square(train["x"]))))),
     )

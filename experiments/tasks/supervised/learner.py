@@ -1,4 +1,4 @@
-"""The learner of a `Task`: steps of an optimizer on batches of a data set."""
+"""The learner of a `Task`: optimizer steps on batches of a data set."""
 
 import contextlib
 import itertools
@@ -77,7 +77,7 @@ class SupervisedLearner:
 
     @contextlib.contextmanager
     def start(self, state: TrainState) -> Iterator[Advance]:
-        """Gives `advance(state, num_steps)`, compiled, with its batches on the way."""
+        """Yields the compiled `advance(state, num_steps)`; starts to fetch batches."""
         train_chunk = self._train_chunk.lower(state, self._like_data(), np.int32(0))
         train_chunk = train_chunk.compile()
         with self._data_of_dispatches(state) as data_of_dispatches:
@@ -91,7 +91,7 @@ class SupervisedLearner:
             yield advance
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
-        """Returns loss and metrics on the training set and on the test set."""
+        """Returns the loss and metrics on the training set and on the test set."""
         return {
             f"{prefix}_{name}": value
             for prefix in ("train", "test")
@@ -106,7 +106,7 @@ class SupervisedLearner:
         plot_curves(records, folder / "curves.png", title, metric=self._metric)
 
     def _like_data(self) -> PyTree:
-        """What a dispatch is given as data, or its shape."""
+        """The data argument of a dispatch, or its shape."""
         if not self._is_streamed:
             return self._train
         stacked = (self._config.steps_per_dispatch, self._batch_size)
@@ -120,7 +120,7 @@ class SupervisedLearner:
     def _data_of_dispatches(
         self, state: TrainState
     ) -> contextlib.AbstractContextManager[Iterator[PyTree]]:
-        """The data of each dispatch from `state` on, one after the other."""
+        """Iterates over the data of each dispatch from `state` on."""
         config = self._config
         if not self._is_streamed:
             return contextlib.nullcontext(itertools.repeat(self._train))

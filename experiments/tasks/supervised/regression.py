@@ -1,10 +1,10 @@
-"""The strength of concrete from its ingredients, with an error bar for each sample.
+"""Predicts the strength of concrete from its ingredients, with error bars.
 
-    y ~ N(μ(x), σ(x)²)        the network gives μ and log σ
+    y ~ N(μ(x), σ(x)²)        the network outputs μ and log σ
 
-Inputs and strengths are standardized by the training set, so that the loss is in nats
-per sample of standardized strength; the metric is in MPa. On demand a part of the
-training set gets wrong labels, which the test set never has.
+Inputs and strengths are standardized by the training set, so the loss is in nats per
+sample of standardized strength; the metric is in MPa. On request, a part of the
+training set gets wrong labels; the test set never does.
 """
 
 import math
@@ -28,9 +28,9 @@ TEST_SHARE = 0.2
 
 
 def add_outliers(labels: np.ndarray, share: float, size: float) -> np.ndarray:
-    """Returns `labels` of which a share is moved up or down by `size` deviations.
+    """Returns `labels`, a share of them moved up or down by `size` deviations.
 
-    Which ones is part of the task and does not depend on the seed of a run.
+    Which ones are moved is part of the task and does not depend on the seed of a run.
     """
     random = np.random.default_rng(0)
     chosen = random.permutation(len(labels))[: round(share * len(labels))]
@@ -51,18 +51,19 @@ def make_regression(
 
     Args:
       hidden_sizes: widths of the hidden layers.
-      min_scale: no σ is smaller, in standard deviations of the labels. Without such a
-        floor the likelihood has no maximum, and the error bars of samples known by
-        heart close in on nothing.
+      min_scale: lower bound of σ, in standard deviations of the labels. Without it the
+        likelihood has no maximum, and the error bars of memorised samples shrink to
+        zero.
       outliers: whether a part of the training labels is wrong.
-      outlier_share: how many of them, as a share.
-      outlier_size: by how much, up or down, in standard deviations of the labels.
-      data_dir: a folder where the data is looked for first; null for none.
+      outlier_share: the share of wrong labels.
+      outlier_size: how far they are moved, up or down, in standard deviations of the
+        labels.
+      data_dir: a folder to search for the data first; null for none.
     """
     x, y = load_concrete(data_dir)
     split = train_test_split(x, y, test_size=TEST_SHARE, random_state=0)
     x_train, x_test, y_train, y_test = (np.asarray(part) for part in split)
-    # By the clean labels, so that the losses with and without outliers compare.
+    # By the clean labels, so that losses with and without outliers are comparable.
     scale = float(y_train.std())
 
     def prepare(x: np.ndarray, y: np.ndarray) -> PyTree:
@@ -84,7 +85,7 @@ def make_regression(
     def model_fn(params: PyTree, batch: PyTree) -> PyTree:
         outputs: jax.Array = mlp.apply({"params": params}, batch["x"])  # pyright: ignore[reportAssignmentType]
         mean, excess = outputs[..., 0], outputs[..., 1]
-        # Smooth, close to the identity for σ well above the floor.
+        # Smooth, and close to the identity for σ well above the floor.
         log_scale = floor + jax.nn.softplus(excess - floor)
         return {"mean": mean, "log_scale": log_scale}
 

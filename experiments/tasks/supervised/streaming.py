@@ -1,10 +1,10 @@
-"""Batches of a training set that stays on the host, brought to the devices in advance.
+"""Batches of a training set that stays on the host, copied to the devices in advance.
 
-    batch(step) = data[permutation(key, epoch)[position]]    as on the device, exactly
+    batch(step) = data[permutation(key, epoch)[position]]    exactly as on the device
 
-A thread of its own gathers the batches of the next dispatches, from memory or from a
-memory-mapped file, while the devices compute. Since a batch depends on the key and the
-step alone, how far it is ahead leaves no trace in the results.
+A separate thread gathers the batches of the next dispatches, from memory or from a
+memory-mapped file, while the devices compute. Since a batch depends only on the key and
+the step, the results do not depend on how far the thread is ahead.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ __all__ = ["HostBatches", "size_in_mib", "stream"]
 
 PyTree = Any
 
-# Seconds after which a thread that waits looks whether it is still wanted.
+# Seconds after which a waiting thread checks whether it is still needed.
 _PATIENCE = 0.1
 
 
@@ -40,9 +40,9 @@ class HostBatches:
 
     Args:
       data: arrays with the examples along the leading axis.
-      key: of the order of the batches, as `TrainState` has it.
+      key: for the order of the batches, as in `TrainState`.
       batch_size: examples in a batch.
-      capacity: batches that are stacked, the same for every call.
+      capacity: number of batches in a stack, the same for every call.
     """
 
     def __init__(self, data: PyTree, key: jax.Array, *, batch_size: int, capacity: int):
@@ -54,7 +54,7 @@ class HostBatches:
     def take(self, step: int, num_steps: int) -> PyTree:
         """Returns the batches from `step` on, `[capacity, batch_size, ...]`.
 
-        The first `num_steps` are those of the steps, the others are zero.
+        The first `num_steps` are the batches of these steps; the others are zero.
         """
         chosen = [self._indices(step + index) for index in range(num_steps)]
 
@@ -87,17 +87,17 @@ def stream(
     prefetch: int,
     mesh: Mesh | None = None,
 ) -> Iterator[Iterator[PyTree]]:
-    """Brings the batches of the dispatches in `plan` to the devices, in advance.
+    """Copies the batches of the dispatches in `plan` to the devices, in advance.
 
     Args:
       batches: where they come from.
-      plan: the first step of each dispatch and the number of its steps.
-      prefetch: dispatches at most that wait on the devices.
-      mesh: the devices, each of which gets all; None for the default one.
+      plan: the first step of each dispatch and its number of steps.
+      prefetch: largest number of dispatches that wait on the devices.
+      mesh: the devices, each of which gets all batches; None for the default device.
 
     Yields:
-      An iterator over what `batches.take` returns for each dispatch. An error in the
-      thread is raised there.
+      An iterator over the results of `batches.take` for each dispatch. It raises any
+      error that occurred in the thread.
     """
     ready: queue.Queue[tuple[PyTree, BaseException | None]] = queue.Queue(prefetch)
     is_over = threading.Event()

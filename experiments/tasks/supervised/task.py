@@ -1,11 +1,11 @@
-"""What a task is: data, a model, a likelihood, a loss, and nothing about optimizers.
+"""What a task is: data, a model, a likelihood and a loss, but no optimizer.
 
     params, batch --model_fn--> outputs --output_loss_fn--> loss
                                 outputs --likelihood------> metric, KL
 
 Every program (training, races, claims) sees tasks through this one type. The loss and
 the metrics are functions of the *outputs*, because the natural gradient needs the
-outputs by themselves and because one forward pass then serves all three.
+outputs themselves, and so that one forward pass serves all three.
 """
 
 import dataclasses
@@ -53,12 +53,12 @@ class Task:
         mode; `model_fn` unless given.
       update_model_state: `(params, model_state, batch) -> model_state`, applied at the
         parameters before the step.
-      weights_fn: `weights_fn(batch) -> weights` of the examples in the KL, the metric
-        and, by the task's own doing, the loss; None for equal ones.
-      draw_fn: `draw_fn(key, batch) -> batch` with what a step draws by chance, such as
-        keys of dropout; nothing in evaluation.
-      count_fn: `count_fn(batch) -> float`, the weight of a batch among others in a mean
-        over all of them; the number of examples unless given.
+      weights_fn: `weights_fn(batch) -> weights` of the examples in the KL and the
+        metric; the loss of the task must use them itself. None for equal weights.
+      draw_fn: `draw_fn(key, batch) -> batch` with the random inputs of a step, such as
+        dropout keys; not used in evaluation.
+      count_fn: `count_fn(batch) -> float`, the weight of a batch in a mean over
+        several; the number of examples unless given.
     """
 
     name: str
@@ -99,14 +99,14 @@ def num_examples(data: PyTree) -> int:
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(data)}
     if len(lengths) != 1:
         raise ValueError(
-            f"All arrays of a data set must have as many examples as each other, got "
+            f"All arrays of a data set must have the same number of examples, got "
             f"leading axes {sorted(lengths)}."
         )
     return lengths.pop()
 
 
 def find_non_finite(data: PyTree) -> str | None:
-    """Returns in words where `data` has the first value that is not finite, if any."""
+    """Describes where `data` has its first value that is not finite, if any."""
     for path, leaf in jax.tree.leaves_with_path(data):
         for row, example in enumerate(leaf):  # a large set may be on the disk
             values = np.asarray(example)

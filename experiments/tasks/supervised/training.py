@@ -1,9 +1,9 @@
-"""The training step, many to a dispatch: one jitted function with donated state.
+"""The training step, many per dispatch: one jitted function with donated state.
 
     batch(step) -> loss, gradient -> tx.update -> params        for num_steps steps
 
-On a mesh of devices, each takes its part of the examples of every batch; parameters and
-everything else are on all of them. XLA's partitioner adds the sums between devices.
+On a mesh, each device takes its part of the examples of every batch; parameters and
+everything else are replicated. XLA's partitioner adds the sums between devices.
 """
 
 import functools
@@ -29,8 +29,8 @@ from experiments.tasks.supervised.batches import (
 
 __all__ = ["TrainState", "init_state", "make_evaluate_fn", "make_train_chunk"]
 
-# Folded into the key of the order of the batches, which is told epochs apart by their
-# numbers: none comes near this one.
+# Folded into the key for the order of the batches. Epochs fold in their numbers, which
+# never reach this one.
 NOISE_STREAM = 2**31 - 1
 
 PyTree = Any
@@ -38,13 +38,13 @@ Records = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that the next step needs, and so everything that a checkpoint holds.
+    """Everything that the next step needs, and thus everything in a checkpoint.
 
     Attributes:
       step: int32, steps taken.
-      key: typed PRNG key of the order of the batches.
+      key: typed PRNG key for the order of the batches.
       params: parameters of the model.
-      model_state: what else the model carries (running averages); often empty.
+      model_state: other state of the model (running averages); often empty.
       opt_state: state of the optimizer.
     """
 
@@ -64,7 +64,7 @@ def init_state(
 ) -> TrainState:
     """Returns the state before the first step; all randomness comes from `seed`.
 
-    It is on every device of `mesh`, or on the default one.
+    It is on every device of `mesh`, or on the default device.
     """
     init_key, data_key = jax.random.split(jax.random.key(seed))
 
@@ -78,8 +78,8 @@ def init_state(
             opt_state=tx.init(params),
         )
 
-    # Under jit every leaf gets a buffer of its own, as donation demands; weak types
-    # go, since a checkpoint would not bring them back.
+    # Under jit every leaf gets a buffer of its own, as donation requires; weak types
+    # are removed, since a checkpoint would not restore them.
     init = jax.jit(init, out_shardings=replicated(mesh))
     return fix_types(init(init_key, data_key))
 
@@ -99,21 +99,21 @@ def make_train_chunk(
     Args:
       task: the problem.
       tx: the optimizer.
-      batch_size: examples in a batch, at most those of the training set.
+      batch_size: examples in a batch; at most the size of the training set.
       steps_per_dispatch: capacity of one dispatch.
-      measure_kl: whether to measure the KL of each step of the optimizers that do not
+      measure_kl: whether to measure the KL of each step for optimizers that do not
         report it themselves (two more forward passes).
       mesh: the devices among which the examples of a batch are split, evenly or not;
-        None for the one that holds the arguments.
+        None for the device that holds the arguments.
       is_streamed: whether `data` is the stacked batches of the steps,
-        `[steps_per_dispatch, batch_size, ...]`, and not the training set.
+        `[steps_per_dispatch, batch_size, ...]`, instead of the training set.
 
     Returns:
       `train_chunk(state, data, num_steps, permutation=None) -> (state, records)`. It
       donates `state`, takes `num_steps <= steps_per_dispatch` steps, and returns
-      records with a leading axis of length `steps_per_dispatch`, of which the first
-      `num_steps` count. `permutation` is that of the first step's epoch, for a caller
-      who has it: making it can take as long as a step.
+      records with a leading axis of length `steps_per_dispatch`, of which only the
+      first `num_steps` are valid. `permutation` is that of the first step's epoch, if
+      the caller has it: computing it can take as long as a step.
     """
     train_step = functools.partial(_train_step, task, tx, measure_kl)
 
@@ -132,7 +132,7 @@ def make_train_chunk(
             if is_streamed:
                 return jax.tree.map(lambda leaf: leaf[index], data), permutation
             epoch, position = epoch_and_position(state.step, size, batch_size)
-            # Sorting is dear: a new order only where a new epoch begins.
+            # Sorting is expensive: reorder only at the start of an epoch.
             permutation = jax.lax.cond(
                 position == 0,
                 lambda: epoch_permutation(state.key, epoch, size),

@@ -19,7 +19,7 @@ __all__ = [
 
 def log_cosh(x: jax.Array) -> jax.Array:
     """Log cosh x without overflow, real or complex."""
-    # cosh is even: of the two signs, the one whose exponential is the small one.
+    # cosh is even: use the sign with the smaller exponential.
     x = jnp.where(jnp.real(x) < 0, -x, x)
     return x + jnp.log1p(jnp.exp(-2 * x)) - math.log(2)
 
@@ -32,7 +32,7 @@ class RestrictedBoltzmann(nn.Module):
     Attributes:
       num_hidden: hidden units.
       dtype: of the parameters.
-      scale: standard deviation of the first ones; of both parts of complex ones.
+      scale: initial standard deviation of the parameters; of both parts if complex.
 
     References:
       Carleo and Troyer, Solving the quantum many-body problem with artificial neural
@@ -81,11 +81,11 @@ class Perceptron(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """log ψ by convolutions around the ring, summed: the same for a turned ring.
+    """log ψ by convolutions around the ring, summed: invariant to its rotations.
 
     Attributes:
       channels: of the layers.
-      width: sites that a convolution sees.
+      width: number of sites that a convolution sees.
       dtype: of the parameters.
     """
 
@@ -97,9 +97,10 @@ class Convolutional(nn.Module):
     def __call__(self, spins: jax.Array) -> jax.Array:
         """Returns log ψ, `[N]`."""
         x = spins[..., None]
-        # A matrix product with what each site sees, and not `nn.Conv`: in float64 XLA
-        # has no fast convolutions for CPUs (https://github.com/jax-ml/jax/issues/940),
-        # and gradients of single samples, grouped ones, took 40 s for 512 of them.
+        # A matrix product with the neighbourhood of each site instead of `nn.Conv`: in
+        # float64 XLA has no fast convolutions for CPUs
+        # (https://github.com/jax-ml/jax/issues/940), and per-sample gradients, grouped
+        # convolutions, took 40 s for 512 samples.
         sites = jnp.arange(x.shape[-2])
         window = jnp.arange(self.width) - (self.width - 1) // 2
         seen = (sites[:, None] + window) % len(sites)
@@ -111,16 +112,17 @@ class Convolutional(nn.Module):
 
 
 class Transformer(nn.Module):
-    """log ψ by attention between the sites of the ring: the same for a turned ring.
+    """log ψ by attention between the sites of a ring: invariant to its rotations.
 
-    Each layer is x + attention(norm(x)), then x + perceptron(norm(x)). What one site is
-    to another depends on how far it is around the ring, by a number for each distance.
+    Each layer is x + attention(norm(x)), then x + perceptron(norm(x)). The attention
+    between two sites depends on their distance around the ring, by one learned number
+    for each distance.
 
     Attributes:
       num_layers: layers.
-      width: numbers for each site; a multiple of `num_heads`.
+      width: number of features per site; a multiple of `num_heads`.
       dtype: of the parameters.
-      num_heads: attentions side by side.
+      num_heads: number of attention heads.
 
     References:
       Viteritti, Rende and Becca, Transformer variational wave functions for frustrated
@@ -142,8 +144,8 @@ class Transformer(nn.Module):
             hidden = nn.Dense(2 * self.width, param_dtype=self.dtype)(hidden)
             x = x + nn.Dense(self.width, param_dtype=self.dtype)(nn.gelu(hidden))
         x = nn.LayerNorm(param_dtype=self.dtype)(x).mean(axis=-2)
-        # Small at first: the sites are normalised, so that equal spins add up, and a
-        # start at one configuration has no gradient that leads away from it.
+        # Small at first: the sites are normalised, so equal spins add up, and if ψ
+        # starts out concentrated on one configuration, no gradient leads away from it.
         small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
         x = nn.Dense(self.width, param_dtype=self.dtype, kernel_init=small)(x)
         return log_cosh(x).sum(-1)

@@ -1,8 +1,8 @@
-"""Hamiltonians of rings of spins, by what a local energy asks of them.
+"""Hamiltonians of rings of spins, in the form that local energies need.
 
     (Hψ)(s) = D(s) ψ(s) + Σ_m H(s, s_m) ψ(s_m)
 
-Spins are ±1, `[..., L]`; s_m are the configurations that H connects s with.
+Spins are ±1, `[..., L]`; s_m are the configurations that H connects to s.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class SpinChain:
       name: as in the configuration.
       num_spins: L.
       diagonal: D: `[..., L]` to `[...]`.
-      connected: `[..., L]` to configurations `[..., M, L]` and the elements of H
+      connected: maps `[..., L]` to configurations `[..., M, L]` and the elements of H
         `[..., M]` that lead there; an element may be zero.
-      conserves_magnetisation: whether H, and so its samples, keep to Σs = 0.
+      conserves_magnetisation: whether H conserves Σs, so that samples have Σs = 0.
     """
 
     name: str
@@ -47,7 +47,7 @@ class SpinChain:
 def make_ising(num_spins: int, field: float = 1.0) -> SpinChain:
     """The transverse-field Ising ring: H = -Σ σᶻᵢ σᶻᵢ₊₁ - h Σ σˣᵢ.
 
-    All its ground state's amplitudes are positive.
+    All amplitudes of its ground state are positive.
     """
 
     def diagonal(spins: jax.Array) -> jax.Array:
@@ -63,12 +63,12 @@ def make_ising(num_spins: int, field: float = 1.0) -> SpinChain:
 def make_heisenberg(num_spins: int, field: float = 0.0) -> SpinChain:
     """The antiferromagnetic Heisenberg ring: H = Σ σᵢ·σᵢ₊₁ + h Σ σᶻᵢ, at Σs = 0.
 
-    Every second spin is turned by π around z, which leaves the spectrum and makes all
-    amplitudes of the ground state positive (Marshall's rule); so L is even. At Σs = 0
-    the field adds nothing, and must be 0.
+    Every second spin is rotated by π around z, which preserves the spectrum and makes
+    all amplitudes of the ground state positive (Marshall's rule); so L must be even. At
+    Σs = 0 the field has no effect, and must be 0.
 
     Raises:
-      ValueError: L is odd, or there is a field.
+      ValueError: L is odd, or the field is not 0.
     """
     if num_spins % 2 or field:
         raise ValueError(
@@ -80,7 +80,7 @@ def make_heisenberg(num_spins: int, field: float = 0.0) -> SpinChain:
         return _bonds(spins).sum(-1)
 
     def connected(spins: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Where two neighbours are equal, exchanging them leads nowhere.
+        # Exchanging two equal neighbours changes nothing.
         site = jnp.arange(num_spins)
         order = jnp.broadcast_to(site, (num_spins, num_spins))
         order = order.at[site, site].set((site + 1) % num_spins)
@@ -97,10 +97,10 @@ CHAINS: dict[str, Callable[..., SpinChain]] = {
 
 
 def make_chain(hamiltonian: str, num_spins: int, field: float | None) -> SpinChain:
-    """Builds the Hamiltonian of that name, or of the "module:function" of a user.
+    """Builds the Hamiltonian of that name, or a user's "module:function".
 
     Raises:
-      ConfigError: it refuses the spins or the field, or is no `SpinChain`.
+      ConfigError: it refuses the spins or the field, or is not a `SpinChain`.
     """
     make = CHAINS.get(hamiltonian) or locate(hamiltonian, "task.hamiltonian")
     arguments = {} if field is None else {"field": field}

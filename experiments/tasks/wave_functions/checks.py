@@ -1,4 +1,4 @@
-"""Which settings of the task `vmc` fit each other."""
+"""Checks that the settings of the task `vmc` are consistent."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ __all__ = ["check"]
 
 
 def check(config: TrainConfig) -> None:
-    """Holds the settings to each other.
+    """Checks the settings against each other.
 
     Raises:
-      ConfigError: names the one that does not fit.
+      ConfigError: names the setting that does not fit.
     """
     check_without_data(config)
     task: WaveFunctionConfig = config.task
@@ -38,13 +38,13 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_optimizer(optimizer: dict[str, Any]) -> None:
-    # The outputs that it looks at make the energy's gradient at fixed local energies,
+    # The surrogate of the outputs gives the energy's gradient at fixed local energies,
     # not its value.
     solver = build(optimizer.get("solver"), "optimizer.solver")
     if isinstance(solver, ngd.Solver) and solver.uses_objective:
         raise ConfigError(
-            f"`optimizer.solver` must not weigh the loss of outputs with task=vmc, "
-            f"whose energy is known by samples only, got {solver}."
+            f"`optimizer.solver` must not use the loss of outputs with task=vmc, whose "
+            f"energy is only known from samples, got {solver}."
         )
 
 

@@ -1,9 +1,9 @@
-"""The energy of a wave function on samples of |ψ|²: its gradient, and its value nearby.
+"""The energy of a wave function on samples of |ψ|²: its gradient, and values nearby.
 
     E = mean(e),   ∂E/∂θ = 2 Re mean(conj(e - E) ∂ log ψ/∂θ)
 
-with the local energies e. The second line is the gradient of a function of the outputs,
-log ψ, at fixed e, which is how an optimizer in output space gets to know it.
+with the local energies e. This is also the gradient of a function of the outputs, log
+ψ, at fixed e; an optimizer that works on outputs uses that function.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def energy_batch(
     Args:
       chain: H.
       model_fn: (params, {"spins": `[N, L]`}) -> log ψ `[N]`.
-      params: of the model from which the samples are.
+      params: of the model from which the samples were drawn.
       spins: the samples, `[N, L]`.
     """
     log_psi = model_fn(params, {"spins": spins})
@@ -48,18 +48,18 @@ def output_loss(log_psi: jax.Array, batch: Batch) -> jax.Array:
 def energy_gradient(model_fn: ModelFn, params: PyTree, batch: Batch) -> PyTree:
     """∂E/∂θ on the samples; for complex θ = x + iy, ∂E/∂x + i ∂E/∂y."""
     grads = jax.grad(lambda p: output_loss(model_fn(p, batch), batch))(params)
-    # JAX has the opposite sign of i.
+    # JAX uses the opposite sign of i.
     return jax.tree.map(jnp.conj, grads)
 
 
 def reweighted_energy(
     chain: SpinChain, model_fn: ModelFn, params: PyTree, batch: Batch
 ) -> jax.Array:
-    """The energy of other parameters on the same samples, by their weights.
+    """The energy of other parameters on the same samples, by reweighting.
 
         E(θ') = Σ w e(θ') / Σ w,   w = |ψ'(s)/ψ(s)|²
 
-    The loss that a line search or an adaptive damping looks at. Good near θ only.
+    This is the loss for a line search or an adaptive damping. Accurate only near θ.
     """
     moved = energy_batch(chain, model_fn, params, batch["spins"])
     log_weights = 2 * jnp.real(moved["log_psi"] - batch["log_psi"])

@@ -1,9 +1,9 @@
-"""What samples of Markov chains tell of their mean: its error, and what they are worth.
+"""The error of the mean of Markov chain samples, and how much the samples are worth.
 
     x̄ = Σ x(t, c) / (N C),   Var x̄ = τ Var x / (N C),   τ = 1 + 2 Σ_t ρ(t)
 
 over N successive draws t of each of C independent chains c; ρ(t) is the correlation of
-draws that are t apart. Independent samples are chains of one draw.
+draws t steps apart. Independent samples are chains of a single draw.
 """
 
 import math
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 __all__ = ["autocorrelation_time", "standard_error"]
 
-# Where ρ is exponential, the lags beyond so many τ are e⁻⁶ of its sum.
+# If ρ is exponential, the lags beyond this multiple of τ are e⁻⁶ of its sum.
 WINDOW = 3.0
 
 
 def standard_error(draws: jax.Array) -> jax.Array:
-    """The standard deviation of the mean, by how far the chains' means are apart.
+    """The standard deviation of the mean, from the spread of the chains' means.
 
-    Right however the draws of a chain depend on each other; known itself to a part
+    Valid however the draws of a chain depend on each other; its own relative error is
     1/√(2(C - 1)).
 
     Args:
@@ -31,12 +31,12 @@ def standard_error(draws: jax.Array) -> jax.Array:
 
 
 def autocorrelation_time(draws: jax.Array) -> jax.Array:
-    """The integrated autocorrelation time τ, in draws: 1 where they are independent.
+    """The integrated autocorrelation time τ, in draws; 1 for independent draws.
 
     ρ(t) is estimated from the pairs of all chains around their common mean, and summed
-    up to the first t ≥ 3 max(τ(t), 1), since later ones add noise only. Of N draws no
-    more than N - 1 lags are known: where none is late enough, all of them are summed,
-    and a τ above N/3 comes out too small. NaN where all draws are equal.
+    up to the first t ≥ 3 max(τ(t), 1), since later lags only add noise. N draws give at
+    most N - 1 lags: if none is late enough, all of them are summed, and a τ above N/3
+    is underestimated. NaN if all draws are equal.
 
     Args:
       draws: x, `[N, C]`.
@@ -47,12 +47,12 @@ def autocorrelation_time(draws: jax.Array) -> jax.Array:
     """
     num_draws = len(draws)
     deviations = draws - jnp.mean(draws)
-    # By Fourier transforms, with as many zeros behind that the ends do not meet.
+    # By Fourier transforms, padded with enough zeros that the ends do not wrap around.
     spectrum = jnp.fft.rfft(deviations, 2 * num_draws, axis=0)
     power = jnp.sum(jnp.abs(spectrum) ** 2, axis=1)
     lags = jnp.arange(num_draws)
     covariances = jnp.fft.irfft(power)[:num_draws] / (num_draws - lags)
     times = 2 * jnp.cumsum(covariances / covariances[0]) - 1
-    # At least three, or the first negative ρ would end a sum with alternating signs.
+    # At least three, or the first negative ρ would end an alternating sum.
     is_late = lags >= WINDOW * jnp.maximum(times, 1)
     return times[jnp.where(jnp.any(is_late), jnp.argmax(is_late), num_draws - 1)]

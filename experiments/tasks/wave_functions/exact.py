@@ -1,6 +1,6 @@
-"""What is known exactly of a spin chain: energies of ground states, and of any ψ.
+"""Exact results for a spin chain: ground state energies, and the energy of any ψ.
 
-Up to 16 spins or so all configurations fit into memory.
+For up to about 16 spins, all configurations fit into memory.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ MAX_SPINS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Configurations:
-    """All configurations of a chain, and H among them.
+    """All configurations of a chain, and H in that basis.
 
     Attributes:
       spins: ±1, `[D, L]`.
@@ -45,7 +45,7 @@ class Configurations:
 
 
 def enumerate_configurations(chain: SpinChain) -> Configurations:
-    """All 2ᴸ configurations, or those with Σs = 0 where H keeps to them.
+    """All 2ᴸ configurations, or those with Σs = 0 if H conserves it.
 
     Raises:
       ValueError: there are too many.
@@ -71,7 +71,7 @@ def enumerate_configurations(chain: SpinChain) -> Configurations:
 
 
 def exact_energy(all_of_them: Configurations, log_psi: jax.Array) -> jax.Array:
-    """⟨ψ|H|ψ⟩ / ⟨ψ|ψ⟩ with nothing sampled, from log ψ of all configurations."""
+    """⟨ψ|H|ψ⟩ / ⟨ψ|ψ⟩ without sampling, from log ψ of all configurations."""
     psi = jnp.exp(log_psi - jnp.max(jnp.real(log_psi)))
     applied = all_of_them.diagonal * psi
     applied += jnp.sum(all_of_them.elements * psi[all_of_them.neighbours], axis=1)
@@ -79,7 +79,7 @@ def exact_energy(all_of_them: Configurations, log_psi: jax.Array) -> jax.Array:
 
 
 def ground_energy(all_of_them: Configurations) -> float:
-    """The lowest eigenvalue of H, by Lanczos on the sparse matrix."""
+    """The lowest eigenvalue of H, by the Lanczos method on the sparse matrix."""
     size, per_row = all_of_them.neighbours.shape
     rows = np.repeat(np.arange(size), per_row)
     columns = all_of_them.neighbours.ravel()
@@ -87,7 +87,7 @@ def ground_energy(all_of_them: Configurations) -> float:
         (all_of_them.elements.ravel(), (rows, columns)), shape=(size, size)
     ).tocsr()
     matrix += scipy.sparse.diags_array(all_of_them.diagonal)
-    start = np.random.default_rng(0).uniform(size=size)  # else it is drawn at random
+    start = np.random.default_rng(0).uniform(size=size)  # otherwise drawn at random
     values = scipy.sparse.linalg.eigsh(matrix, k=1, which="SA", v0=start)[0]
     return float(values[0])
 
@@ -96,7 +96,7 @@ def ising_energy(num_spins: int, field: float) -> float:
     """The ground state energy of the Ising ring, for an even number of spins.
 
     E₀ = -Σ_k √(1 + h² - 2h cos k) over k = (2n + 1)π/L, since the ring is a system of
-    free fermions, whose lowest state has an even number of them.
+    free fermions whose ground state has an even number of them.
 
     References:
       Pfeuty, The one-dimensional Ising model with a transverse field, 1970.
@@ -108,5 +108,5 @@ def ising_energy(num_spins: int, field: float) -> float:
 
 
 def _code(spins: np.ndarray) -> np.ndarray:
-    """A number for each configuration, int64 `[...]`."""
+    """A unique number for each configuration, int64 `[...]`."""
     return (spins < 0).astype(np.int64) @ (1 << np.arange(spins.shape[-1]))

@@ -54,7 +54,7 @@ from experiments.tasks.wave_functions.training import (
 
 __all__ = ["WaveFunctionLearner", "annealed", "make_parts"]
 
-# Folded into the key of a run for its evaluations; steps do not get that far.
+# Folded into the key of a run for evaluations; step numbers never reach it.
 EVALUATION_STREAM = 2**31 - 1
 MARKOV_COLUMNS = (
     Column("moves", "moves_taken", ".0%"),
@@ -68,7 +68,7 @@ class WaveFunctionLearner:
     """Finds a ground state as `config` says; see `Learner`.
 
     Raises:
-      ConfigError: settings that do not fit each other.
+      ConfigError: settings that contradict each other.
     """
 
     train_data = None
@@ -96,7 +96,7 @@ class WaveFunctionLearner:
 
     @contextlib.contextmanager
     def start(self, state: WaveFunctionState) -> Iterator[Advance]:
-        """Gives `advance(state, num_steps)`, compiled."""
+        """Yields the compiled `advance(state, num_steps)`."""
         train_chunk = self._train_chunk.lower(state, np.int32(0)).compile()
 
         def advance(
@@ -107,10 +107,10 @@ class WaveFunctionLearner:
         yield advance
 
     def evaluate(self, state: WaveFunctionState) -> dict[str, Any]:
-        """The energy, and where the ground state's is known its relative error.
+        """The energy, and its relative error if the ground state's is known.
 
-        Over all configurations where they can be listed; else on samples of its own,
-        with the standard error of their mean.
+        Over all configurations if they can be listed; otherwise on new samples, with
+        the standard error of their mean.
         """
         values = {name: float(value) for name, value in self._measure(state).items()}
         if self._ground is not None:
@@ -170,7 +170,7 @@ class WaveFunctionLearner:
 def make_parts(
     config: TrainConfig, chain: SpinChain, all_of_them: Configurations | None
 ) -> Parts:
-    """Puts together what a run is made of."""
+    """Assembles the parts of a run."""
     task: WaveFunctionConfig = config.task
     assert config.batch_size is not None
     init_fn, model_fn = _make_model(task.model, task.num_spins)
@@ -199,7 +199,7 @@ def make_parts(
 
 
 def annealed(optimizer: Any, task: WaveFunctionConfig, num_steps: int) -> Any:
-    """The settings of the optimizer, with schedules where the task asks for them."""
+    """The settings of the optimizer, with schedules if the task asks for them."""
     schedules = {}
     for name in ("max_kl", "damping"):
         last = getattr(task, f"last_{name}")
@@ -269,7 +269,7 @@ def _burn_in(
 def _metropolis(
     chain: SpinChain, model_fn: Any, sampler: SamplerConfig, num_samples: int
 ) -> Any:
-    """`num_samples` of Markov chains that go on from where they are; a `Sampler`."""
+    """`num_samples` from Markov chains that continue from their state; a `Sampler`."""
     assert sampler.num_chains is not None
     assert sampler.sweeps is not None
     draws, num_moves = (

@@ -26,9 +26,9 @@ def draw_curves(records: Records, path: Path, title: str, ground: float | None) 
 
     Args:
       records: one for each step.
-      path: of the picture.
-      title: what the run is.
-      ground: the exact energy of the ground state for each spin, None where unknown.
+      path: where to save the picture.
+      title: a description of the run.
+      ground: the exact energy of the ground state per spin, None if unknown.
     """
     figure = Figure(layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
@@ -52,7 +52,7 @@ def _draw_energy(axis: Axes, records: Records, ground: float | None) -> None:
     if ground is not None:
         axis.axhline(ground, ls="--", color=CONTRAST, label="ground state, exact")
     if energies.size and np.isfinite(energies).any():
-        # From where it has come down from the start, where it tells more.
+        # Cut off the highest tenth, the initial descent, to show the rest in detail.
         low, high = np.nanmin(energies), np.nanpercentile(energies, 90)
         low = low if ground is None else min(low, ground)
         axis.set_ylim(low - 0.1 * (high - low) - 1e-6, high + 0.3 * (high - low) + 1e-6)

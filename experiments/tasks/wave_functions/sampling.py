@@ -1,4 +1,4 @@
-"""Samples of |ψ|²: exactly where all configurations are known, else by Metropolis."""
+"""Samples of |ψ|²: exact if all configurations are known, otherwise by Metropolis."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ LogPsi = Callable[[jax.Array], jax.Array]
 def sample_exactly(
     key: jax.Array, spins: jax.Array, log_psi: jax.Array, num_samples: int
 ) -> jax.Array:
-    """Independent samples of |ψ|², by the inverse of its distribution function.
+    """Independent samples of |ψ|², by inverting its distribution function.
 
     Args:
-      key: of the draws.
+      key: for the draws.
       spins: all configurations, `[D, L]`.
       log_psi: `[D]`.
       num_samples: N.
@@ -29,13 +29,13 @@ def sample_exactly(
     weights = jnp.exp(2 * (jnp.real(log_psi) - jnp.max(jnp.real(log_psi))))
     heights = jnp.cumsum(weights)
     draws = jax.random.uniform(key, (num_samples,), heights.dtype) * heights[-1]
-    # Rounding may put a draw at the very top, behind the last one.
+    # Because of rounding, a draw may lie beyond the last configuration.
     chosen = jnp.searchsorted(heights, draws, side="right")
     return spins[jnp.minimum(chosen, len(spins) - 1)]
 
 
 def start_chains(chain: SpinChain, key: jax.Array, num_chains: int) -> jax.Array:
-    """Random configurations to start from, `[C, L]` of ±1."""
+    """Random initial configurations, `[C, L]` of ±1."""
     shape = (num_chains, chain.num_spins)
     if not chain.conserves_magnetisation:
         return 2.0 * jax.random.bernoulli(key, shape=shape) - 1.0
@@ -52,20 +52,21 @@ def move_chains(
     spins: jax.Array,
     num_moves: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves each of the chains by Metropolis, `num_moves` times.
+    """Takes `num_moves` Metropolis moves in each of the chains.
 
-    A move flips one spin, or exchanges two where Σs is conserved; either is as likely
-    as the move back, so it is taken with probability min(1, |ψ(s')/ψ(s)|²).
+    A move flips one spin, or exchanges two if Σs is conserved. It is proposed with the
+    same probability as its reverse, so it is accepted with probability
+    min(1, |ψ(s')/ψ(s)|²).
 
     Args:
-      chain: tells which moves there are.
-      log_psi_fn: `[C, L]` to `[C]`.
-      key: of proposals and decisions.
-      spins: where the chains are, `[C, L]`.
-      num_moves: of each chain.
+      chain: determines the kind of moves.
+      log_psi_fn: maps `[C, L]` to `[C]`.
+      key: for proposals and decisions.
+      spins: the current configurations, `[C, L]`.
+      num_moves: moves per chain.
 
     Returns:
-      Where they are then, and the part of the moves that was taken.
+      The new configurations, and the share of moves that were accepted.
     """
     num_chains, num_spins = spins.shape
     rows = jnp.arange(num_chains)

@@ -1,6 +1,6 @@
 """The settings of the task `vmc`.
 
-`configs/task/vmc.yaml`, `configs/model/` and `configs/sampler/` have the numbers.
+`configs/task/vmc.yaml`, `configs/model/` and `configs/sampler/` have the values.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ class ModelConfig:
 
     Attributes:
       name: "rbm", "mlp", "cnn" or "transformer".
-      features: hidden units; widths of the hidden layers; channels of the layers; the
-        one width of all layers of "transformer", as often as there are layers.
-      kernel_size: sites that a convolution sees; null for the others.
-      complex_parameters: of "rbm" only; log ψ is then complex too, and holomorphic.
+      features: number of hidden units; widths of the hidden layers; channels of the
+        layers; for "transformer" the width of all layers, repeated once per layer.
+      kernel_size: number of sites that a convolution sees; null for the other networks.
+      complex_parameters: for "rbm" only; log ψ is then complex too, and holomorphic.
     """
 
     name: Annotated[str, one_of("rbm", "mlp", "cnn", "transformer")]
@@ -46,11 +46,12 @@ class SamplerConfig:
 
     Attributes:
       name: "exact", from all configurations, or "metropolis".
-      num_chains: Markov chains side by side, at least 2 of them, whose means tell the
-        error of the energy; null for "exact", like the others.
-      sweeps: moves for each spin between two samples of a chain.
-      burn_in: sweeps before the first sample of all.
-      eval_samples: of an evaluation, where there are too many configurations to list.
+      num_chains: number of parallel Markov chains, at least 2, whose means determine
+        the error of the energy; null for "exact", as are the others.
+      sweeps: moves per spin between two samples of a chain.
+      burn_in: sweeps before the very first sample.
+      eval_samples: number of samples in an evaluation, if there are too many
+        configurations to list.
     """
 
     name: Annotated[str, one_of("exact", "metropolis")]
@@ -68,15 +69,15 @@ class WaveFunctionConfig:
       name: "vmc".
       hamiltonian: "ising", -Σ σᶻσᶻ - h Σ σˣ, or "heisenberg", Σ σ·σ; or, as
         "module:function", a function (num_spins, field) that returns a `SpinChain`.
-      num_spins: on the ring.
-      field: h; null for what the Hamiltonian has by itself, 1 for "ising" and 0 for
-        "heisenberg", which takes no other.
-      precision: "float32" or "float64", of everything.
-      last_max_kl: the radius of the last step, to which it goes from `optimizer.max_kl`
-        by the same factor in every step; null: it stays.
+      num_spins: number of spins on the ring.
+      field: h; null for the default of the Hamiltonian, 1 for "ising" and 0 for
+        "heisenberg", which allows no other.
+      precision: "float32" or "float64", for everything.
+      last_max_kl: the radius of the last step, which is reached from `optimizer.max_kl`
+        by the same factor in every step; null for a constant radius.
       last_damping: likewise for λ of `optimizer.damping`.
       model: the network.
-      sampler: of its configurations.
+      sampler: how configurations are sampled.
     """
 
     name: str

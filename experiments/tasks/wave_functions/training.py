@@ -1,7 +1,7 @@
 """A step towards the ground state: samples, local energies, gradient, update.
 
 Stochastic reconfiguration is `natural_gradient` with the likelihood `LogAmplitude`; any
-other optimizer of the programs takes the same steps.
+other optimizer of the programs can take the same steps.
 """
 
 import dataclasses
@@ -40,9 +40,10 @@ class WaveFunctionState(NamedTuple):
 
     Attributes:
       step: int32, steps taken.
-      key: typed PRNG key of all samples.
+      key: typed PRNG key for all samples.
       params: of log ψ.
-      chains: where the Markov chains are, `[C, L]`; an empty tuple for exact samples.
+      chains: the current state of the Markov chains, `[C, L]`; an empty tuple for exact
+        samples.
       opt_state: state of the optimizer.
     """
 
@@ -53,22 +54,22 @@ class WaveFunctionState(NamedTuple):
     opt_state: PyTree
 
 
-# (key, params, chains) -> samples [draws, C, L] of C independent chains, where
-# these are then, and records of the sampler's own.
+# (key, params, chains) -> samples [draws, C, L] of C independent chains, the new state
+# of the chains, and records of the sampler's own.
 Sampler = Callable[[jax.Array, PyTree, PyTree], tuple[jax.Array, PyTree, Records]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of.
+    """The parts of a run.
 
     Attributes:
       chain: the Hamiltonian.
-      model: log ψ as the optimizers know a model.
+      model: log ψ in the form that optimizers expect.
       tx: the optimizer.
       start: (key, params) -> chains before the first step.
       sample: draws the configurations of a step.
-      measure_kl: whether to measure the KL of a step where `tx` does not.
+      measure_kl: whether to measure the KL of a step if `tx` does not.
     """
 
     chain: SpinChain
@@ -83,7 +84,7 @@ def model_task(
     init_fn: Callable[[jax.Array], PyTree],
     model_fn: Callable[[PyTree, PyTree], jax.Array],
 ) -> Task:
-    """Log ψ as the optimizers know a model: a task whose data are its samples."""
+    """Log ψ in the form that optimizers expect: a task whose data are its samples."""
     return Task(
         name="wave function",
         train={},
@@ -98,7 +99,7 @@ def model_task(
 def take_step(
     parts: Parts, state: WaveFunctionState
 ) -> tuple[WaveFunctionState, Records]:
-    """One step, on samples of the model as it is."""
+    """One step, on samples of the current model."""
     model_fn, params = parts.model.model_fn, state.params
     key = jax.random.fold_in(state.key, state.step)
     samples, chains, sampled = parts.sample(key, params, state.chains)
@@ -157,7 +158,7 @@ def make_train_chunk(parts: Parts, capacity: int) -> jax.stages.Wrapped:
     """Builds `train_chunk(state, num_steps) -> (state, records)`, jitted.
 
     It donates `state`, takes `num_steps <= capacity` steps, and returns records with a
-    leading axis of length `capacity`, of which the first `num_steps` count.
+    leading axis of length `capacity`, of which only the first `num_steps` are valid.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -131,7 +131,7 @@ def test_summary_tells_evidence_from_earlier_measurements():
     summary = summarize([outcome(GOOD, BAD), outcome(GOOD, SEEN, SEEN)])
     assert summary.startswith(
         "4 of 5 figures are as expected: 2 of 2 held to theory, 0 of 1 held to the "
-        "literature, 2 of 2 held to earlier measurements of our own"
+        "literature, 2 of 2 held to our own earlier measurements"
     )
     assert "promises" not in summary
 

@@ -35,7 +35,7 @@ def test_offers_go_where_they_are_known_and_not_given():
         ({"max_steps": 0}, "`x.max_steps` must be at least 1, got 0"),
         ({"max_steps": 1.5}, "`x.max_steps` must be a whole number, got 1.5"),
         ({"max_steps": True}, "`x.max_steps` must be a whole number, got True"),
-        ({"rtol": "small"}, "`x.rtol` must be no text, got 'small'"),
+        ({"rtol": "small"}, "`x.rtol` must not be text, got 'small'"),
         ({"rtol": float("nan")}, "`x.rtol` must be a number, got nan"),
         ({"_target_": "ngd_jax.CGG"}, "`x._target_` must name what can be imported"),
         ({"_target_": "no_such.CG"}, "`x._target_` must name what can be imported"),

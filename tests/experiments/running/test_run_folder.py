@@ -51,7 +51,7 @@ def test_resuming_what_is_not_there_is_an_error(tmp_path, resume):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     write_config(make_config(), tmp_path)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         open_run(compose_config([]), tmp_path, [])
 
 
@@ -91,7 +91,7 @@ def test_environment_tells_versions_and_what_has_changed(tmp_path):
     assert {"python", "jax", "jaxlib", "optax", "backend", "devices"} <= {*environment}
     path.write_text(json.dumps({**environment, "jaxlib": "0.0.1"}))
     [notice] = write_environment(tmp_path)
-    assert notice.startswith("Not the environment of before: jaxlib was 0.0.1, is ")
+    assert notice.startswith("The environment has changed: jaxlib was 0.0.1, is ")
 
 
 def damage(path, kind):
@@ -138,7 +138,7 @@ def test_a_damaged_configuration_is_an_error_of_one_line(tmp_path, kind):
     path = tmp_path / "config.yaml"
     damaged = damage(path, kind)
     overrides = [f"resume={tmp_path}"]
-    with pytest.raises(ConfigError, match=r"config.yaml is damaged. Write it anew by"):
+    with pytest.raises(ConfigError, match=r"config.yaml is damaged. To restore it,"):
         open_run(compose_config(overrides), tmp_path, overrides)
     assert path.read_bytes() == damaged
 

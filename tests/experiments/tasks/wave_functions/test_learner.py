@@ -224,7 +224,7 @@ def test_a_shrinking_radius_is_better_by_a_factor(tmp_path, seed):
             ("model=transformer", "task.model.features=[8,4]"),
             "`task.model.features` must repeat one width",
         ),
-        (("optimizer/solver=damping_search",), "`optimizer.solver` must not weigh the"),
+        (("optimizer/solver=damping_search",), "`optimizer.solver` must not use the"),
         (
             ("task.last_max_kl=0.1",),
             "`task.last_max_kl` needs a number optimizer.max_kl",
