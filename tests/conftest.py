@@ -1,5 +1,6 @@
 """Shared by all tests: checked types, hypothesis, 64-bit mode, compiled programs."""
 
+import functools
 import inspect
 import os
 import shutil
@@ -79,6 +80,27 @@ def pytest_unconfigure(config):
     """Removes what this run has compiled."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop(_COMPILED), ignore_errors=True)
+
+
+@functools.cache
+def _compiles_float16():
+    """Whether XLA can: it cannot for CPUs, or a choice of one, without F16C."""
+    try:
+        jax.jit(lambda x: x.astype(np.float32) + 1)(np.float16(1))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """Skips a test that compiles float16 where that cannot be."""
+    try:
+        return (yield)
+    except jax.errors.JaxRuntimeError:
+        if _compiles_float16():
+            raise
+    pytest.skip("XLA compiles no float16 for this CPU")
 
 
 @pytest.fixture

@@ -27,11 +27,13 @@ Status = ngd.SolverStatus
 def test_steps_and_solution_are_those_of_scipy(x64, rng):
     matrix = systems.spectrum(rng, np.logspace(-2, 0, 30))
     rhs = rng.normal(size=30)
-    steps = []
+    # Half-way between the residuals of two steps, and before round-off has grown: the
+    # last digits decide nothing.
+    steps, rtol = [], 3.5e-3
     truth, _ = scipy.sparse.linalg.cg(
-        matrix, rhs, rtol=1e-6, callback=lambda x: steps.append(x.copy())
+        matrix, rhs, rtol=rtol, callback=lambda x: steps.append(x.copy())
     )
-    x, info = solve(matrix, rhs, rtol=1e-6, dtype="f8")
+    x, info = solve(matrix, rhs, rtol=rtol, dtype="f8")
     assert int(info.num_steps) == len(steps)
     np.testing.assert_allclose(x, truth, rtol=1e-6)
     for budget in (1, 10):

@@ -211,7 +211,10 @@ def test_vmap_over_systems_equals_a_loop(solver, rng):
             expected,
             atol=1e-4 * np.abs(expected).max(),
         )
-        assert int(infos.status[i]) == int(info.status)
+        # At a tolerance of ten ε, round-off decides between these two.
+        by_round_off = {ngd.SolverStatus.CONVERGED, ngd.SolverStatus.STAGNATED}
+        statuses = {int(infos.status[i]), int(info.status)}
+        assert len(statuses) == 1 or statuses == by_round_off
 
 
 def test_solvers_agree_on_a_real_fisher(x64, rng):
