@@ -20,7 +20,7 @@ use_one_thread()  # before JAX starts its threads
 from experiments.race.racing import Race  # noqa: E402
 from experiments.race.report import write_report  # noqa: E402
 from experiments.race.settings import read_compare  # noqa: E402
-from experiments.running.config import CONFIG_DIR, run_program  # noqa: E402
+from experiments.running.config import CONFIG_DIR, expand, run_program  # noqa: E402
 from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError  # noqa: E402
 
@@ -43,6 +43,7 @@ def compare(tree: DictConfig) -> None:
 
 def main() -> None:
     """Runs the command line."""
+    sys.argv[1:] = expand(sys.argv[1:])
     run_program(compare)
 
 

@@ -139,10 +139,12 @@ def expand(overrides: list[str]) -> list[str]:
     for override in overrides:
         name, _, value = override.partition("=")
         is_file = (CONFIG_DIR / name / f"{value}.yaml").is_file()
-        if name == "task" and ":" in value:
+        if "," in value:  # a sweep over names of files
+            expanded.append(override)
+        elif name == "task" and ":" in value:
             task_name = value.rpartition(":")[2].removeprefix("make_")
             expanded += ["task=own", f"task._target_={value}", f"task.name={task_name}"]
-        elif name in ("env", "problem") and not is_file and "," not in value:
+        elif name in ("env", "problem") and not is_file:
             expanded.append(f"task.{override}")
         else:
             expanded.append(override)

@@ -14,7 +14,13 @@ import optax
 
 import ngd_jax as ngd
 from experiments.running.build import build
-from experiments.running.settings import ConfigError
+from experiments.running.settings import (
+    AT_LEAST_ONE,
+    FRACTION,
+    NON_NEGATIVE,
+    POSITIVE,
+    ConfigError,
+)
 from experiments.tasks.supervised.task import Task
 
 __all__ = [
@@ -29,6 +35,17 @@ PyTree = Any
 Settings = dict[str, Any]
 
 # Settings can be checked before the data of a task is there.
+# What the constructors of Optax and its friends take as it comes, wherever it stands.
+_RULES = {
+    "adam_learning_rate": POSITIVE,
+    "b1": FRACTION,
+    "b2": FRACTION,
+    "beta": FRACTION,
+    "learning_rate": POSITIVE,
+    "max_linesearch_steps": AT_LEAST_ONE,
+    "momentum": FRACTION,
+    "weight_decay": NON_NEGATIVE,
+}
 _NO_TASK = Task(
     name="none",
     train={},
@@ -104,6 +121,7 @@ def without_extra_arguments(
 
 def _build(settings: Settings, task: Task, path: str) -> Any:
     settings = {name: value for name, value in settings.items() if name != "name"}
+    _check_numbers(settings, path)
     offered = {"weights_fn": task.weights_fn}
     parts = {
         name: build(value, f"{path}.{name}", offered)
@@ -120,6 +138,15 @@ def _build(settings: Settings, task: Task, path: str) -> Any:
     if isinstance(solver, ngd.Solver) and solver.uses_coefficients and not is_of_part:
         offered["loss_fn"] = task.output_loss_fn
     return build({"_target_": settings.get("_target_"), **parts}, path, offered)
+
+
+def _check_numbers(settings: Settings, path: str) -> None:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{path}.{name}")
+        rule = _RULES.get(name)
+        if rule and isinstance(value, int | float) and not rule.holds(value):
+            raise ConfigError(f"`{path}.{name}` must be {rule.text}, got {value}.")
 
 
 def read_step_info(opt_state: PyTree) -> dict[str, jax.Array]:

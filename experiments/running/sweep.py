@@ -163,6 +163,10 @@ def draw_sweep(groups: dict[str, list[Run]], path: Path) -> None:
         losses = np.full((len(curves), len(steps)), np.nan)
         for row, (_, values) in zip(losses, curves, strict=True):
             row[: len(values)] = values
+        known = np.isfinite(losses).any(axis=0)  # none after all runs have diverged
+        if not known.any():
+            continue
+        steps, losses = steps[known], losses[:, known]
         low, middle, high = np.nanpercentile(losses, [0, 50, 100], axis=0)
         (line,) = axis.plot(steps, middle, label=f"{label} ({len(curves)})")
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)

@@ -36,6 +36,8 @@ def test_steps_and_solution_are_those_of_scipy(x64, rng):
     x, info = solve(matrix, rhs, rtol=rtol, dtype="f8")
     assert int(info.num_steps) == len(steps)
     np.testing.assert_allclose(x, truth, rtol=1e-6, atol=1e-8 * np.abs(truth).max())
+    tight, _ = solve(matrix, rhs, rtol=1e-6, dtype="f8")
+    assert np.linalg.norm(rhs - matrix @ tight) <= 1e-6 * np.linalg.norm(rhs)
     for budget in (1, 10):
         iterate, _ = solve(matrix, rhs, max_steps=budget, dtype="f8")
         np.testing.assert_allclose(iterate, steps[budget - 1], rtol=1e-6, atol=1e-9)

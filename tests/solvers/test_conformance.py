@@ -3,6 +3,7 @@
 Operator kind × solver × dtype, against NumPy in float64.
 """
 
+import dataclasses
 import functools
 import inspect
 
@@ -187,6 +188,8 @@ def test_mixed_dtypes_are_kept_and_solved_wide(solver, rng):
 
 @every_own_solver
 def test_vmap_over_systems_equals_a_loop(solver, rng):
+    if isinstance(solver, ngd.CG):  # round-off decides the status at ten ε
+        solver = dataclasses.replace(solver, rtol=1e-5)
     # One is solved at once, one takes long: none disturbs another.
     matrices = [
         np.eye(12),
@@ -211,10 +214,7 @@ def test_vmap_over_systems_equals_a_loop(solver, rng):
             expected,
             atol=1e-4 * np.abs(expected).max(),
         )
-        # At a tolerance of ten ε, round-off decides between these two.
-        by_round_off = {ngd.SolverStatus.CONVERGED, ngd.SolverStatus.STAGNATED}
-        statuses = {int(infos.status[i]), int(info.status)}
-        assert len(statuses) == 1 or statuses == by_round_off
+        assert int(infos.status[i]) == int(info.status)
 
 
 def test_solvers_agree_on_a_real_fisher(x64, rng):

@@ -88,6 +88,10 @@ def test_a_grid_reaches_settings_inside_of_others():
         (["entrants.adam.grid.learning_rate=1"], "must be a list of values, got 1"),
         (["+entrants.adam.grid.b3=[1]"], "`b3` in a grid is not a setting"),
         (
+            ["entrants.adam.grid.learning_rate=[-1]"],
+            r"`entrants\.adam\.optimizer\.learning_rate` must be positive",
+        ),
+        (
             ["entrants.adam.grid.learning_rate=[low]"],
             "`entrants.adam.optimizer.learning",
         ),
@@ -102,3 +106,18 @@ def test_a_grid_reaches_settings_inside_of_others():
 def test_mistakes_are_told(overrides, message):
     with pytest.raises(ConfigError, match=message):
         read(*overrides)
+
+
+def test_a_task_of_ones_own_has_a_race():
+    config, entrants = read(
+        "task=own",
+        "task._target_=tests.experiments.tasks.test_own:make_narrow",
+    )
+    assert config.task.width == 3
+    assert entrants[-1].optimizer["name"] == "natural_gradient"
+
+
+def test_what_has_no_training_loss_is_refused():
+    policies = "experiments.tasks.policies.settings.PolicyConfig"
+    with pytest.raises(ConfigError, match="has no training loss that all optimizers"):
+        read(f"task._target_={policies}")

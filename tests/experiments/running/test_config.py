@@ -38,6 +38,7 @@ def test_short_forms_of_the_command_line_are_written_out():
     assert expand(["env=Catch-bsuite", "env=CartPole-v1"]) == [
         *("task.env=Catch-bsuite", "env=CartPole-v1"),
     ]
+    assert expand(["task=my:a,my:b"]) == ["task=my:a,my:b"]
     assert expand(["problem=my:law", "env=a,b"]) == ["task.problem=my:law", "env=a,b"]
 
 
@@ -79,7 +80,7 @@ def test_overrides_reach_nested_settings_with_their_types():
         ("optimizer.max_kl=nan", ["`optimizer.max_kl`", "a number", "nan"]),
         ("optimizer.max_kl=big", ["`optimizer.max_kl`", "big", "a number"]),
         ("optimizer.max_kl=[1]", ["`optimizer.max_kl`"]),
-        ("optimizer.momentum=2", ["`optimizer.momentum`", "at most 1"]),
+        ("optimizer.momentum=1", ["`optimizer.momentum`", "[0, 1)"]),
         ("optimizer.solver.max_steps=0", ["`optimizer.solver.max_steps`", "least 1"]),
         ("optimizer.solver=kfac", ["`optimizer.solver`", "`optimizer/solver=kfac`"]),
         ("task.hidden_sizes=[8,-1]", ["`task.hidden_sizes`", "at least 1"]),

@@ -82,3 +82,13 @@ def test_the_picture_has_a_line_for_each_setting(make_run, tmp_path, monkeypatch
     assert [line.get_label() for line in lines] == ["rate=1 (3)", "rate=2 (1)"]
     np.testing.assert_array_equal(lines[0].get_ydata(), [4.0, 3.0, 2.0])
     np.testing.assert_array_equal(lines[0].get_xdata(), [1, 2, 3])
+
+
+def test_runs_that_diverged_are_drawn_as_far_as_they_go(make_run, tmp_path, recwarn):
+    runs = [make_run(1.0, rate="1", seed="0"), make_run(1.0, rate="2", seed="0")]
+    for run, losses in zip(runs, ([3.0, None], [None, None]), strict=True):
+        lines = [json.dumps({"step": n, "loss": x}) for n, x in enumerate(losses)]
+        (run.folder / "metrics.jsonl").write_text("\n".join(lines))
+    draw_sweep(label_runs(runs), tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    assert not [str(one.message) for one in recwarn if "NaN" in str(one.message)]
