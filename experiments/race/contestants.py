@@ -1,10 +1,11 @@
 """One optimizer with one choice of settings, ready to train: an entry in a race.
 
-    start(seed) -> state        advance(state, num_steps) -> state, loss of last batch
+    start(seed) -> state    advance(state, num_steps, progress) -> state, last loss
 
 Everything is compiled, and has run once, before the clock starts.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.space import planned_memory
 from experiments.running.optimizers import make_optimizer
+from experiments.running.rates import ProgressState, follow_progress
 from experiments.tasks import Task, num_examples
 from experiments.tasks.supervised.batches import epoch_and_position, epoch_permutation
 from experiments.tasks.supervised.training import (
@@ -76,8 +78,14 @@ class Contestant(Protocol):
         """The state before the first step."""
         ...
 
-    def advance(self, state: Any, num_steps: int) -> tuple[Any, float]:
-        """Takes steps, and returns the loss of the last one's batch."""
+    def advance(self, state: Any, num_steps: int, progress: float) -> tuple[Any, float]:
+        """Takes steps, and returns the loss of the last one's batch.
+
+        Args:
+          state: before the steps.
+          num_steps: how many.
+          progress: the part of the budget that is spent, for learning rates.
+        """
         ...
 
     def snapshot(self, state: Any) -> Snapshot:
@@ -94,6 +102,7 @@ class OptaxContestant:
       data: the training set, on the device.
       batch_size: examples in a batch; None for all.
       max_dispatch: largest number of steps in one dispatch.
+      schedule: "constant", or "cosine" for a rate that follows the progress.
     """
 
     def __init__(
@@ -104,13 +113,17 @@ class OptaxContestant:
         *,
         batch_size: int | None,
         max_dispatch: int,
+        schedule: str,
     ):
         self.max_dispatch = max_dispatch
         self._task, self._data = task, data
         self._size = num_examples(data)
         self._batch_size = batch_size_of(batch_size, data)
         self._permute = jax.jit(epoch_permutation, static_argnums=2)
-        self._tx = make_optimizer(optimizer, task)
+        make = functools.partial(make_optimizer, task=task)
+        self._tx = make(optimizer)
+        if schedule == "cosine":
+            self._tx = follow_progress(optimizer, make)
         train_chunk = make_train_chunk(
             task,
             self._tx,
@@ -126,16 +139,24 @@ class OptaxContestant:
         self.compile_seconds = time.process_time() - start
         data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(data))
         self.peak_bytes = planned_memory(self._advance).peak - data_bytes  # pyright: ignore[reportArgumentType]
-        self.advance(state, 1)
+        self.advance(state, 1, 0.0)
 
     def start(self, seed: int) -> OptaxState:
         """The state before the first step."""
         return self._in_order(init_state(self._task, self._tx, seed))
 
-    def advance(self, state: OptaxState, num_steps: int) -> tuple[OptaxState, float]:
+    def advance(
+        self, state: OptaxState, num_steps: int, progress: float
+    ) -> tuple[OptaxState, float]:
         """Takes steps, and returns the loss of the last one's batch."""
+        train = state.train
+        if isinstance(train.opt_state, ProgressState):
+            before = train.opt_state.progress
+            now = jnp.asarray(progress, before.dtype)
+            opt_state = train.opt_state._replace(progress=now)
+            train = train._replace(opt_state=opt_state)
         train, records = self._advance(
-            state.train, self._data, jnp.int32(num_steps), state.permutation
+            train, self._data, jnp.int32(num_steps), state.permutation
         )
         loss = float(jax.block_until_ready(records)["loss"][num_steps - 1])
         return self._in_order(train, state), loss

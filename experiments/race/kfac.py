@@ -113,7 +113,7 @@ class KFACContestant:
         )
         start = time.process_time()
         try:
-            self.advance(self.start(0), _STEPS_TO_WARM_UP)
+            self.advance(self.start(0), _STEPS_TO_WARM_UP, 0.0)
         except Exception as error:  # its tracer raises many kinds
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"kfac-jax cannot take a step: {lines[0]}") from error
@@ -131,8 +131,11 @@ class KFACContestant:
         opt_state = self._optimizer.init(params, key, _one(batches, 0))
         return KFACState(0, params, first.model_state, opt_state, key, batches)
 
-    def advance(self, state: KFACState, num_steps: int) -> tuple[KFACState, float]:
+    def advance(
+        self, state: KFACState, num_steps: int, progress: float
+    ) -> tuple[KFACState, float]:
         """Takes steps, and returns the loss of the last one's batch."""
+        del progress  # it chooses its rates itself
         stats: Any = {}
         for _ in range(num_steps):
             batch = _one(state.batches, state.step)

@@ -168,14 +168,17 @@ class Race:
         if name not in self._made:
             optimizer = with_settings(entrant.optimizer, candidate)
             built = check_optimizer(optimizer)
+            more = {}
             if isinstance(built, KFACConfig):
                 make = functools.partial(KFACContestant, self.task, built)
             else:
                 make = functools.partial(OptaxContestant, self.task, optimizer)
+                more = {"schedule": self.config.schedule}
             self._made[name] = make(
                 self._data,
                 batch_size=entrant.batch_size,
                 max_dispatch=self.config.max_dispatch,
+                **more,
             )
         return self._made[name]
 
@@ -221,6 +224,7 @@ class Race:
             "task": task,
             "budget": config.seconds,
             "clock": config.clock,
+            "schedule": config.schedule,
             "tuning": dataclasses.asdict(config.tuning),
             "eval_train_examples": config.eval_train_examples,
         }

@@ -65,6 +65,8 @@ class CompareConfig:
       eval_batch_size: examples per forward pass in evaluation.
       eval_train_examples: the loss is evaluated on this many examples at the start of
         the training set; null for all.
+      schedule: "cosine", each learning rate rises and falls with the part of the budget
+        that is spent, or "constant".
       turns: number of turns into which a budget is cut; the entrants alternate.
       max_dispatch: largest number of steps between returns to Python.
       output: the folder of the results.
@@ -81,6 +83,7 @@ class CompareConfig:
     batch_size: Annotated[int | None, AT_LEAST_ONE]
     eval_batch_size: Annotated[int, AT_LEAST_ONE]
     eval_train_examples: Annotated[int | None, AT_LEAST_ONE]
+    schedule: Annotated[str, one_of("constant", "cosine")]
     turns: Annotated[int, AT_LEAST_ONE]
     max_dispatch: Annotated[int, AT_LEAST_ONE]
     output: str

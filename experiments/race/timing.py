@@ -122,7 +122,8 @@ class Run:
         # Rounded down: time left for a part of a step does not justify an overrun.
         count = int(min(max(seconds / self._pace, 1), self._contestant.max_dispatch))
         start = self._clock()
-        self._state, loss = self._contestant.advance(self._state, count)
+        progress = self._seconds / self._budget
+        self._state, loss = self._contestant.advance(self._state, count, progress)
         spent = self._clock() - start
         self._step, self._seconds = self._step + count, self._seconds + spent
         self._pace = max(spent, 1e-9) / count

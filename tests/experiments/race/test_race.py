@@ -20,6 +20,7 @@ from experiments.race.results import Result, Store
 from experiments.race.table import race_table, summarize, verdicts
 from experiments.race.timing import Trace
 from experiments.running.optimizers import make_optimizer
+from experiments.running.rates import cosine
 from experiments.running.settings import ConfigError
 from experiments.tasks import make_task, num_examples
 from experiments.tasks.supervised.training import init_state, make_train_chunk
@@ -116,20 +117,33 @@ def test_a_missing_kfac_jax_is_told():
         KFACContestant(task, KFACConfig(1.0), task.train, batch_size=8, max_dispatch=1)
 
 
-@pytest.mark.parametrize("batches_per_epoch", [1, 2, 4, 9])
-def test_steps_of_a_contestant_are_those_of_the_training_program(batches_per_epoch):
+@pytest.mark.parametrize(
+    ("batches_per_epoch", "schedule"),
+    [(1, "constant"), (2, "constant"), (4, "cosine"), (9, "constant")],
+)
+def test_steps_of_a_contestant_are_those_of_the_training_program(
+    batches_per_epoch, schedule
+):
     one = entrant("adam", *SMALL)
     config, _ = read(*SMALL)
     task = make_task(config.task)
     data = jax.tree.map(jnp.asarray, task.train)
     batch_size = num_examples(data) // batches_per_epoch
     contestant = OptaxContestant(
-        task, one.optimizer, data, batch_size=batch_size, max_dispatch=3
+        task,
+        one.optimizer,
+        data,
+        batch_size=batch_size,
+        max_dispatch=3,
+        schedule=schedule,
     )
-    state, _ = contestant.advance(contestant.start(5), 2)
-    state, loss = contestant.advance(state, 3)
+    state, _ = contestant.advance(contestant.start(5), 2, 0.4)
+    state, loss = contestant.advance(state, 3, 0.4)
 
-    tx = make_optimizer(one.optimizer, task)
+    rate = one.optimizer["learning_rate"]
+    if schedule == "cosine":
+        rate *= float(cosine(jnp.float32(0.4)))
+    tx = make_optimizer({**one.optimizer, "learning_rate": rate}, task)
     chunk = make_train_chunk(
         task, tx, batch_size=batch_size, steps_per_dispatch=5, measure_kl=False
     )
@@ -151,8 +165,8 @@ def test_kfac_jax_takes_steps_where_it_is_installed():
     contestant = KFACContestant(
         task, KFACConfig(1.0), task.train, batch_size=64, max_dispatch=3
     )
-    _, first = contestant.advance(contestant.start(0), 1)
-    _, loss = contestant.advance(contestant.start(0), 3)
+    _, first = contestant.advance(contestant.start(0), 1, 0.0)
+    _, loss = contestant.advance(contestant.start(0), 3, 0.0)
     assert loss < first
 
 
