@@ -30,7 +30,7 @@ class Halving:
     def start(self, seed):  # noqa: ARG002
         return 0
 
-    def advance(self, step, num_steps, progress):
+    def advance(self, step, num_steps, progress):  # noqa: ARG002
         assert 1 <= num_steps <= self.max_dispatch
         self.clock.now += num_steps * self.seconds
         if self.log is not None:
