@@ -1,10 +1,9 @@
 """The cost of natural gradient: `python -m experiments.benchmark [table=name ...]`.
 
 Prints, as Markdown, ratios to the cost of one gradient of the same network, measured
-alternately in one process. The tables are products (the default), solvers, memory,
-scaling, precision, preconditioners, trpo, vmc, price (a step in units of Adam's:
-compile time, run time and memory) and nist (curve fits against certified values);
-`table=all` prints all of them.
+alternately in one process. The tables are products (the default), solvers, trpo, vmc,
+price (a step in units of Adam's: compile time, run time and memory) and nist (curve
+fits against certified values); `table=all` prints all of them.
 The library part is `experiments.benchmarks`; `configs/benchmark.yaml` has the settings.
 """
 
