@@ -19,11 +19,7 @@ from experiments.benchmarks.clocks import use_one_thread
 use_one_thread()  # before JAX starts its threads
 
 from experiments.benchmarks.settings import BenchmarkConfig  # noqa: E402
-from experiments.benchmarks.tables import (  # noqa: E402
-    measure_tables,
-    select,
-    write_tables,
-)
+from experiments.benchmarks.tables import measure_tables, select, write_tables  # noqa: E402
 from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
 from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError  # noqa: E402

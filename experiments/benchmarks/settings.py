@@ -24,14 +24,7 @@ __all__ = [
     "WaveFunctionsSettings",
 ]
 
-TABLES = (
-    "products",
-    "solvers",
-    "trpo",
-    "vmc",
-    "price",
-    "nist",
-)
+TABLES = ("products", "solvers", "trpo", "vmc", "price", "nist")
 
 # The networks of the table `price`; `networks` makes them.
 NETWORKS = (

@@ -166,7 +166,7 @@ def solver_tables(settings: SolversSettings) -> list[Table]:
             notes=[
                 f"Skipped: a call estimated, by count, above {settings.budget:g} s."
             ],
-        ),
+        )
     ]
 
 

@@ -251,8 +251,8 @@ def _draw(runs: list[_Run], mean_image_loss: float) -> Figure:
             mean_image_loss, ls=":", color=COLORS["theory"], label="the mean image"
         )
     left.set_xscale("log")
-    finish(left, title="By steps", x="step", y="loss (nats per image)", legend=False)
-    finish(right, title="By time", x="CPU seconds", y="loss (nats per image)")
+    finish(left, "By steps", "step", "loss (nats per image)", legend=False)
+    finish(right, "By time", "CPU seconds", "loss (nats per image)")
     bottom = min(run.losses.min() for run in runs)
     for axis in (left, right):
         axis.set_ylim(bottom - 1, mean_image_loss + 3)

@@ -219,9 +219,9 @@ def _draw(prices: Sequence[_Prices], counts: Sequence[int]) -> Figure:
     axis.set_xticks([0, *counts])
     finish(
         axis,
-        title="What a step to the KL radius costs",
-        x="Fisher products in a step, k",
-        y="CPU time of a step (gradients)",
+        "What a step to the KL radius costs",
+        "Fisher products in a step, k",
+        "CPU time of a step (gradients)",
     )
     return figure
 

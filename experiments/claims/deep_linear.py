@@ -248,9 +248,9 @@ def _draw(gaps: np.ndarray, by_gradient: np.ndarray) -> Figure:
     left.semilogy(times, np.exp(-2 * times), "--", color="black", label="e^(-2t)")
     finish(
         left,
-        title="Along the flow",
-        x=f"time t = η × steps (η = {_RATE:g})",
-        y="loss gap over that at the start",
+        "Along the flow",
+        f"time t = η × steps (η = {_RATE:g})",
+        "loss gap over that at the start",
     )
     first = by_gradient[:, :1]
     right.semilogy(steps, relative[0].T, color=natural, alpha=0.5, linewidth=1)
@@ -259,12 +259,7 @@ def _draw(gaps: np.ndarray, by_gradient: np.ndarray) -> Figure:
     )
     right.semilogy([], [], color=natural, label=f"natural gradient, η = {_RATE:g}")
     right.semilogy([], [], color=COLORS["SGD"], label="gradient descent, best rate")
-    finish(
-        right,
-        title="Beside gradient descent",
-        x="steps",
-        y="loss gap over that at the start",
-    )
+    finish(right, "Beside gradient descent", "steps", "loss gap over that at the start")
     return figure
 
 

@@ -209,18 +209,13 @@ def _draw(measured: np.ndarray, guess: np.ndarray, in_outputs: np.ndarray) -> Fi
     left.loglog(
         _DISTANCES, measured, "o", color=COLORS["natural gradient"], label="measured"
     )
-    finish(
-        left,
-        title="KL near θ",
-        x="distance ε in parameters",
-        y="mean KL per example (nats)",
-    )
+    finish(left, "KL near θ", "distance ε in parameters", "mean KL per example (nats)")
     right.plot(_PARTS, in_outputs, color=COLORS["natural gradient"])
     finish(
         right,
-        title="KL on the way to another network's outputs",
-        x="part of the way in the logits",
-        y="mean KL per example (nats)",
+        "KL on the way to another network's outputs",
+        "part of the way in the logits",
+        "mean KL per example (nats)",
     )
     return figure
 

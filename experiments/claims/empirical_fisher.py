@@ -104,9 +104,7 @@ def tabular_data() -> list[Data]:
         with_constant("diabetes, standardised", standardize(raw), standardize(y)),
     ]
     try:
-        from mlxtend.data import (  # pyright: ignore[reportMissingImports]
-            boston_housing_data,
-        )
+        from mlxtend.data import boston_housing_data  # pyright: ignore[reportMissingImports]
     except ImportError:
         return data
     x, y = boston_housing_data()
@@ -336,7 +334,7 @@ def _draw_field(ticks: np.ndarray, data: Data, field: Steps) -> Figure:
         u, v = -np.moveaxis(steps.reshape(side, side, 2), -1, 0)
         axis.streamplot(ticks, ticks, u, v, color=color, density=0.9, linewidth=1)
         axis.plot(*data.best, "x", color="black", markersize=10, markeredgewidth=2.5)
-        finish(axis, title=title, x="intercept", y="slope")
+        finish(axis, title, "intercept", "slope")
     _shade(axes[1], ticks, obtuse)
     return figure
 
@@ -364,9 +362,9 @@ def _draw_paths(left: np.ndarray, paths: dict[str, np.ndarray]) -> Figure:
     axis.set_ylim(-1.05, 1.05)
     finish(
         axis,
-        title="From zero to least squares",
-        x="part of the way that is left",
-        y="cosine between natural and empirical step",
+        "From zero to least squares",
+        "part of the way that is left",
+        "cosine between natural and empirical step",
         legend=False,
     )
     figure.legend(frameon=False, loc="outside lower center", ncols=3)

@@ -87,12 +87,7 @@ def methods(steps: int) -> tuple[Method, Method, Method]:
             1 / (t + _HEAD_START),
             np.ones(_DIMENSION),
         ),
-        Method(
-            "SGD, rate 1/(t + 20)",
-            "SGD",
-            1 / (t + _HEAD_START),
-            _EIGENVALUES,
-        ),
+        Method("SGD, rate 1/(t + 20)", "SGD", 1 / (t + _HEAD_START), _EIGENVALUES),
         Method(
             f"SGD, rate {fastest:.0f}/(t + {5 * fastest:.0f})",
             "SGD, clipped",
@@ -290,9 +285,9 @@ def _draw(
     axis.set_xlim(t[0], t[-1])
     finish(
         axis,
-        title="What an example is worth",
-        x="examples seen, t",
-        y="t · mean of ‖θ - θ*‖²_F (twice the KL in nats)",
+        "What an example is worth",
+        "examples seen, t",
+        "t · mean of ‖θ - θ*‖²_F (twice the KL in nats)",
     )
     return figure
 

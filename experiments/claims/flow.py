@@ -328,12 +328,7 @@ def _draw(counts: list[int], paths: np.ndarray, apart: np.ndarray) -> Figure:
     left.plot(*flow.T, ":", color="black", label="exact natural flow")
     for name, label in (("SGD", "gradient descent"), ("natural gradient",) * 2):
         left.plot([], [], "-", color=COLORS[name], label=label)
-    finish(
-        left,
-        title=f"Flow time {_FLOW_TIME:g} in {counts[0]} steps",
-        x="shape a",
-        y="rate b",
-    )
+    finish(left, f"Flow time {_FLOW_TIME:g} in {counts[0]} steps", "shape a", "rate b")
     for method, distance, (color, style) in zip(_METHODS, apart, _STYLES, strict=True):
         right.loglog(counts, distance, style, color=COLORS[color], label=method)
     for order in (1, 2):
@@ -350,9 +345,9 @@ def _draw(counts: list[int], paths: np.ndarray, apart: np.ndarray) -> Figure:
     right.minorticks_off()
     finish(
         right,
-        title="Difference between parametrisations",
-        x="steps for the same flow time",
-        y="largest √(2 KL) between two (√nat)",
+        "Difference between parametrisations",
+        "steps for the same flow time",
+        "largest √(2 KL) between two (√nat)",
     )
     return figure
 

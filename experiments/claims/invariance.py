@@ -269,9 +269,9 @@ def _draw(results: dict[str, Drift], well: np.ndarray, dampings: np.ndarray) -> 
     left.set_ylim(bottom=1e-17)
     finish(
         left,
-        title="The two networks drift apart, or do not",
-        x="step",
-        y="largest difference of the outputs",
+        "The two networks drift apart, or do not",
+        "step",
+        "largest difference of the outputs",
     )
     for named, color, marker, label in (
         (_plain, "natural gradient, fixed rate", "o", "λI in both"),
@@ -283,9 +283,9 @@ def _draw(results: dict[str, Drift], well: np.ndarray, dampings: np.ndarray) -> 
         )
     finish(
         right,
-        title="What damping does to it",
-        x="damping λ",
-        y=f"largest difference over {STEPS} steps",
+        "What damping does to it",
+        "damping λ",
+        f"largest difference over {STEPS} steps",
     )
     return figure
 
@@ -315,9 +315,9 @@ def _draw_condition(natural: dict[str, Drift]) -> Figure:
     )
     finish(
         axis,
-        title="How exact the invariance is in float64",
-        x=f"largest condition number of F on the way (at most {limit:.0e} drawn)",
-        y="largest difference of the outputs",
+        "How exact the invariance is in float64",
+        f"largest condition number of F on the way (at most {limit:.0e} drawn)",
+        "largest difference of the outputs",
     )
     return figure
 

@@ -312,15 +312,15 @@ def _draw(found: dict[str, _Result], loss: float, sizes: _Sizes) -> Figure:
     right.set_xticks(segments)
     finish(
         left,
-        title="Influence of the order",
-        x="held-out loss after training (nats)",
-        y="variance of the probabilities",
+        "Influence of the order",
+        "held-out loss after training (nats)",
+        "variance of the probabilities",
     )
     finish(
         right,
-        title="By the segment that is drawn anew",
-        x="segment",
-        y="variance of the probabilities",
+        "By the segment that is drawn anew",
+        "segment",
+        "variance of the probabilities",
     )
     return figure
 

@@ -47,14 +47,7 @@ from experiments.claims.bad_batches import (
     model_fn,
     watch,
 )
-from experiments.claims.claim import (
-    Check,
-    Evidence,
-    check,
-    promise,
-    seen,
-    theory,
-)
+from experiments.claims.claim import Check, Evidence, check, promise, seen, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
 from experiments.claims.texts import claim_of, described, drawn, notes
 
@@ -118,10 +111,7 @@ def _natural_gradient(task: Task) -> TxFn:
 
 
 def _compare(
-    task: Task,
-    tx_fn: TxFn,
-    streams: Stream,
-    settings: dict[str, dict[str, Any]],
+    task: Task, tx_fn: TxFn, streams: Stream, settings: dict[str, dict[str, Any]]
 ) -> dict[str, _Result]:
     """Runs each of `settings` with and without outliers, in one compiled program."""
     seeds = range(len(streams.x))
@@ -344,9 +334,9 @@ def _draw(results: dict[str, _Result], is_outlier: np.ndarray) -> Figure:
             )
     finish(
         left,
-        title="Test error",
-        x="step (grey line: a batch with a wrong label)",
-        y="mean square distance to the teacher",
+        "Test error",
+        "step (grey line: a batch with a wrong label)",
+        "mean square distance to the teacher",
     )
     right.set_yscale("log")
     label = "the radius, which holds on the batch of the step"
@@ -354,9 +344,9 @@ def _draw(results: dict[str, _Result], is_outlier: np.ndarray) -> Figure:
     right.set_xticks(range(len(results)), _SHORT, fontsize="small")
     finish(
         right,
-        title="KL of each step: clean (grey), outlier (colour)",
-        x="optimizer",
-        y=f"mean KL on {HELD_OUT} other inputs (nats)",
+        "KL of each step: clean (grey), outlier (colour)",
+        "optimizer",
+        f"mean KL on {HELD_OUT} other inputs (nats)",
     )
     return figure
 

@@ -279,9 +279,9 @@ def _draw(dampings: np.ndarray, errors: dict[str, np.ndarray], bound: float) -> 
     axis.text(dampings[-1], 1.3 * bound, "60 ε cond(A Aᵀ)", ha="right")
     finish(
         axis,
-        title=f"{_ROWS} rows, {_PARAMETERS} parameters",
-        x="damping λ (largest eigenvalue of F: 1)",
-        y="relative error of the direction",
+        f"{_ROWS} rows, {_PARAMETERS} parameters",
+        "damping λ (largest eigenvalue of F: 1)",
+        "relative error of the direction",
         legend=False,
     )
     figure.legend(frameon=False, loc="outside lower center", ncols=2)

@@ -338,7 +338,7 @@ def _draw(
             color=orange,
             label=f"SGD, rate {rate:g}",
         )
-    finish(left, title="KL of each step", x="step", y="mean KL per example (nats)")
+    finish(left, "KL of each step", "step", "mean KL per example (nats)")
     shades, styles = ("#a63603", "#e6550d", "#fd8d3c", "#969696"), ("-", "--", ":", "-")
     for (radius, damping), ratio, color, style in zip(
         runs[first:], ratios[first:], shades, styles, strict=False
@@ -352,9 +352,9 @@ def _draw(
     right.axhline(1.0, color=COLORS["theory"], ls="--", lw=1)
     finish(
         right,
-        title="What the quadratic model alone would do",
-        x="step",
-        y="KL of the step over the radius",
+        "What the quadratic model alone would do",
+        "step",
+        "KL of the step over the radius",
     )
     return figure
 

@@ -20,10 +20,7 @@ __all__ = ["claim_of", "described", "drawn", "labelled", "notes"]
 
 
 def claim_of(
-    demonstrate: Callable[[bool], Evidence],
-    *,
-    x64: bool = True,
-    is_timed: bool = False,
+    demonstrate: Callable[[bool], Evidence], *, x64: bool = True, is_timed: bool = False
 ) -> Claim:
     """The claim that the docstring of a module makes, with its experiment."""
     module = sys.modules[demonstrate.__module__]

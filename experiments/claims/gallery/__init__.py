@@ -34,12 +34,7 @@ from experiments.claims.claim import Evidence
 from experiments.claims.drawing import COLORS, finish, new_figure
 from experiments.claims.gallery.adaptive import adam
 from experiments.claims.gallery.exponential_family import mirror, variational
-from experiments.claims.gallery.identity import (
-    Identity,
-    call_in,
-    descend,
-    listing,
-)
+from experiments.claims.gallery.identity import Identity, call_in, descend, listing
 from experiments.claims.gallery.kronecker import factored_layer
 from experiments.claims.gallery.newton import Descent, reweighting
 from experiments.claims.gallery.policies import policy_gradient, trpo
@@ -171,7 +166,7 @@ def _draw_descent(axis: Axes, descent: Descent) -> None:
     axis.set_yscale("log")
     axis.set_xticks([0, 5, 10, 100, 1000], ["0", "5", "10", "100", "1,000"])
     x = "step, logarithmic from 10 on"
-    finish(axis, title="Logistic regression", x=x, y="norm of the gradient")
+    finish(axis, "Logistic regression", x, "norm of the gradient")
 
 
 def _draw_errors(axis: Axes, identities: Sequence[Identity]) -> None:
@@ -190,7 +185,7 @@ def _draw_errors(axis: Axes, identities: Sequence[Identity]) -> None:
     axis.set_yticks(rows, [each.algorithm for each in identities])
     axis.set_ylim(len(identities) - 0.5, -0.5)
     title = "How far from the textbook"
-    finish(axis, title=title, x="largest difference, relative", y="", legend=False)
+    finish(axis, title, "largest difference, relative", "", legend=False)
     axis.figure.legend(loc="outside lower right", ncols=3, frameon=False)
 
 

@@ -197,20 +197,12 @@ def variational(quick: bool) -> Identity:
     overshot = mean + -2 * truth["quadratic"] @ (_mean_of(truth) - mean)
     fisher = _fisher_of_unit_gaussian(mean)
     name = "variational inference"
-    size = {
-        "num_rounded": fisher.shape[0],
-        "condition": float(np.linalg.cond(fisher)),
-    }
+    size = {"num_rounded": fisher.shape[0], "condition": float(np.linalg.cond(fisher))}
     return Identity(
         algorithm="variational inference",
         ours=natural_inference,
         textbook=exact_posterior,
-        equality=equal(
-            f"{name}, the posterior",
-            found,
-            truth,
-            **size,
-        ),
+        equality=equal(f"{name}, the posterior", found, truth, **size),
         limit=unequal(
             "variational inference in mean and precision, the mean: difference",
             _mean_of(elsewhere),

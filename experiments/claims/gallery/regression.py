@@ -86,9 +86,7 @@ def least_squares() -> Identity:
             truth,
             "ridge regression towards the start, not least squares",
         ),
-        others=[
-            equal("ridge regression, the damped step", damped, ridge, **size),
-        ],
+        others=[equal("ridge regression, the damped step", damped, ridge, **size)],
         text=text_of(least_squares, examples=len(x)),
     )
 

@@ -116,12 +116,7 @@ def reconfiguration(quick: bool) -> Identity:
         algorithm=name,
         ours=natural_reconfiguration,
         textbook=reconfiguration_direction,
-        equality=equal(
-            f"{name}, complex",
-            phased_found,
-            phased_truth,
-            **size,
-        ),
+        equality=equal(f"{name}, complex", phased_found, phased_truth, **size),
         limit=unequal(
             f"{name}, KL of |ψ|² and ½ dᵀSd: difference",
             quadratic,
@@ -129,12 +124,7 @@ def reconfiguration(quick: bool) -> Identity:
             "S is the metric of ψ: the Fisher of |ψ|² is 4 times as large",
         ),
         others=[
-            equal(
-                f"{name}, real",
-                found,
-                truth,
-                **size,
-            ),
+            equal(f"{name}, real", found, truth, **size),
             check(
                 f"{name}, KL of a step over ½ dᵀSd",
                 kl / quadratic,
