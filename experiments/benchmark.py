@@ -1,10 +1,9 @@
 """The cost of natural gradient: `python -m experiments.benchmark [table=name ...]`.
 
 Prints, as Markdown, ratios to the cost of one gradient of the same network, measured
-alternately in one process. The tables are products (the default), solvers, memory,
-scaling, precision, preconditioners, trpo, vmc, price (a step in units of Adam's:
-compile time, run time and memory) and nist (curve fits against certified values);
-`table=all` prints all of them.
+alternately in one process. The tables are products (the default), solvers, trpo, vmc,
+price (a step in units of Adam's: compile time, run time and memory) and nist (curve
+fits against certified values); `table=all` prints all of them.
 The library part is `experiments.benchmarks`; `configs/benchmark.yaml` has the settings.
 """
 
@@ -20,11 +19,7 @@ from experiments.benchmarks.clocks import use_one_thread
 use_one_thread()  # before JAX starts its threads
 
 from experiments.benchmarks.settings import BenchmarkConfig  # noqa: E402
-from experiments.benchmarks.tables import (  # noqa: E402
-    measure_tables,
-    select,
-    write_tables,
-)
+from experiments.benchmarks.tables import measure_tables, select, write_tables  # noqa: E402
 from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
 from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError  # noqa: E402

@@ -19,7 +19,7 @@ use_one_thread()  # before JAX starts its threads
 
 from experiments.race.racing import Race  # noqa: E402
 from experiments.race.report import write_report  # noqa: E402
-from experiments.race.settings import read_compare  # noqa: E402
+from experiments.race.settings import check_task, read_compare  # noqa: E402
 from experiments.running.config import CONFIG_DIR, expand, run_program  # noqa: E402
 from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError  # noqa: E402
@@ -41,10 +41,16 @@ def compare(tree: DictConfig) -> None:
     console.print(f"{folder / 'race.md'}, race.json, loss_steps.png, loss_seconds.png")
 
 
+def checked_compare() -> None:
+    """Checks what Hydra cannot say in our words, and runs the race."""
+    check_task(sys.argv[1:])
+    compare()
+
+
 def main() -> None:
     """Runs the command line."""
     sys.argv[1:] = expand(sys.argv[1:])
-    run_program(compare)
+    run_program(checked_compare)
 
 
 if __name__ == "__main__":

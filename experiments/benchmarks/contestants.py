@@ -25,7 +25,6 @@ from ngd_jax.flax import linen_model_fn
 
 __all__ = [
     "Problem",
-    "cast_problem",
     "check_taken",
     "count_parameters",
     "make_problem",
@@ -111,19 +110,6 @@ def make_problem(widths: Sequence[int], batch_size: int) -> Problem:
         params=params,
         batch={"x": x, "y": jnp.asarray(y)},
         vector=vector,
-    )
-
-
-def cast_problem(problem: Problem, dtype: Any) -> Problem:
-    """The same problem with parameters, inputs and thus activations in `dtype`."""
-
-    def cast(leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return problem._replace(
-        params=jax.tree.map(cast, problem.params),
-        batch=jax.tree.map(cast, problem.batch),
-        vector=jax.tree.map(cast, problem.vector),
     )
 
 

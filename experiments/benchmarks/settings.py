@@ -8,7 +8,6 @@ from experiments.running.settings import (
     AT_LEAST_ONE,
     NON_NEGATIVE,
     POSITIVE,
-    SEED,
     Rule,
     one_of,
 )
@@ -18,29 +17,14 @@ __all__ = [
     "TABLES",
     "BenchmarkConfig",
     "CurveFitsSettings",
-    "MemorySettings",
     "PoliciesSettings",
-    "PrecisionSettings",
-    "PreconditionersSettings",
     "PriceSettings",
     "ProductsSettings",
-    "ScalingSettings",
     "SolversSettings",
     "WaveFunctionsSettings",
 ]
 
-TABLES = (
-    "products",
-    "solvers",
-    "memory",
-    "scaling",
-    "precision",
-    "preconditioners",
-    "trpo",
-    "vmc",
-    "price",
-    "nist",
-)
+TABLES = ("products", "solvers", "trpo", "vmc", "price", "nist")
 
 # The networks of the table `price`; `networks` makes them.
 NETWORKS = (
@@ -54,10 +38,6 @@ NETWORKS = (
 
 TABLE = Rule(
     f"all or one of {', '.join(TABLES)}", lambda name: name in (*TABLES, "all")
-)
-DTYPE = Rule(
-    "bfloat16, float32 or float64",
-    lambda name: name in ("bfloat16", "float32", "float64"),
 )
 WIDTHS = Rule(
     "lists of two or more positive widths",
@@ -101,8 +81,6 @@ class SolversSettings:
 
     Attributes:
       cells: [P, N, K] of each row: parameters, examples, outputs of an example.
-      gram_cells: [P, N, K] for which the Gram matrix is timed separately; the first has
-        the goal.
       steps: step budgets of the iterative solvers.
       repeats: turns of each timing.
       budget: largest expected number of seconds for one call; others are skipped.
@@ -110,104 +88,10 @@ class SolversSettings:
     """
 
     cells: Annotated[list[list[int]], CELLS]
-    gram_cells: Annotated[list[list[int]], CELLS]
     steps: Annotated[list[int], AT_LEAST_ONE]
     repeats: Annotated[int, AT_LEAST_ONE]
     budget: Annotated[float, POSITIVE]
     cholesky_limit: Annotated[int, AT_LEAST_ONE]
-
-
-@dataclasses.dataclass
-class MemorySettings:
-    """Settings of the table of memory.
-
-    Attributes:
-      cells: [P, N, K] of each row.
-      cg_steps: steps of conjugate gradients; they should not affect the memory.
-      block_sizes: for `SampleSpace`, examples at a time.
-      gram_limit: the largest N·K for `SampleSpace`.
-      resident_cells: [P, N, K] for which the memory of a new process is measured.
-    """
-
-    cells: Annotated[list[list[int]], CELLS]
-    cg_steps: Annotated[int, AT_LEAST_ONE]
-    block_sizes: Annotated[list[int], AT_LEAST_ONE]
-    gram_limit: Annotated[int, AT_LEAST_ONE]
-    resident_cells: Annotated[list[list[int]], CELLS]
-
-
-@dataclasses.dataclass
-class ScalingSettings:
-    """Settings of the table of scaling: three sweeps.
-
-    Attributes:
-      examples: values of N; the other sweeps use the first one. Likewise below.
-      parameters: values of P.
-      steps: numbers of conjugate gradient steps.
-      outputs: K.
-      repeats: turns of each timing.
-    """
-
-    examples: Annotated[list[int], AT_LEAST_ONE]
-    parameters: Annotated[list[int], AT_LEAST_ONE]
-    steps: Annotated[list[int], AT_LEAST_ONE]
-    outputs: Annotated[int, AT_LEAST_ONE]
-    repeats: Annotated[int, AT_LEAST_ONE]
-
-
-@dataclasses.dataclass
-class PrecisionSettings:
-    """Settings of the table of precision.
-
-    Attributes:
-      cells: [P, N, K]; P small enough for the dense matrix in float64.
-      dtypes: of parameters, data and thus activations.
-      dampings: λ, in units of trace(F) / P.
-      max_steps: step budget of the iterative solvers, enough to converge.
-    """
-
-    cells: Annotated[list[list[int]], CELLS]
-    dtypes: Annotated[list[str], DTYPE]
-    dampings: Annotated[list[float], NON_NEGATIVE]
-    max_steps: Annotated[int, AT_LEAST_ONE]
-
-
-@dataclasses.dataclass
-class PreconditionersSettings:
-    """Settings of the table of preconditioners.
-
-    Attributes:
-      widths: of the autoencoder's encoder, from pixels to code; 784, 1000, 500, 250, 30
-        is the published one.
-      num_examples: images in the batch.
-      training_steps: natural gradient steps before the measurement.
-      steps_between: age in steps of a reused preconditioner.
-      dampings: λ of the autoencoder's systems.
-      raw_dampings: λ of the systems with raw inputs.
-      ranks: of `Nystrom`.
-      num_probes: of the estimated diagonal.
-      exact_limit: number of parameters above which the exact diagonal is left out,
-        since it takes a backward pass for each output of each single example.
-      rtol: relative residual to reach.
-      few_products: number of products after which the decrease of the quadratic model
-        is compared.
-      max_products: number of products at which to give up.
-      seed: for the initial parameters and the random vectors.
-    """
-
-    widths: Annotated[list[int], AT_LEAST_ONE]
-    num_examples: Annotated[int, AT_LEAST_ONE]
-    training_steps: Annotated[int, AT_LEAST_ONE]
-    steps_between: Annotated[int, AT_LEAST_ONE]
-    dampings: Annotated[list[float], POSITIVE]
-    raw_dampings: Annotated[list[float], POSITIVE]
-    ranks: Annotated[list[int], AT_LEAST_ONE]
-    num_probes: Annotated[int, AT_LEAST_ONE]
-    exact_limit: Annotated[int, AT_LEAST_ONE]
-    rtol: Annotated[float, POSITIVE]
-    few_products: Annotated[int, AT_LEAST_ONE]
-    max_products: Annotated[int, AT_LEAST_ONE]
-    seed: Annotated[int, SEED]
 
 
 @dataclasses.dataclass
@@ -294,18 +178,13 @@ class BenchmarkConfig:
     Attributes:
       table: which table, or "all".
       output: Markdown file to write; null to print only.
-      products, solvers, memory, scaling, precision, preconditioners, trpo, vmc, price,
-      nist: settings of each table.
+      products, solvers, trpo, vmc, price, nist: settings of each table.
     """
 
     table: Annotated[str, TABLE]
     output: str | None
     products: ProductsSettings
     solvers: SolversSettings
-    memory: MemorySettings
-    scaling: ScalingSettings
-    precision: PrecisionSettings
-    preconditioners: PreconditionersSettings
     trpo: PoliciesSettings
     vmc: WaveFunctionsSettings
     price: PriceSettings

@@ -20,7 +20,6 @@ from experiments.benchmarks.contestants import (
     natural_step,
     widths_of,
 )
-from experiments.benchmarks.gram import gram_table, measure_gram
 from experiments.benchmarks.markdown import Table
 from experiments.benchmarks.settings import SolversSettings
 from experiments.benchmarks.space import planned_memory
@@ -156,12 +155,9 @@ def measure_cell(cell: Sequence[int], settings: SolversSettings) -> Row:
 
 
 def solver_tables(settings: SolversSettings) -> list[Table]:
-    """Whole steps, and the parts of `SampleSpace`."""
+    """Whole steps by each solver."""
     every = contestants(settings.steps)
     rows = [measure_cell(cell, settings) for cell in settings.cells]
-    costs = [
-        measure_gram(cell, repeats=settings.repeats) for cell in settings.gram_cells
-    ]
     return [
         Table(
             "Whole steps (gradient, solve, measured KL) in gradients / planned memory",
@@ -170,8 +166,7 @@ def solver_tables(settings: SolversSettings) -> list[Table]:
             notes=[
                 f"Skipped: a call estimated, by count, above {settings.budget:g} s."
             ],
-        ),
-        gram_table(costs),
+        )
     ]
 
 

@@ -4,23 +4,14 @@ from collections.abc import Callable, Sequence
 
 from experiments.benchmarks.curve_fits import curve_fit_tables
 from experiments.benchmarks.markdown import Table, describe_environment, write_table
-from experiments.benchmarks.memory import memory_tables
 from experiments.benchmarks.policies import policy_tables
-from experiments.benchmarks.precision import precision_tables
-from experiments.benchmarks.preconditioning import (
-    HEAD,
-    PreconditionersSettings,
-    cells,
-    measure_preconditioners,
-)
 from experiments.benchmarks.price import price_tables
 from experiments.benchmarks.products import product_tables
-from experiments.benchmarks.scaling import scaling_tables
 from experiments.benchmarks.settings import TABLES, BenchmarkConfig
 from experiments.benchmarks.solvers import solver_tables
 from experiments.benchmarks.wave_functions import wave_function_tables
 
-__all__ = ["measure_tables", "preconditioner_tables", "select", "write_tables"]
+__all__ = ["measure_tables", "select", "write_tables"]
 
 
 def select(name: str) -> Sequence[str]:
@@ -33,10 +24,6 @@ def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
     measure: dict[str, Callable[[], list[Table]]] = {
         "products": lambda: product_tables(config.products),
         "solvers": lambda: solver_tables(config.solvers),
-        "memory": lambda: memory_tables(config.memory),
-        "scaling": lambda: scaling_tables(config.scaling),
-        "precision": lambda: precision_tables(config.precision),
-        "preconditioners": lambda: preconditioner_tables(config.preconditioners),
         "trpo": lambda: policy_tables(config.trpo),
         "vmc": lambda: wave_function_tables(config.vmc),
         "price": lambda: price_tables(config.price),
@@ -52,11 +39,3 @@ def write_tables(tables: Sequence[Table]) -> str:
         f"medians of interleaved CPU times."
     )
     return "\n".join([where + "\n", *map(write_table, tables)])
-
-
-def preconditioner_tables(settings: PreconditionersSettings) -> list[Table]:
-    """Products to reach a small residual, by preconditioner."""
-    title = f"Products until the relative residual is {settings.rtol:g}"
-    return [
-        Table(title, HEAD, [cells(row) for row in measure_preconditioners(settings)])
-    ]

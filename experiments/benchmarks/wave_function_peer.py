@@ -25,10 +25,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.flatten_util import ravel_pytree
 
-from experiments.tasks.wave_functions.ansatz import (
-    Perceptron,
-    RestrictedBoltzmann,
-)
+from experiments.tasks.wave_functions.ansatz import Perceptron, RestrictedBoltzmann
 
 __all__ = ["DENSE_LIMIT", "run"]
 

@@ -32,12 +32,7 @@ if "quick=true" in sys.argv and jaxlib.version.__version_info__ < (0, 11):
 
 from experiments.claims.catalog import CLAIMS  # noqa: E402
 from experiments.claims.demonstrations import demonstrate_all  # noqa: E402
-from experiments.claims.report import (  # noqa: E402
-    Outcome,
-    save_plots,
-    summarize,
-    write_report,
-)
+from experiments.claims.report import Outcome, save_plots, summarize, write_report  # noqa: E402
 from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
 from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import ConfigError, one_of  # noqa: E402

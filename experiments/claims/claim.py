@@ -1,5 +1,6 @@
 """A claim, and the evidence that an experiment found for it."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ __all__ = [
     "Evidence",
     "Plot",
     "Source",
-    "at_most",
-    "between",
-    "exactly",
+    "check",
+    "literature",
+    "promise",
+    "seen",
+    "theory",
 ]
 
 # Where a range comes from: a derivation, if only of a sign or an order of magnitude; a
@@ -64,25 +67,36 @@ class Check(NamedTuple):
         return f"{self.low:.3g} to {self.high:.3g}"
 
 
-def at_most(
-    name: str, measured: float, high: float, source: Source, reason: str
-) -> Check:
-    """A figure with an upper bound."""
-    return Check(name, float(measured), -math.inf, float(high), source, reason)
+class Expected(NamedTuple):
+    """The range of a figure; see `Check`."""
+
+    low: float
+    high: float
+    source: Source
+    reason: str
 
 
-def between(
-    name: str, measured: float, low: float, high: float, source: Source, reason: str
-) -> Check:
-    """A figure with a range; `math.inf` for one that is open above."""
-    return Check(name, float(measured), float(low), float(high), source, reason)
+def _expected(
+    source: Source, low: float | None, high: float | None, reason: str
+) -> Expected:
+    return Expected(
+        -math.inf if low is None else float(low),
+        math.inf if high is None else float(high),
+        source,
+        reason,
+    )
 
 
-def exactly(
-    name: str, measured: float, value: float, source: Source, reason: str
-) -> Check:
-    """A figure that must equal this value, to the last bit."""
-    return Check(name, float(measured), value, value, source, reason)
+# Each makes a range from its low and high end, None for an open one, and the reason.
+theory = functools.partial(_expected, "theory")
+literature = functools.partial(_expected, "literature")
+promise = functools.partial(_expected, "promise")
+seen = functools.partial(_expected, "measured")
+
+
+def check(name: str, measured: float, expected: Expected) -> Check:
+    """A figure with its range, such as `theory(0, 1, "cosines of acute angles")`."""
+    return Check(name, float(measured), *expected)
 
 
 class Plot(NamedTuple):

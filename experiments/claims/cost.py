@@ -1,9 +1,25 @@
-"""The natural gradient costs more than gradient descent: operations and times.
+"""It costs more than gradient descent.
 
 For a network with P weights, P₁ of them in the first layer, and N examples, a gradient
 takes 6NP - 2NP₁ multiplications, the linearisation 2NP, and a further Fisher product
 with the linearisation given 8NP - 4NP₁. So a product is at most 4/3 of a gradient, and
 a step with k of them costs 1 + 4k/3 gradients.
+
+Claimed: A natural gradient step costs more than one of gradient descent: a Fisher
+product costs at most 4/3 of a gradient, and a step with k products about 1 + 4k/3
+gradients.
+
+Verdict: True. In operations, a product stays within the bound, and well below it if the
+first layer is a large part of the network. In time, a whole step costs about 1 + 4k/3
+gradients, plus the forward passes that measure its KL.
+
+Source: Martens 2010, Deep learning via Hessian-free optimization
+
+Note: So a natural gradient step is never as cheap as one of gradient descent, and must
+make up for it by fewer steps. The cost can be reduced by fewer products, with a warm
+start or a preconditioner, by the metric on a part of the batch, or by a direct solve if
+there are few examples; `python -m experiments.benchmark table=solvers` measures these
+costs.
 """
 
 import itertools
@@ -24,8 +40,9 @@ from experiments.benchmarks.contestants import (
     products,
 )
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import Check, Claim, Evidence, Plot, between
+from experiments.claims.claim import Check, Evidence, check, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.texts import claim_of, described, drawn, notes
 
 __all__ = ["COST"]
 
@@ -60,7 +77,14 @@ class _Prices(NamedTuple):
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """Multilayer perceptrons of 17 thousand to a million parameters."""
+    """Multilayer perceptrons of 17 thousand to a million parameters.
+
+    Tanh networks with softmax outputs, {_BATCH_SIZE} examples, float32. Operations are
+    counted by the compiler. Times are CPU times of the whole process, each the median
+    over turns in one process; they depend on the machine, so they are reported without
+    a range. A step is a gradient, k products of conjugate gradients, and the search for
+    the radius, 0.01 nats.
+    """
     networks = [_SMALL] if quick else _NETWORKS
     counts = (5, 20) if quick else (5, 10, 20)
     prices = [_price(widths, counts, repeats=3 if quick else 5) for widths in networks]
@@ -71,13 +95,14 @@ def demonstrate(quick: bool) -> Evidence:
             ("a lone product, linearised for it", price.lone, price.lone_expected),
         ):
             checks.append(
-                between(
+                check(
                     f"{name}, operations in gradients, {price.name}",
                     measured,
-                    expected * (1 - _TOLERANCE),
-                    expected * (1 + _TOLERANCE),
-                    "theory",
-                    "count of multiplications",
+                    theory(
+                        expected * (1 - _TOLERANCE),
+                        expected * (1 + _TOLERANCE),
+                        "count of multiplications",
+                    ),
                 )
             )
     longest = max(counts)
@@ -88,36 +113,12 @@ def demonstrate(quick: bool) -> Evidence:
             f"whole step with {longest} products costs up to {dearest:.0f} in time, "
             f"where 1 + 4k/3 is {1 + 4 * longest / 3:.0f}"
         ),
-        setup=(
-            f"Tanh networks with softmax outputs, {_BATCH_SIZE} examples, float32. "
-            f"Operations are counted by the compiler. Times are CPU times of the whole "
-            f"process, each the median over turns in one process; they depend on the "
-            f"machine, so they are reported without a range. A step is a gradient, k "
-            f"products of conjugate gradients, and the search for the radius, 0.01 "
-            f"nats."
-        ),
+        setup=described(demonstrate),
         checks=checks,
         tables=[_tabulate(prices, counts)],
-        plots=[
-            Plot(
-                "cost",
-                "Cost of a step over its number of products. The dashed line is the "
-                "largest cost of one gradient and the products by operation count; the "
-                "forward passes that measure the KL are extra.",
-                _draw(prices, counts),
-            )
-        ],
-        notes=[_HONEST],
+        plots=[drawn("cost", _draw, prices, counts)],
+        notes=notes(demonstrate),
     )
-
-
-_HONEST = (
-    "So a natural gradient step is never as cheap as one of gradient descent, and must "
-    "make up for it by fewer steps. The cost can be reduced by fewer products, with a "
-    "warm start or a preconditioner, by the metric on a part of the batch, or by a "
-    "direct solve if there are few examples; `python -m experiments.benchmark "
-    "table=solvers` measures these costs."
-)
 
 
 def _price(widths: Sequence[int], counts: Sequence[int], *, repeats: int) -> _Prices:
@@ -187,6 +188,12 @@ def _tabulate(prices: Sequence[_Prices], counts: Sequence[int]) -> Table:
 
 
 def _draw(prices: Sequence[_Prices], counts: Sequence[int]) -> Figure:
+    """Draws `cost`.
+
+    Cost of a step over its number of products. The dashed line is the largest cost of
+    one gradient and the products by operation count; the forward passes that measure
+    the KL are extra.
+    """
     figure, (axis,) = new_figure()
     ends = [0, max(counts)]
     axis.plot(
@@ -212,28 +219,11 @@ def _draw(prices: Sequence[_Prices], counts: Sequence[int]) -> Figure:
     axis.set_xticks([0, *counts])
     finish(
         axis,
-        title="What a step to the KL radius costs",
-        x="Fisher products in a step, k",
-        y="CPU time of a step (gradients)",
+        "What a step to the KL radius costs",
+        "Fisher products in a step, k",
+        "CPU time of a step (gradients)",
     )
     return figure
 
 
-COST = Claim(
-    name="cost",
-    title="It costs more than gradient descent",
-    statement=(
-        "A natural gradient step costs more than one of gradient descent: a Fisher "
-        "product costs at most 4/3 of a gradient, and a step with k products about 1 + "
-        "4k/3 gradients."
-    ),
-    truth=(
-        "True. In operations, a product stays within the bound, and well below it if "
-        "the first layer is a large part of the network. In time, a whole step costs "
-        "about 1 + 4k/3 gradients, plus the forward passes that measure its KL."
-    ),
-    source="Martens 2010, Deep learning via Hessian-free optimization",
-    demonstrate=demonstrate,
-    x64=False,
-    is_timed=True,
-)
+COST = claim_of(demonstrate, x64=False, is_timed=True)

@@ -1,9 +1,34 @@
-"""Deep linear networks: along the natural gradient flow the loss gap falls as e^(-2t).
+"""Deep linear networks: the loss gap falls as e^(-2t).
 
     W = W₄ W₃ W₂ W₁,    dW/dt = -(W - W*),    loss - least loss ∝ e^(-2t)
 
 The flow moves the product straight to the optimum, whatever the layers and the inputs,
 as long as the layers can move it in every direction: while at most one is singular.
+
+Claimed: Along the natural gradient flow, the loss of a deep linear network decreases
+exponentially to its minimum, at a rate that depends neither on the depth nor on the
+data.
+
+Verdict: True for the flow, with the pseudo-inverse of F, from any start with layers
+that are not singular; for steps, true to first order in the rate. False with damping.
+
+Source: Bernacchia, Lengyel and Hennequin 2018, Exact natural gradient in deep linear
+networks and application to the nonlinear case
+
+Note: F is singular, with a rank of at most 25 for 100 parameters, and the claim is
+about its pseudo-inverse. It does not hold with damping: a direction that the data
+hardly determine moves at the rate σ / (σ + λ), with σ its eigenvalue of F.
+
+Note: The claim is about the flow, and about short steps. One full step (η = 1) takes a
+single layer to the least loss; but with these four layers, whose product is not linear
+in them, it makes the gap {after_one:.1e} times as large (median). Even at the rate of
+the plots, {departed} of {seeds} networks, with nearly singular layers, deviate from the
+line by more than a tenth in their first step, and fall parallel to it from then on.
+Longer steps need a radius or damping.
+
+Note: The layers must be able to move the product in all directions, which they can
+while at most one of them is singular; random square layers are not singular. All slopes
+are fitted over the whole time, from the first step on.
 """
 
 import functools
@@ -16,8 +41,9 @@ from matplotlib.figure import Figure
 
 import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import Check, Claim, Evidence, Plot, between
+from experiments.claims.claim import Check, Evidence, check, literature, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.texts import claim_of, described, drawn, notes
 from ngd_jax.types import Batch
 
 __all__ = ["DEEP_LINEAR"]
@@ -34,16 +60,6 @@ _RATE = 0.02
 _DAMPING_BESIDE = 0.1
 _GRADIENT_RATES = 10.0 ** np.arange(-3, 0.1, 0.25)
 _SLOWEST = -1.9  # a slope above this counts as slowed down by damping
-_SINGULAR = (
-    "F is singular, with a rank of at most 25 for 100 parameters, and the claim is "
-    "about its pseudo-inverse. It does not hold with damping: a direction that the "
-    "data hardly determine moves at the rate σ / (σ + λ), with σ its eigenvalue of F."
-)
-_CONDITION = (
-    "The layers must be able to move the product in all directions, which they can "
-    "while at most one of them is singular; random square layers are not singular. All "
-    "slopes are fitted over the whole time, from the first step on."
-)
 
 
 def model_fn(params: jax.Array, batch: Batch) -> jax.Array:
@@ -116,7 +132,15 @@ def gradient_losses(
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """The loss gap along the flow from random layers to a random teacher."""
+    """The loss gap along the flow from random layers to a random teacher.
+
+    {seeds} networks of {_LAYERS} linear layers of {_WIDTH} × {_WIDTH}, random weights
+    and random teachers with noise; {_EXAMPLES} examples whose inputs have a covariance
+    of condition {_INPUT_CONDITION:g}; squared error. Full batch, time {_FLOW_TIME:g} in
+    {steps} steps of η = {_RATE:g}, solved by conjugate gradients without damping,
+    float64. Gradient descent: the best of {num_rates} rates for each network, with the
+    same number of steps.
+    """
     seeds = 2 if quick else 8
     batches = [make_batch(seed) for seed in range(seeds)]
     layers = np.random.default_rng(0).normal(size=(seeds, _LAYERS, _WIDTH, _WIDTH))
@@ -144,29 +168,24 @@ def demonstrate(quick: bool) -> Evidence:
     slopes = np.array([slope(gap, rate) for gap, rate in zip(gaps, rates, strict=True)])
     twice, once, damped = np.median(slopes, axis=1)
     checks: list[Check] = [
-        between(
+        check(
             f"slope of log gap against time at η = {_RATE:g}, median of {seeds}",
             once,
-            -2.04,
-            -2.0,
-            "theory",
-            "2 log(1 - η) / η = -2.02 for one layer; within η of it",
+            theory(
+                -2.04, -2.0, "2 log(1 - η) / η = -2.02 for one layer; within η of it"
+            ),
         ),
-        between(
+        check(
             f"the same for η to 0, from η = {2 * _RATE:g} and {_RATE:g}",
             2 * once - twice,
-            -2.01,
-            -1.99,
-            "literature",
-            "-2 (Bernacchia et al. 2018); error of second order in η",
+            literature(
+                -2.01, -1.99, "-2 (Bernacchia et al. 2018); error of second order in η"
+            ),
         ),
-        between(
+        check(
             f"slope with damping λ = {_DAMPING_BESIDE:g}, median",
             damped,
-            _SLOWEST,
-            0.0,
-            "theory",
-            "slower: rates σ / (σ + λ)",
+            theory(_SLOWEST, 0.0, "slower: rates σ / (σ + λ)"),
         ),
     ]
     left_by_gradient = np.median(by_gradient[:, -1] / by_gradient[:, 0])
@@ -186,14 +205,8 @@ def demonstrate(quick: bool) -> Evidence:
             f"{2 * once - twice:.4f} for η → 0; gradient descent at its best rate "
             f"leaves {left_by_gradient:.0e} of the gap, the natural gradient {left:.0e}"
         ),
-        setup=(
-            f"{seeds} networks of {_LAYERS} linear layers of {_WIDTH} × {_WIDTH}, "
-            f"random weights and random teachers with noise; {_EXAMPLES} examples "
-            f"whose inputs have a covariance of condition {_INPUT_CONDITION:g}; "
-            f"squared error. Full batch, time {_FLOW_TIME:g} in {steps} steps of η = "
-            f"{_RATE:g}, solved by conjugate gradients without damping, float64. "
-            f"Gradient descent: the best of {len(_GRADIENT_RATES)} rates for each "
-            f"network, with the same number of steps."
+        setup=described(
+            demonstrate, seeds=seeds, steps=steps, num_rates=len(_GRADIENT_RATES)
         ),
         checks=checks,
         tables=[
@@ -203,29 +216,8 @@ def demonstrate(quick: bool) -> Evidence:
                 rows,
             )
         ],
-        plots=[
-            Plot(
-                "deep_linear",
-                "Left: without damping, the loss gap of every network falls as "
-                "e^(-2t), from the first step on, and damping slows it down. Right: "
-                "gradient descent on the same networks, each at its best rate.",
-                _draw(gaps, by_gradient),
-            )
-        ],
-        notes=[
-            _SINGULAR,
-            (
-                f"The claim is about the flow, and about short steps. One full step (η "
-                f"= 1) takes a single layer to the least loss; but with these four "
-                f"layers, whose product is not linear in them, it makes the gap "
-                f"{after_one:.1e} times as large (median). Even at the rate of the "
-                f"plots, {departed} of {seeds} networks, with nearly singular layers, "
-                f"deviate from the line by more than a tenth in their first step, and "
-                f"fall parallel to it from then on. Longer steps need a radius or "
-                f"damping."
-            ),
-            _CONDITION,
-        ],
+        plots=[drawn("deep_linear", _draw, gaps, by_gradient)],
+        notes=notes(demonstrate, after_one=after_one, departed=departed, seeds=seeds),
     )
 
 
@@ -236,6 +228,12 @@ def slope(gaps: np.ndarray, rate: float) -> np.ndarray:
 
 
 def _draw(gaps: np.ndarray, by_gradient: np.ndarray) -> Figure:
+    """Draws `deep_linear`.
+
+    Left: without damping, the loss gap of every network falls as e^(-2t), from the
+    first step on, and damping slows it down. Right: gradient descent on the same
+    networks, each at its best rate.
+    """
     figure, (left, right) = new_figure(2, width=9.0, height=4.2)
     steps = np.arange(gaps.shape[-1])
     times = steps * _RATE
@@ -250,9 +248,9 @@ def _draw(gaps: np.ndarray, by_gradient: np.ndarray) -> Figure:
     left.semilogy(times, np.exp(-2 * times), "--", color="black", label="e^(-2t)")
     finish(
         left,
-        title="Along the flow",
-        x=f"time t = η × steps (η = {_RATE:g})",
-        y="loss gap over that at the start",
+        "Along the flow",
+        f"time t = η × steps (η = {_RATE:g})",
+        "loss gap over that at the start",
     )
     first = by_gradient[:, :1]
     right.semilogy(steps, relative[0].T, color=natural, alpha=0.5, linewidth=1)
@@ -261,31 +259,8 @@ def _draw(gaps: np.ndarray, by_gradient: np.ndarray) -> Figure:
     )
     right.semilogy([], [], color=natural, label=f"natural gradient, η = {_RATE:g}")
     right.semilogy([], [], color=COLORS["SGD"], label="gradient descent, best rate")
-    finish(
-        right,
-        title="Beside gradient descent",
-        x="steps",
-        y="loss gap over that at the start",
-    )
+    finish(right, "Beside gradient descent", "steps", "loss gap over that at the start")
     return figure
 
 
-DEEP_LINEAR = Claim(
-    name="deep_linear",
-    title="Deep linear networks: the loss gap falls as e^(-2t)",
-    statement=(
-        "Along the natural gradient flow, the loss of a deep linear network decreases "
-        "exponentially to its minimum, at a rate that depends neither on the depth nor "
-        "on the data."
-    ),
-    truth=(
-        "True for the flow, with the pseudo-inverse of F, from any start with layers "
-        "that are not singular; for steps, true to first order in the rate. False with "
-        "damping."
-    ),
-    source=(
-        "Bernacchia, Lengyel and Hennequin 2018, Exact natural gradient in deep linear "
-        "networks and application to the nonlinear case"
-    ),
-    demonstrate=demonstrate,
-)
+DEEP_LINEAR = claim_of(demonstrate)

@@ -1,4 +1,17 @@
-"""Equal parameters have KL 0; the further apart the outputs, the larger the KL."""
+"""Equal parameters are at KL 0, and KL grows as outputs differ.
+
+Claimed: The KL between two networks with the same parameters is 0, and the further
+apart their outputs are, the larger the KL; the Fisher matrix is its curvature.
+
+Verdict: Exactly true. The converse is false: different parameters may give the same
+outputs, and thus KL 0.
+
+Source: Amari 1998, Natural gradient works efficiently in learning
+
+Note: The converse is false: KL 0 does not imply equal parameters. Permuting the hidden
+units changes only the parameters, not the function, so the KL measures how far the
+model moves, not how far the parameters move.
+"""
 
 import functools
 from typing import NamedTuple
@@ -11,27 +24,15 @@ from matplotlib.figure import Figure
 
 import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import (
-    Check,
-    Claim,
-    Evidence,
-    Plot,
-    at_most,
-    between,
-    exactly,
-)
+from experiments.claims.claim import Check, Evidence, check, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
 from experiments.claims.networks import Layers, digits, mlp, mlp_params
+from experiments.claims.texts import claim_of, described, drawn, notes
 from ngd_jax import dense
 
 __all__ = ["DIVERGENCE"]
 
 _LIKELIHOOD = ngd.Categorical()
-_CONVERSE = (
-    "The converse is false: KL 0 does not imply equal parameters. Permuting the hidden "
-    "units changes only the parameters, not the function, so the KL measures how far "
-    "the model moves, not how far the parameters move."
-)
 _DISTANCES = 10.0 ** np.arange(-5, 1)
 _PARTS = np.linspace(0.0, 1.0, 101)
 
@@ -110,7 +111,11 @@ def _measure(
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """64-10-10 on the digits: KL, its derivatives, and how it grows."""
+    """64-10-10 on the digits: KL, its derivatives, and how it grows.
+
+    Handwritten digits, {count} examples, a 64-10-10 tanh network with softmax outputs
+    and random weights, float64.
+    """
     batch = digits(100 if quick else 500)
     found = jax.tree.map(np.asarray, _measure(jax.random.key(0), batch, _LIKELIHOOD))
     value, moved, same = float(found.value), float(found.moved), float(found.same)
@@ -125,55 +130,40 @@ def demonstrate(quick: bool) -> Evidence:
 
     minimum = "KL has a minimum of 0 there"
     checks: list[Check] = [
-        exactly("KL(θ, θ), nats", value, 0.0, "theory", minimum),
-        at_most(
+        check("KL(θ, θ), nats", value, theory(0.0, 0.0, minimum)),
+        check(
             "largest entry of its gradient",
             float(np.abs(found.gradient).max()),
-            1e-15,
-            "theory",
-            f"{minimum}; round-off",
+            theory(None, 1e-15, f"{minimum}; round-off"),
         ),
-        at_most(
+        check(
             "its Hessian against F, relative",
             disagreement,
-            1e-14,
-            "theory",
-            "F is the Hessian; round-off",
+            theory(None, 1e-14, "F is the Hessian; round-off"),
         ),
         *(
-            between(
+            check(
                 f"error of ½ε²dᵀFd, relative, at ε = {10 * distance:.0e} over that at "
                 f"{distance:.0e}",
                 ratio,
-                7.0,
-                14.0,
-                "theory",
-                "third-order term: 10",
+                theory(7.0, 14.0, "third-order term: 10"),
             )
             for distance, ratio in zip(_DISTANCES[2:4], decades, strict=True)
         ),
-        between(
+        check(
             "smallest rise of KL over 100 steps away in the outputs, nats",
             smallest_rise,
-            np.finfo(float).tiny,
-            np.inf,
-            "theory",
-            "log-partition functions are convex",
+            theory(np.finfo(float).tiny, None, "log-partition functions are convex"),
         ),
-        at_most(
+        check(
             "KL to the network with permuted units, nats",
             same,
-            1e-15,
-            "theory",
-            "the same function; round-off",
+            theory(None, 1e-15, "the same function; round-off"),
         ),
-        between(
+        check(
             "distance to it in the parameters",
             moved,
-            np.finfo(float).tiny,
-            np.inf,
-            "theory",
-            "another point",
+            theory(np.finfo(float).tiny, None, "another point"),
         ),
     ]
     table = Table(
@@ -191,22 +181,11 @@ def demonstrate(quick: bool) -> Evidence:
             f"KL(θ, θ) = {value:g}; its Hessian is F to {disagreement:.0e}; a "
             f"permuted network at distance {moved:.1f} has KL {same:.0e}"
         ),
-        setup=(
-            f"Handwritten digits, {len(batch['y'])} examples, a 64-10-10 tanh network "
-            f"with softmax outputs and random weights, float64."
-        ),
+        setup=described(demonstrate, count=len(batch["y"])),
         checks=checks,
         tables=[table],
-        plots=[
-            Plot(
-                "divergence",
-                "KL over the distance in parameters: ½ε²dᵀFd is accurate while the "
-                "distance is small. Along a straight line in output space, the KL can "
-                "only increase.",
-                _draw(measured, guess, found.in_outputs),
-            )
-        ],
-        notes=[_CONVERSE],
+        plots=[drawn("divergence", _draw, measured, guess, found.in_outputs)],
+        notes=notes(demonstrate),
     )
 
 
@@ -220,39 +199,25 @@ def _permute(params: Layers) -> Layers:
 
 
 def _draw(measured: np.ndarray, guess: np.ndarray, in_outputs: np.ndarray) -> Figure:
+    """Draws `divergence`.
+
+    KL over the distance in parameters: ½ε²dᵀFd is accurate while the distance is small.
+    Along a straight line in output space, the KL can only increase.
+    """
     figure, (left, right) = new_figure(2, width=9.0, height=3.8)
     left.loglog(_DISTANCES, guess, "--", color=COLORS["theory"], label="½ε²dᵀFd")
     left.loglog(
         _DISTANCES, measured, "o", color=COLORS["natural gradient"], label="measured"
     )
-    finish(
-        left,
-        title="KL near θ",
-        x="distance ε in parameters",
-        y="mean KL per example (nats)",
-    )
+    finish(left, "KL near θ", "distance ε in parameters", "mean KL per example (nats)")
     right.plot(_PARTS, in_outputs, color=COLORS["natural gradient"])
     finish(
         right,
-        title="KL on the way to another network's outputs",
-        x="part of the way in the logits",
-        y="mean KL per example (nats)",
+        "KL on the way to another network's outputs",
+        "part of the way in the logits",
+        "mean KL per example (nats)",
     )
     return figure
 
 
-DIVERGENCE = Claim(
-    name="divergence",
-    title="Equal parameters are at KL 0, and KL grows as outputs differ",
-    statement=(
-        "The KL between two networks with the same parameters is 0, and the further "
-        "apart their outputs are, the larger the KL; the Fisher matrix is its "
-        "curvature."
-    ),
-    truth=(
-        "Exactly true. The converse is false: different parameters may give the same "
-        "outputs, and thus KL 0."
-    ),
-    source="Amari 1998, Natural gradient works efficiently in learning",
-    demonstrate=demonstrate,
-)
+DIVERGENCE = claim_of(demonstrate)

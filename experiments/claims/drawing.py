@@ -28,7 +28,7 @@ def new_figure(
     return figure, list(figure.subplots(1, columns, squeeze=False).flat)
 
 
-def finish(axis: Axes, *, title: str, x: str, y: str, legend: bool = True) -> None:
+def finish(axis: Axes, title: str, x: str, y: str, *, legend: bool = True) -> None:
     """Sets the title and the labels of an axis; labels include their units."""
     axis.set(title=title, xlabel=x, ylabel=y)
     axis.grid(visible=True, which="major", alpha=0.3)

@@ -1,9 +1,29 @@
-"""The empirical Fisher is a different matrix, whose step can point the other way.
+"""The empirical Fisher is another thing.
 
     F = (1/N) Σ xₙ xₙᵀ,    F̃ = (1/N) Σ rₙ² xₙ xₙᵀ,    g = (1/N) Σ rₙ xₙ
 
 for linear regression with residuals r. Doubling the residuals doubles g, keeps F, and
 makes F̃ four times as large: the natural step F⁻¹g doubles, and F̃⁻¹g halves.
+
+Claimed: If the model's targets are replaced by those of the data, F becomes a different
+matrix: its step shrinks as residuals grow, and can point away from the natural one.
+
+Verdict: Both are true: doubling the residuals exactly doubles the natural step and
+halves the empirical one, and the angle between them can approach 180° in parameters. In
+the metric of the model it stays below 90°: both go downhill.
+
+Source: Kunstner, Balles and Hennig 2019, Limitations of the empirical Fisher
+approximation
+
+Note: The steps are opposite only in the Euclidean metric. Both go downhill, since F and
+F̃ are positive definite, and in the metric of the model itself, ⟨a, b⟩ = aᵀFb, the
+angle between them is always less than 90°: ⟨F⁻¹g, F̃⁻¹g⟩ = gᵀF̃⁻¹g > 0. The angle in
+parameters depends on the units of the inputs, as the curves for the diabetes data show:
+the same problem in three units.
+
+Note: At the optimum of a correct model, the two matrices agree in the limit of many
+examples: here, with 1,000, F̃ differs from F by {apart:.0%}. Elsewhere they generally
+differ.
 """
 
 import functools
@@ -18,8 +38,9 @@ from matplotlib.figure import Figure
 
 import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import Check, Claim, Evidence, Plot, at_most, between
+from experiments.claims.claim import Check, Evidence, check, literature, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.texts import claim_of, described, drawn, notes
 from ngd_jax.fisher import Kind
 
 __all__ = ["EMPIRICAL_FISHER"]
@@ -28,13 +49,6 @@ _LIKELIHOOD = ngd.Gaussian(event_ndims=0)
 _OTHER_KIND: Kind = "empirical"
 _GRID = (-1.0, 5.0)
 _SMALLEST_SHARE = 0.01  # remaining share of the way at the end of the path
-_DESCENT = (
-    "The steps are opposite only in the Euclidean metric. Both go downhill, since F "
-    "and F̃ are positive definite, and in the metric of the model itself, ⟨a, b⟩ = "
-    "aᵀFb, the angle between them is always less than 90°: ⟨F⁻¹g, F̃⁻¹g⟩ = gᵀF̃⁻¹g > "
-    "0. The angle in parameters depends on the units of the inputs, as the curves for "
-    "the diabetes data show: the same problem in three units."
-)
 _BEFORE = (
     "Measured before, independently: factors of exactly 2 and 0.5, and a smallest "
     "cosine of -0.92 on Boston housing; at which parameters and in which units was not "
@@ -90,9 +104,7 @@ def tabular_data() -> list[Data]:
         with_constant("diabetes, standardised", standardize(raw), standardize(y)),
     ]
     try:
-        from mlxtend.data import (  # pyright: ignore[reportMissingImports]
-            boston_housing_data,
-        )
+        from mlxtend.data import boston_housing_data  # pyright: ignore[reportMissingImports]
     except ImportError:
         return data
     x, y = boston_housing_data()
@@ -179,7 +191,14 @@ def explore(data: Data, points: np.ndarray) -> tuple[Steps, np.ndarray]:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """Steps on a grid, on the way to the least-squares solution, and around it."""
+    """Steps on a grid, on the way to the least-squares solution, and around it.
+
+    Linear regression, Gaussian outputs of unit variance, both steps undamped, float64.
+    One input: {examples:,} examples of y = 2 + 2x + noise, x log-normal, on a grid of
+    {side} × {side} parameters. Real data: on the straight line from zero to the
+    least-squares solution, which is the path of the natural gradient, and at {count}
+    random parameters around its end.
+    """
     side, count = (21, 200) if quick else (41, 2000)
 
     # 1. Two parameters, on a grid; and at the least-squares solution of a true model.
@@ -208,39 +227,29 @@ def demonstrate(quick: bool) -> Evidence:
     smallest_natural = min(cosine.min() for _, cosine, _ in found.values())
     can_oppose = "they can point in opposite directions (Kunstner et al. 2019)"
     checks: list[Check] = [
-        at_most(
+        check(
             "twice the residuals, natural step: error of the factor 2, relative",
             errors[0],
-            1e-12,
-            "theory",
-            "F⁻¹(2g) = 2 F⁻¹g",
+            theory(None, 1e-12, "F⁻¹(2g) = 2 F⁻¹g"),
         ),
-        at_most(
+        check(
             "twice the residuals, empirical step: error of the factor ½, relative",
             errors[1],
-            1e-12,
-            "theory",
-            "(4F̃)⁻¹(2g) = ½ F̃⁻¹g",
+            theory(None, 1e-12, "(4F̃)⁻¹(2g) = ½ F̃⁻¹g"),
         ),
         *(
-            between(
+            check(
                 f"smallest cosine, {name}",
                 smallest[name],
-                -1.0,
-                0.0,
-                "literature",
-                can_oppose,
+                literature(-1.0, 0.0, can_oppose),
             )
             for name in smallest
             if not name.endswith("standardised")
         ),
-        between(
+        check(
             "smallest cosine in the metric F, everywhere",
             smallest_natural,
-            0.0,
-            1.0,
-            "theory",
-            "gᵀF̃⁻¹g > 0",
+            theory(0.0, 1.0, "gᵀF̃⁻¹g > 0"),
         ),
     ]
     boston = [
@@ -262,14 +271,7 @@ def demonstrate(quick: bool) -> Evidence:
             f"error {errors.max():g}); smallest cosine between them "
             f"{smallest[worst]:.3f} ({worst})"
         ),
-        setup=(
-            f"Linear regression, Gaussian outputs of unit variance, both steps "
-            f"undamped, float64. One input: {len(textbook.y):,} examples of y = 2 + 2x "
-            f"+ noise, x log-normal, on a grid of {side} × {side} parameters. Real "
-            f"data: on the straight line from zero to the least-squares solution, "
-            f"which is the path of the natural gradient, and at {count} random "
-            f"parameters around its end."
-        ),
+        setup=described(demonstrate, examples=len(textbook.y), side=side, count=count),
         checks=checks,
         tables=[
             Table(
@@ -284,28 +286,11 @@ def demonstrate(quick: bool) -> Evidence:
             )
         ],
         plots=[
-            Plot(
-                "empirical_fisher_field",
-                "One input, two parameters. The natural step points at the "
-                "least-squares solution (×) from everywhere; the empirical one takes "
-                "detours, and in the shaded regions the angle between them is obtuse.",
-                _draw_field(ticks, textbook, field),
-            ),
-            Plot(
-                "empirical_fisher_cosine",
-                "The angle between the two steps along the path of the natural "
-                "gradient, on real data. The curves for one data set are the same "
-                "problem in different units.",
-                _draw_paths(left, paths),
-            ),
+            drawn("empirical_fisher_field", _draw_field, ticks, textbook, field),
+            drawn("empirical_fisher_cosine", _draw_paths, left, paths),
         ],
         notes=[
-            _DESCENT,
-            (
-                f"At the optimum of a correct model, the two matrices agree in the "
-                f"limit of many examples: here, with 1,000, F̃ differs from F by "
-                f"{apart:.0%}. Elsewhere they generally differ."
-            ),
+            *notes(demonstrate, apart=apart),
             _BEFORE.format(
                 boston=f"Here: {', '.join(boston)}."
                 if boston
@@ -328,6 +313,12 @@ def _difference_at_best(data: Data) -> float:
 
 
 def _draw_field(ticks: np.ndarray, data: Data, field: Steps) -> Figure:
+    """Draws `empirical_fisher_field`.
+
+    One input, two parameters. The natural step points at the least-squares solution (×)
+    from everywhere; the empirical one takes detours, and in the shaded regions the
+    angle between them is obtuse.
+    """
     figure, axes = new_figure(2, width=9.0, height=4.4)
     side = len(ticks)
     fine = np.linspace(*_GRID, 200)
@@ -343,7 +334,7 @@ def _draw_field(ticks: np.ndarray, data: Data, field: Steps) -> Figure:
         u, v = -np.moveaxis(steps.reshape(side, side, 2), -1, 0)
         axis.streamplot(ticks, ticks, u, v, color=color, density=0.9, linewidth=1)
         axis.plot(*data.best, "x", color="black", markersize=10, markeredgewidth=2.5)
-        finish(axis, title=title, x="intercept", y="slope")
+        finish(axis, title, "intercept", "slope")
     _shade(axes[1], ticks, obtuse)
     return figure
 
@@ -355,6 +346,11 @@ def _shade(axis: Axes, ticks: np.ndarray, where: np.ndarray) -> None:
 
 
 def _draw_paths(left: np.ndarray, paths: dict[str, np.ndarray]) -> Figure:
+    """Draws `empirical_fisher_cosine`.
+
+    The angle between the two steps along the path of the natural gradient, on real
+    data. The curves for one data set are the same problem in different units.
+    """
     figure, (axis,) = new_figure(width=8.0, height=4.2)
     styles = {"diabetes": "-", "Boston": "--"}
     shades = ("#d94801", "#08519c", "#238b45", "#807dba", "#636363")
@@ -366,31 +362,13 @@ def _draw_paths(left: np.ndarray, paths: dict[str, np.ndarray]) -> Figure:
     axis.set_ylim(-1.05, 1.05)
     finish(
         axis,
-        title="From zero to least squares",
-        x="part of the way that is left",
-        y="cosine between natural and empirical step",
+        "From zero to least squares",
+        "part of the way that is left",
+        "cosine between natural and empirical step",
         legend=False,
     )
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
-EMPIRICAL_FISHER = Claim(
-    name="empirical_fisher",
-    title="The empirical Fisher is another thing",
-    statement=(
-        "If the model's targets are replaced by those of the data, F becomes a "
-        "different matrix: its step shrinks as residuals grow, and can point away from "
-        "the natural one."
-    ),
-    truth=(
-        "Both are true: doubling the residuals exactly doubles the natural step and "
-        "halves the empirical one, and the angle between them can approach 180° in "
-        "parameters. In the metric of the model it stays below 90°: both go downhill."
-    ),
-    source=(
-        "Kunstner, Balles and Hennig 2019, Limitations of the empirical Fisher "
-        "approximation"
-    ),
-    demonstrate=demonstrate,
-)
+EMPIRICAL_FISHER = claim_of(demonstrate)

@@ -1,4 +1,4 @@
-"""Invariance to a change of parameters: exact if it is linear, else for small steps.
+"""A non-linear change of parameters matters less, the shorter the steps.
 
     Euler:     θ ← θ - h d(θ)                       difference of order h
     midpoint:  θ ← θ - h d(θ - ½ h d(θ))            difference of order h²
@@ -7,6 +7,25 @@ with d = F⁻¹g. As h goes to 0, both follow the flow dθ/dt = -d(θ), which is
 curve of distributions in any parametrisation. For an exponential family it is known in
 closed form: the mean parameters move straight to those of the target,
 m(t) = m* + e^(-t) (m(0) - m*).
+
+Claimed: Natural gradient descent does not depend on the parameters in which a model is
+written; gradient descent does.
+
+Verdict: Exactly true for any step length if the change of parameters is linear.
+Otherwise, it is true for the flow, and for steps as their length goes to 0: to first
+order in the length for the plain (Euler) step, to second order for the midpoint step.
+Both are without damping.
+
+Source: Song et al. 2018, Accelerating natural gradient with higher-order invariance
+
+Note: So the natural gradient is invariant to a non-linear change of parameters only as
+a flow. Finite steps are invariant to it only in the limit, but to a linear change at
+any length.
+
+Note: Measured before, independently, with a start and a target that were not recorded:
+reductions by factors of 2.17 to 2.02 and 4.17 to 4.03, with gradient descent at KL
+0.33. The claim concerns the limits 2, 4 and 1; how they are approached, and the KL of
+gradient descent, depend on the start and the target.
 """
 
 import functools
@@ -24,8 +43,9 @@ from matplotlib.figure import Figure
 
 import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import Check, Claim, Evidence, Plot, at_most, between
+from experiments.claims.claim import Check, Evidence, check, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.texts import claim_of, described, drawn, notes
 
 __all__ = ["FLOW"]
 
@@ -40,17 +60,6 @@ _MARKERS = ("o", "s", "^", "D")
 _METHODS = ("gradient descent", "natural gradient, Euler", "natural gradient, midpoint")
 _ORDERS = (0, 1, 2)  # of the difference in h, for each method
 _STYLES = (("SGD", "o-"), ("natural gradient", "s-"), ("natural gradient", "D--"))
-_STEPS_NOT_FLOW = (
-    "So the natural gradient is invariant to a non-linear change of parameters only as "
-    "a flow. Finite steps are invariant to it only in the limit, but to a linear "
-    "change at any length."
-)
-_BEFORE = (
-    "Measured before, independently, with a start and a target that were not recorded: "
-    "reductions by factors of 2.17 to 2.02 and 4.17 to 4.03, with gradient descent at "
-    "KL 0.33. The claim concerns the limits 2, 4 and 1; how they are approached, and "
-    "the KL of gradient descent, depend on the start and the target."
-)
 
 
 class Parameters(NamedTuple):
@@ -208,7 +217,13 @@ def lengths(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """End points of the same flow in all parametrisations, by three kinds of step."""
+    """End points of the same flow in all parametrisations, by three kinds of step.
+
+    A Gamma distribution of shape a and rate b from (1, 1) towards (4, 2) in four
+    parametrisations; the loss is KL from the target. Flow time {_FLOW_TIME}, no
+    damping, float64. The difference is the largest √(2 KL) between the ends of two
+    parametrisations.
+    """
     counts = [20, 40, 80, 160] if quick else [20, 40, 80, 160, 320]
     by_gradient, by_natural = _travel_all(
         counts[-1], _trips(counts, [0.0]), _trips(counts, [0.0, 0.5])
@@ -232,39 +247,33 @@ def demonstrate(quick: bool) -> Evidence:
         "second order: 4",
     ]
     checks: list[Check] = [
-        between(
+        check(
             f"{method}: difference between parametrisations, its fall {last}",
             fall[-1],
-            2**order * 0.975,
-            2**order * 1.025,
-            "theory",
-            reason,
+            theory(2**order * 0.975, 2**order * 1.025, reason),
         )
         for method, fall, order, reason in zip(
             _METHODS, falls, _ORDERS, reasons, strict=True
         )
     ]
     checks += [
-        between(
+        check(
             f"{method}: distance to the exact flow, its fall {last}",
             fall[-1],
-            2**order * 0.975,
-            2**order * 1.025,
-            "theory",
-            f"{reason}; closed form of the flow",
+            theory(
+                2**order * 0.975, 2**order * 1.025, f"{reason}; closed form of the flow"
+            ),
         )
         for method, fall, order, reason in list(
             zip(_METHODS, flow_falls, _ORDERS, reasons, strict=True)
         )[1:]
     ]
     checks.append(
-        at_most(
+        check(
             f"both natural steps: ends in (a, b) and in parameters linear in them, "
             f"from {counts[0]} steps on, relative difference",
             linear,
-            1e-11,
-            "theory",
-            "exact for any step; round-off",
+            theory(None, 1e-11, "exact for any step; round-off"),
         )
     )
     kl = apart[0, -1] ** 2 / 2
@@ -274,25 +283,11 @@ def demonstrate(quick: bool) -> Evidence:
             f"{falls[1, -1]:.3f} times for Euler steps, {falls[2, -1]:.3f} times for "
             f"midpoint steps; gradient descent stays at KL {kl:.2f} nats"
         ),
-        setup=(
-            f"A Gamma distribution of shape a and rate b from (1, 1) towards (4, 2) in "
-            f"four parametrisations; the loss is KL from the target. "
-            f"Flow time {_FLOW_TIME}, no damping, float64. The difference is the "
-            f"largest √(2 KL) between the ends of two parametrisations."
-        ),
+        setup=described(demonstrate),
         checks=checks,
         tables=[_table(counts, apart, falls)],
-        plots=[
-            Plot(
-                "flow",
-                f"Left: the paths of the four parametrisations. With gradient descent, "
-                f"each takes a different path; with the natural gradient, all follow "
-                f"one curve, even in {counts[0]} steps. Right: how far apart they end; "
-                f"natural gradient steps agree better, the shorter they are.",
-                _draw(counts, paths, apart),
-            )
-        ],
-        notes=[_STEPS_NOT_FLOW, _BEFORE],
+        plots=[drawn("flow", _draw, counts, paths, apart, counts=counts)],
+        notes=notes(demonstrate),
     )
 
 
@@ -312,6 +307,13 @@ def _table(counts: list[int], apart: np.ndarray, falls: np.ndarray) -> Table:
 
 
 def _draw(counts: list[int], paths: np.ndarray, apart: np.ndarray) -> Figure:
+    """Draws `flow`.
+
+    Left: the paths of the four parametrisations. With gradient descent, each takes a
+    different path; with the natural gradient, all follow one curve, even in {counts[0]}
+    steps. Right: how far apart they end; natural gradient steps agree better, the
+    shorter they are.
+    """
     figure, (left, right) = new_figure(2, width=9.0, height=4.2)
     for which, (parameters, marker) in enumerate(
         zip(PARAMETERS[_NON_LINEAR], _MARKERS, strict=True)
@@ -326,12 +328,7 @@ def _draw(counts: list[int], paths: np.ndarray, apart: np.ndarray) -> Figure:
     left.plot(*flow.T, ":", color="black", label="exact natural flow")
     for name, label in (("SGD", "gradient descent"), ("natural gradient",) * 2):
         left.plot([], [], "-", color=COLORS[name], label=label)
-    finish(
-        left,
-        title=f"Flow time {_FLOW_TIME:g} in {counts[0]} steps",
-        x="shape a",
-        y="rate b",
-    )
+    finish(left, f"Flow time {_FLOW_TIME:g} in {counts[0]} steps", "shape a", "rate b")
     for method, distance, (color, style) in zip(_METHODS, apart, _STYLES, strict=True):
         right.loglog(counts, distance, style, color=COLORS[color], label=method)
     for order in (1, 2):
@@ -348,28 +345,11 @@ def _draw(counts: list[int], paths: np.ndarray, apart: np.ndarray) -> Figure:
     right.minorticks_off()
     finish(
         right,
-        title="Difference between parametrisations",
-        x="steps for the same flow time",
-        y="largest √(2 KL) between two (√nat)",
+        "Difference between parametrisations",
+        "steps for the same flow time",
+        "largest √(2 KL) between two (√nat)",
     )
     return figure
 
 
-FLOW = Claim(
-    name="flow",
-    title="A non-linear change of parameters matters less, the shorter the steps",
-    statement=(
-        "Natural gradient descent does not depend on the parameters in which a model "
-        "is written; gradient descent does."
-    ),
-    truth=(
-        "Exactly true for any step length if the change of parameters is linear. "
-        "Otherwise, it is true for the flow, and for steps as their length goes to 0: "
-        "to first order in the length for the plain (Euler) step, to second order for "
-        "the midpoint step. Both are without damping."
-    ),
-    source=(
-        "Song et al. 2018, Accelerating natural gradient with higher-order invariance"
-    ),
-    demonstrate=demonstrate,
-)
+FLOW = claim_of(demonstrate)

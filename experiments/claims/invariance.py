@@ -1,12 +1,34 @@
-"""Sigmoid or tanh: it matters to gradient descent, not to the natural gradient."""
+"""Swap sigmoid for tanh: the gradient changes, the natural gradient does not.
+
+Claimed: If the same network is written with sigmoid units instead of tanh units,
+gradient descent learns something else, while the natural gradient takes the same steps.
+
+Verdict: Exactly true for any step size, since σ(x) = ½(1 + tanh(x/2)) amounts to a
+linear map of the weights. Damping by λI breaks it, in proportion to λ; damping in the
+mapped metric does not. Where F cannot be inverted in working precision, there is
+nothing to compare.
+
+Source: Amari 1998, Natural gradient works efficiently in learning; Martens 2020, New
+insights and perspectives on the natural gradient method
+
+Note: The invariance holds for any step size, since the map is linear; invariance to a
+non-linear change of parameters holds only for small steps. Two things break it. The
+first is damping by λI, which measures all parameters in the same unit; damping in a
+metric that is mapped along with the parameters (`CovariantDamping`) does not break it.
+The second is round-off where F is nearly singular, as at a random start, or after a
+long undamped step: there the step is mostly noise, the path diverges, and the networks
+differ by that noise. Training needs damping, so the claim carries over to practice only
+with the mapped metric.
+"""
 
 import numpy as np
 import optax
 from matplotlib.figure import Figure
 
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import Check, Claim, Evidence, Plot, at_most, between
+from experiments.claims.claim import Check, Evidence, check, seen, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.texts import claim_of, described, drawn, notes
 from experiments.claims.twins import (
     POINTS,
     RATE,
@@ -44,7 +66,16 @@ def _mapped(damping: float) -> str:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """2-3-1 networks on a teacher's data: natural gradient, SGD and Adam."""
+    """2-3-1 networks on a teacher's data: natural gradient, SGD and Adam.
+
+    Networks with 2 inputs, 3 hidden units and one Gaussian output of unit variance,
+    {POINTS} inputs drawn from N(0, 1), noiseless outputs of a tanh teacher with
+    parameters from N(0, 1). {num_starts} starts, each at its own teacher plus 0.3 N(0,
+    1); {num_well} of them are well-conditioned: the condition number of F stays below
+    {_WELL_CONDITIONED:.0e} along the undamped path. The sigmoid network starts as the
+    same function. {STEPS} full-batch steps with rate {RATE} unless stated otherwise, F
+    + λI solved by Cholesky factorisation, float64.
+    """
     near, own = starts(8 if quick else 24)
     dampings = _DAMPINGS[[0, 1, 5]] if quick else _DAMPINGS
     settings = {
@@ -79,51 +110,20 @@ def demonstrate(quick: bool) -> Evidence:
             f"{natural_end:.0e} under the natural gradient, {ends[0]:.2f} under SGD, "
             f"{ends[1]:.2f} under Adam"
         ),
-        setup=(
-            f"Networks with 2 inputs, 3 hidden units and one Gaussian output of unit "
-            f"variance, {POINTS} inputs drawn from N(0, 1), noiseless outputs of a "
-            f"tanh teacher with parameters from N(0, 1). {len(near.start)} starts, "
-            f"each at its own teacher plus 0.3 N(0, 1); {int(well.sum())} of them are "
-            f"well-conditioned: the condition number of F stays below "
-            f"{_WELL_CONDITIONED:.0e} along the undamped path. The sigmoid network "
-            f"starts as the same function. {STEPS} full-batch steps with rate {RATE} "
-            f"unless stated otherwise, F + λI solved by Cholesky factorisation, "
-            f"float64."
+        setup=described(
+            demonstrate,
+            POINTS=POINTS,
+            RATE=RATE,
+            num_starts=len(near.start),
+            num_well=int(well.sum()),
         ),
         checks=_checks(natural, first_order, well),
         tables=[_table(results, well)],
         plots=[
-            Plot(
-                "invariance",
-                "A sigmoid network and a tanh network that start as the same function. "
-                "SGD and Adam drive them apart; under the natural gradient they stay "
-                "the same, unless each is damped by λI in its own parameters. Lines "
-                "are medians over the well-conditioned starts, bands range from the "
-                "smallest to the largest.",
-                _draw(results, well, dampings),
-            ),
-            Plot(
-                "invariance_condition",
-                "The invariance is mathematically exact, and in floating point as "
-                "accurate as the solve: the difference grows with the condition number "
-                "of F.",
-                _draw_condition(natural),
-            ),
+            drawn("invariance", _draw, results, well, dampings),
+            drawn("invariance_condition", _draw_condition, natural),
         ],
-        notes=[
-            (
-                "The invariance holds for any step size, since the map is linear; "
-                "invariance to a non-linear change of parameters holds only for small "
-                "steps. Two things break it. The first is damping by λI, which "
-                "measures all parameters in the same unit; damping in a metric that is "
-                "mapped along with the parameters (`CovariantDamping`) does not break "
-                "it. The second is round-off where F is nearly singular, as at a "
-                "random start, or after a long undamped step: there the step is mostly "
-                "noise, the path diverges, and the networks differ by that noise. "
-                "Training needs damping, so the claim carries over to practice only "
-                "with the mapped metric."
-            )
-        ],
+        notes=notes(demonstrate),
     )
 
 
@@ -141,84 +141,72 @@ def _checks(
     slope = float(np.median(np.log10(smaller / small)))
     exact = "exact; round-off"
     return [
-        between(
+        check(
             "well-conditioned starts",
             float(well.sum()),
-            2,
-            np.inf,
-            "measured",
-            "there are some; set by hand",
+            seen(2, None, "there are some; set by hand"),
         ),
         *(
-            at_most(
+            check(
                 f"{name}: loss after the last step over that after the first, median",
                 float(np.median((result.loss[:, -1] / result.loss[:, 0])[well])),
-                1e-2,
-                "theory",
-                "both networks move: (1 - rate)^98 = 3e-5 where F is that of the loss",
+                theory(
+                    None,
+                    1e-2,
+                    "both networks move: (1 - rate)^98 = 3e-5 where F is that of the "
+                    "loss",
+                ),
             )
             for name, result in natural.items()
             if name in (_UNDAMPED, _mapped(1e-4))
         ),
-        at_most(
+        check(
             "undamped: largest difference of the outputs, median over these",
             float(np.median(undamped.largest[well])),
-            1e-11,
-            "theory",
-            exact,
+            theory(None, 1e-11, exact),
         ),
-        at_most(
+        check(
             "the same over steps × ε × condition number of F, largest",
             float((undamped.largest[well] / round_off).max()),
-            1.0,
-            "theory",
-            "first-order bound on the error of a stable solve",
+            theory(None, 1.0, "first-order bound on the error of a stable solve"),
         ),
         *(
-            between(
+            check(
                 f"{name}: difference after {STEPS} steps, median",
                 after_last_step(result),
-                0.03,
-                3.0,
-                "measured",
-                "measured before, independently: 0.25 to 0.32; of that order",
+                seen(
+                    0.03,
+                    3.0,
+                    "measured before, independently: 0.25 to 0.32; of that order",
+                ),
             )
             for name, result in first_order.items()
         ),
-        between(
+        check(
             f"{_plain(1e-4)}: difference after {STEPS} steps, median",
             after_last_step(natural[_plain(1e-4)]),
-            2e-4,
-            2e-2,
-            "measured",
-            "measured before, independently: 2e-3; of that order",
+            seen(2e-4, 2e-2, "measured before, independently: 2e-3; of that order"),
         ),
-        between(
+        check(
             "power of λ that it grows with, from 1e-9 to 1e-8",
             slope,
-            0.9,
-            1.1,
-            "theory",
-            "λI is a perturbation of first order: 1",
+            theory(0.9, 1.1, "λI is a perturbation of first order: 1"),
         ),
         *(
-            at_most(
+            check(
                 f"{name}: largest difference, largest over all starts",
                 float(result.largest.max()),
-                1e-11,
-                "theory",
-                exact,
+                theory(None, 1e-11, exact),
             )
             for name, result in natural.items()
             if name in (_mapped(1e-4), _OWN_MAPPED) or "KL" in name
         ),
-        between(
+        check(
             f"{_OWN_UNDAMPED}: largest difference, median",
             float(np.median(own.largest)),
-            1e-3,
-            np.inf,
-            "theory",
-            "F is singular to working precision: the step is round-off",
+            theory(
+                1e-3, None, "F is singular to working precision: the step is round-off"
+            ),
         ),
     ]
 
@@ -254,6 +242,13 @@ def _table(results: dict[str, Drift], well: np.ndarray) -> Table:
 
 
 def _draw(results: dict[str, Drift], well: np.ndarray, dampings: np.ndarray) -> Figure:
+    """Draws `invariance`.
+
+    A sigmoid network and a tanh network that start as the same function. SGD and Adam
+    drive them apart; under the natural gradient they stay the same, unless each is
+    damped by λI in its own parameters. Lines are medians over the well-conditioned
+    starts, bands range from the smallest to the largest.
+    """
     figure, (left, right) = new_figure(2, width=9.0, height=4.2)
     lines = [
         (f"SGD, rate {_SGD_RATE}", "SGD", "-", "SGD"),
@@ -274,9 +269,9 @@ def _draw(results: dict[str, Drift], well: np.ndarray, dampings: np.ndarray) -> 
     left.set_ylim(bottom=1e-17)
     finish(
         left,
-        title="The two networks drift apart, or do not",
-        x="step",
-        y="largest difference of the outputs",
+        "The two networks drift apart, or do not",
+        "step",
+        "largest difference of the outputs",
     )
     for named, color, marker, label in (
         (_plain, "natural gradient, fixed rate", "o", "λI in both"),
@@ -288,14 +283,19 @@ def _draw(results: dict[str, Drift], well: np.ndarray, dampings: np.ndarray) -> 
         )
     finish(
         right,
-        title="What damping does to it",
-        x="damping λ",
-        y=f"largest difference over {STEPS} steps",
+        "What damping does to it",
+        "damping λ",
+        f"largest difference over {STEPS} steps",
     )
     return figure
 
 
 def _draw_condition(natural: dict[str, Drift]) -> Figure:
+    """Draws `invariance_condition`.
+
+    The invariance is mathematically exact, and in floating point as accurate as the
+    solve: the difference grows with the condition number of F.
+    """
     figure, (axis,) = new_figure(width=7.0, height=4.2)
     limit = 1e20
     for name, color, marker in (
@@ -315,30 +315,11 @@ def _draw_condition(natural: dict[str, Drift]) -> Figure:
     )
     finish(
         axis,
-        title="How exact the invariance is in float64",
-        x=f"largest condition number of F on the way (at most {limit:.0e} drawn)",
-        y="largest difference of the outputs",
+        "How exact the invariance is in float64",
+        f"largest condition number of F on the way (at most {limit:.0e} drawn)",
+        "largest difference of the outputs",
     )
     return figure
 
 
-INVARIANCE = Claim(
-    name="invariance",
-    title="Swap sigmoid for tanh: the gradient changes, the natural gradient does not",
-    statement=(
-        "If the same network is written with sigmoid units instead of tanh units, "
-        "gradient descent learns something else, while the natural gradient takes the "
-        "same steps."
-    ),
-    truth=(
-        "Exactly true for any step size, since σ(x) = ½(1 + tanh(x/2)) amounts to a "
-        "linear map of the weights. Damping by λI breaks it, in proportion to λ; "
-        "damping in the mapped metric does not. Where F cannot be inverted in working "
-        "precision, there is nothing to compare."
-    ),
-    source=(
-        "Amari 1998, Natural gradient works efficiently in learning; Martens 2020, New "
-        "insights and perspectives on the natural gradient method"
-    ),
-    demonstrate=demonstrate,
-)
+INVARIANCE = claim_of(demonstrate)

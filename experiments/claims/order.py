@@ -1,10 +1,25 @@
-"""The order of the examples: how much a segment of the stream affects the outcome.
+"""The order of the examples matters less.
 
     Vₖ = E over new segments k of Var(outputs after training),    k = 1 … S
 
 A network learns online, seeing each example once. The stream is cut into segments; one
 of them is drawn several times, while the others stay the same. The resulting variance
 of the outputs is the influence of that segment.
+
+Claimed: What a network learns online depends on the order of its examples, above all
+the early ones; under the natural gradient it depends on it less.
+
+Verdict: Reproduced at equal held-out loss: all segments together have less influence
+under the natural gradient than under SGD, and so do the first and the last one. Equal
+loss is a necessary condition: with its largest radius, the natural gradient learns
+more, and depends on the first examples as much as SGD does. Adam is not far behind:
+what helps is a step that is adapted to the curvature, and a diagonal does part of that.
+
+Source: Pascanu and Bengio 2014, Revisiting natural gradient for deep networks
+
+Note: It is important to compare at equal loss: with a smaller rate or radius, every
+optimizer depends less on the order, and learns less. The last segment has the largest
+influence under all of them, since nothing comes after it.
 """
 
 import functools
@@ -19,9 +34,10 @@ from matplotlib.figure import Figure
 
 import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import Claim, Evidence, Plot, at_most
+from experiments.claims.claim import Evidence, check, literature
 from experiments.claims.drawing import COLORS, finish, new_figure
 from experiments.claims.networks import Layers, digits, mlp, mlp_params
+from experiments.claims.texts import claim_of, described, drawn, notes
 
 __all__ = ["ORDER"]
 
@@ -102,7 +118,16 @@ _CONTESTANTS = (
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """Online learning of distorted digits by three optimizers."""
+    """Online learning of distorted digits by three optimizers.
+
+    Digits with noise, shifted by up to a pixel, in a stream of {examples:,} examples
+    that are each seen once, in {sizes.segments} segments of {sizes.steps} batches of
+    {_BATCH_SIZE}. A 64-32-10 tanh network, float32. Each segment is redrawn
+    {sizes.draws} times; the influence is the variance of the probabilities on
+    {_HELD_OUT} held-out images, summed over classes, averaged over {sizes.seeds} seeds.
+    Every optimizer runs with several settings, and the influences are compared at equal
+    held-out loss.
+    """
     sizes = _Sizes(5, 20, 3, 1) if quick else _Sizes(10, 30, 5, 2)
     contestants = _CONTESTANTS
     if quick:
@@ -128,52 +153,27 @@ def demonstrate(quick: bool) -> Evidence:
             f"is {total:.2f} times that under SGD; for the first segment {first:.2f} "
             f"times, for the last {last:.2f} times"
         ),
-        setup=(
-            f"Digits with noise, shifted by up to a pixel, in a stream of "
-            f"{sizes.segments * sizes.steps * _BATCH_SIZE:,} examples that are each "
-            f"seen once, in {sizes.segments} segments of {sizes.steps} batches of "
-            f"{_BATCH_SIZE}. A 64-32-10 tanh network, float32. Each segment is redrawn "
-            f"{sizes.draws} times; the influence is the variance of the probabilities "
-            f"on {_HELD_OUT} held-out images, summed over classes, averaged over "
-            f"{sizes.seeds} seeds. Every optimizer runs with several settings, and the "
-            f"influences are compared at equal held-out loss."
+        setup=described(
+            demonstrate,
+            examples=sizes.segments * sizes.steps * _BATCH_SIZE,
+            sizes=sizes,
         ),
         checks=[
-            at_most(
+            check(
                 "influence of all segments, natural gradient over SGD",
                 total,
-                1,
-                "literature",
-                paper,
+                literature(None, 1, paper),
             ),
-            at_most(
+            check(
                 "influence of the first segment, natural gradient over SGD",
                 first,
-                1,
-                "literature",
-                paper,
+                literature(None, 1, paper),
             ),
         ],
         tables=[_tabulate(contestants, found)],
-        plots=[
-            Plot(
-                "order",
-                "Left: influence of all segments over the final loss, with a point for "
-                "each setting; lower left is better. Right: the influence of each "
-                "segment, for each optimizer with the setting whose loss is closest to "
-                "that of the best SGD run.",
-                _draw(found, loss, sizes),
-            )
-        ],
-        notes=[_HONEST],
+        plots=[drawn("order", _draw, found, loss, sizes)],
+        notes=notes(demonstrate),
     )
-
-
-_HONEST = (
-    "It is important to compare at equal loss: with a smaller rate or radius, every "
-    "optimizer depends less on the order, and learns less. The last segment has the "
-    "largest influence under all of them, since nothing comes after it."
-)
 
 
 def _measure(contestant: _Contestant, sizes: _Sizes) -> _Result:
@@ -293,6 +293,12 @@ def _tabulate(contestants: Sequence[_Contestant], found: dict[str, _Result]) -> 
 
 
 def _draw(found: dict[str, _Result], loss: float, sizes: _Sizes) -> Figure:
+    """Draws `order`.
+
+    Left: influence of all segments over the final loss, with a point for each setting;
+    lower left is better. Right: the influence of each segment, for each optimizer with
+    the setting whose loss is closest to that of the best SGD run.
+    """
     figure, (left, right) = new_figure(2, width=9.0, height=3.8)
     segments = np.arange(1, sizes.segments + 1)
     for (name, result), marker in zip(found.items(), "os^", strict=False):
@@ -306,35 +312,17 @@ def _draw(found: dict[str, _Result], loss: float, sizes: _Sizes) -> Figure:
     right.set_xticks(segments)
     finish(
         left,
-        title="Influence of the order",
-        x="held-out loss after training (nats)",
-        y="variance of the probabilities",
+        "Influence of the order",
+        "held-out loss after training (nats)",
+        "variance of the probabilities",
     )
     finish(
         right,
-        title="By the segment that is drawn anew",
-        x="segment",
-        y="variance of the probabilities",
+        "By the segment that is drawn anew",
+        "segment",
+        "variance of the probabilities",
     )
     return figure
 
 
-ORDER = Claim(
-    name="order",
-    title="The order of the examples matters less",
-    statement=(
-        "What a network learns online depends on the order of its examples, above all "
-        "the early ones; under the natural gradient it depends on it less."
-    ),
-    truth=(
-        "Reproduced at equal held-out loss: all segments together have less influence "
-        "under the natural gradient than under SGD, and so do the first and the last "
-        "one. Equal loss is a necessary condition: with its largest radius, the "
-        "natural gradient learns more, and depends on the first examples as much as "
-        "SGD does. Adam is not far behind: what helps is a step that is adapted to the "
-        "curvature, and a diagonal does part of that."
-    ),
-    source="Pascanu and Bengio 2014, Revisiting natural gradient for deep networks",
-    demonstrate=demonstrate,
-    x64=False,
-)
+ORDER = claim_of(demonstrate, x64=False)

@@ -1,4 +1,27 @@
-"""One wrong label in a batch: how far a step goes, and how it affects the training."""
+"""One bad batch cannot wreck the network.
+
+Claimed: A batch with a wrong label has a huge gradient, and gradient descent takes a
+huge step; the natural gradient goes no further than the KL allows.
+
+Verdict: True with a KL radius, false for a fixed learning rate times F⁻¹g, which goes
+as far as SGD or further. With softmax outputs, a wrong label is no such problem for
+SGD.
+
+Source: Schulman et al. 2015, Trust region policy optimization
+
+Note: F⁻¹ alone does not help: the Fisher matrix does not depend on the labels, so a
+step with a fixed rate is just as proportional to the wrong residual as a step of SGD.
+What limits the damage is the radius. Clipping also limits it, at a norm that has to be
+tuned for each network and loss; so does Adam, in part.
+
+Note: For SGD and the fixed rate, the theoretical ratio is for short steps at the
+optimum. It is lower here because the clean steps after an outlier, which undo its
+effect, are also long.
+
+Note: With softmax outputs, SGD has no such problem: a residual is at most √2, however
+wrong the label, and saturating units bound the rest. A batch with only wrong labels
+does have an effect, since its residuals add up.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,16 +47,9 @@ from experiments.claims.bad_batches import (
     model_fn,
     watch,
 )
-from experiments.claims.claim import (
-    Check,
-    Claim,
-    Evidence,
-    Plot,
-    Source,
-    at_most,
-    between,
-)
+from experiments.claims.claim import Check, Evidence, check, promise, seen, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.texts import claim_of, described, drawn, notes
 
 __all__ = ["OUTLIERS"]
 
@@ -95,10 +111,7 @@ def _natural_gradient(task: Task) -> TxFn:
 
 
 def _compare(
-    task: Task,
-    tx_fn: TxFn,
-    streams: Stream,
-    settings: dict[str, dict[str, Any]],
+    task: Task, tx_fn: TxFn, streams: Stream, settings: dict[str, dict[str, Any]]
 ) -> dict[str, _Result]:
     """Runs each of `settings` with and without outliers, in one compiled program."""
     seeds = range(len(streams.x))
@@ -128,7 +141,20 @@ def _mean(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """8-16-1 with Gaussian outputs, and 8-16-3 with softmax outputs."""
+    """8-16-1 with Gaussian outputs, and 8-16-3 with softmax outputs.
+
+    Regression: new inputs from N(0, 1), labelled by an 8-16-1 tanh teacher plus N(0,
+    1), so σ = 1; the network is also 8-16-1, with a Gaussian output of that width.
+    {steps} steps on batches of {BATCH}; with probability {PROBABILITY:g}, one label of
+    the batch is {SHIFT:g}σ too large. SGD with rate {_SGD_RATE:g}, the same with
+    clipping at norm {_MAX_NORM:g}, Adam with rate {_ADAM_RATE:g}, natural gradient with
+    rate {_RATE:g} and λ = {_DAMPING:g}, with and without a radius of {_RADIUS:g} nats.
+    KL and error on {HELD_OUT} clean inputs; the error is the mean square distance to
+    the teacher over the last {_LAST} steps; ratios leave out the first {_SETTLED}.
+    {num_seeds} seeds, float64. Classification: the same with 3 classes drawn from the
+    teacher's softmax, the next class as a wrong label, and SGD with rate
+    {_SOFTMAX_RATE:g}; the error is the KL to the teacher in nats.
+    """
     seeds, steps = (range(2), 300) if quick else (range(4), 600)
     streams = draw(REGRESSION, seeds, steps)
     results = (
@@ -173,56 +199,16 @@ def demonstrate(quick: bool) -> Evidence:
             f"with KL ≤ {_RADIUS:g}, where the test error is {limited.errors[0]:.3f} "
             f"with outliers, {limited.errors[1]:.3f} without"
         ),
-        setup=(
-            f"Regression: new inputs from N(0, 1), labelled by an 8-16-1 tanh teacher "
-            f"plus N(0, 1), so σ = 1; the network is also 8-16-1, with a Gaussian "
-            f"output of that width. {steps} steps on batches of {BATCH}; with "
-            f"probability {PROBABILITY:g}, one label of the batch is {SHIFT:g}σ too "
-            f"large. SGD with rate {_SGD_RATE:g}, the same with clipping at norm "
-            f"{_MAX_NORM:g}, Adam with rate {_ADAM_RATE:g}, natural gradient with rate "
-            f"{_RATE:g} and λ = {_DAMPING:g}, with and without a radius of {_RADIUS:g} "
-            f"nats. KL and error on {HELD_OUT} clean inputs; the error is the mean "
-            f"square distance to the teacher over the last {_LAST} steps; ratios leave "
-            f"out the first {_SETTLED}. {len(seeds)} seeds, float64. Classification: "
-            f"the same with 3 classes drawn from the teacher's softmax, the next class "
-            f"as a wrong label, and SGD with rate {_SOFTMAX_RATE:g}; the error is the "
-            f"KL to the teacher in nats."
+        setup=described(
+            demonstrate, PROBABILITY=PROBABILITY, steps=steps, num_seeds=len(seeds)
         ),
         checks=_checks(results, softmax),
         tables=[
             _table(results, "Regression: one label off by 50σ", _BEFORE),
             _table(softmax, "Classification: wrong labels in an outlier batch", {}),
         ],
-        plots=[
-            Plot(
-                "outliers",
-                "Left: test error during part of a training run; a grey line marks a "
-                "batch with a wrong label. Right: how far each step moves the model; "
-                "only with a radius (for the KL on the batch) do outlier steps look "
-                "like all others.",
-                _draw(results, streams.is_outlier),
-            )
-        ],
-        notes=[
-            (
-                "F⁻¹ alone does not help: the Fisher matrix does not depend on the "
-                "labels, so a step with a fixed rate is just as proportional to the "
-                "wrong residual as a step of SGD. What limits the damage is the "
-                "radius. Clipping also limits it, at a norm that has to be tuned for "
-                "each network and loss; so does Adam, in part."
-            ),
-            (
-                "For SGD and the fixed rate, the theoretical ratio is for short steps "
-                "at the optimum. It is lower here because the clean steps after an "
-                "outlier, which undo its effect, are also long."
-            ),
-            (
-                "With softmax outputs, SGD has no such problem: a residual is at most "
-                "√2, however wrong the label, and saturating units bound the rest. A "
-                "batch with only wrong labels does have an effect, since its residuals "
-                "add up."
-            ),
-        ],
+        plots=[drawn("outliers", _draw, results, streams.is_outlier)],
+        notes=notes(demonstrate),
     )
 
 
@@ -237,78 +223,64 @@ def _checks(results: dict[str, _Result], softmax: dict[str, _Result]) -> list[Ch
         f"optimum, r = {SHIFT:g}σ; of that order"
     )
     before = "measured before, independently"
-    ranges: dict[str, tuple[float, float, Source, str]] = {
-        _SGD: (20, 320, "theory", at_optimum),
-        _CLIPPED: (1, 24, "measured", f"{before}: 8; of that order"),
-        _ADAM: (1, 12, "measured", f"{before}: 4; of that order"),
-        _FIXED: (20, 320, "theory", at_optimum),
-        _LIMITED: (0.5, 2, "measured", f"the radius; {before}: 1.3"),
+    ranges = {
+        _SGD: theory(20, 320, at_optimum),
+        _CLIPPED: seen(1, 24, f"{before}: 8; of that order"),
+        _ADAM: seen(1, 12, f"{before}: 4; of that order"),
+        _FIXED: theory(20, 320, at_optimum),
+        _LIMITED: seen(0.5, 2, f"the radius; {before}: 1.3"),
     }
     sgd_one, sgd_all = list(softmax.values())[:2]
     return [
         *(
-            between(
+            check(
                 f"{name}: KL of an outlier step over that of a clean one",
                 results[name].ratio.mean(),
-                *expected,
+                expected,
             )
             for name, expected in ranges.items()
         ),
-        at_most(
+        check(
             f"{_LIMITED}: largest KL of a step on its own batch, nats",
             results[_LIMITED].with_outliers.kl_on_batch.max(),
-            _RADIUS,
-            "promise",
-            "never beyond `max_kl`",
+            promise(None, _RADIUS, "never beyond `max_kl`"),
         ),
-        between(
+        check(
             f"{_SGD}: test error with outliers over that without",
             harm(results[_SGD]),
-            1.5,
-            24,
-            "measured",
-            f"{before}: 6.2; of that order",
+            seen(1.5, 24, f"{before}: 6.2; of that order"),
         ),
-        between(
+        check(
             f"{_FIXED}: test error with outliers over that without",
             harm(results[_FIXED]),
-            1.9,
-            30,
-            "measured",
-            f"{before}: 7.5; of that order",
+            seen(1.9, 30, f"{before}: 7.5; of that order"),
         ),
-        between(
+        check(
             f"{_LIMITED}: test error with outliers over that without",
             harm(results[_LIMITED]),
-            0.8,
-            1.25,
-            "measured",
-            f"{before}: 1.0",
+            seen(0.8, 1.25, f"{before}: 1.0"),
         ),
-        between(
+        check(
             "softmax, SGD, 1 wrong label: KL of an outlier step over a clean one",
             sgd_one.ratio.mean(),
-            0.5,
-            2,
-            "theory",
-            f"1 + r²/{BATCH}σ², and r² is at most 2: of the order of 1",
+            theory(0.5, 2, f"1 + r²/{BATCH}σ², and r² is at most 2: of the order of 1"),
         ),
-        between(
+        check(
             "softmax, SGD, 1 wrong label: error with outliers over that without",
             harm(sgd_one),
-            0.8,
-            1.25,
-            "measured",
-            "residuals are bounded; a margin of a quarter, set by hand",
+            seen(
+                0.8, 1.25, "residuals are bounded; a margin of a quarter, set by hand"
+            ),
         ),
-        between(
+        check(
             f"softmax, SGD, all {BATCH} labels wrong: KL of an outlier step over a "
             f"clean one",
             sgd_all.ratio.mean(),
-            2,
-            2 * BATCH,
-            "measured",
-            f"residuals add up, to {BATCH} times the noise; bounds set by hand",
+            seen(
+                2,
+                2 * BATCH,
+                f"residuals add up, to {BATCH} times the noise; bounds set by hand",
+            ),
         ),
     ]
 
@@ -335,6 +307,12 @@ def _table(results: dict[str, _Result], title: str, before: dict[str, str]) -> T
 
 
 def _draw(results: dict[str, _Result], is_outlier: np.ndarray) -> Figure:
+    """Draws `outliers`.
+
+    Left: test error during part of a training run; a grey line marks a batch with a
+    wrong label. Right: how far each step moves the model; only with a radius (for the
+    KL on the batch) do outlier steps look like all others.
+    """
     figure, (left, right) = new_figure(2, width=9.0, height=4.4)
     steps = np.arange(is_outlier.shape[1])
     shown, counted = steps[150:250], steps >= _SETTLED
@@ -356,9 +334,9 @@ def _draw(results: dict[str, _Result], is_outlier: np.ndarray) -> Figure:
             )
     finish(
         left,
-        title="Test error",
-        x="step (grey line: a batch with a wrong label)",
-        y="mean square distance to the teacher",
+        "Test error",
+        "step (grey line: a batch with a wrong label)",
+        "mean square distance to the teacher",
     )
     right.set_yscale("log")
     label = "the radius, which holds on the batch of the step"
@@ -366,27 +344,13 @@ def _draw(results: dict[str, _Result], is_outlier: np.ndarray) -> Figure:
     right.set_xticks(range(len(results)), _SHORT, fontsize="small")
     finish(
         right,
-        title="KL of each step: clean (grey), outlier (colour)",
-        x="optimizer",
-        y=f"mean KL on {HELD_OUT} other inputs (nats)",
+        "KL of each step: clean (grey), outlier (colour)",
+        "optimizer",
+        f"mean KL on {HELD_OUT} other inputs (nats)",
     )
     return figure
 
 
 _SHORT = ["SGD", "SGD,\nclipped", "Adam", "natural,\nfixed rate", "natural,\nKL ≤ 1e-3"]
 
-OUTLIERS = Claim(
-    name="outliers",
-    title="One bad batch cannot wreck the network",
-    statement=(
-        "A batch with a wrong label has a huge gradient, and gradient descent takes a "
-        "huge step; the natural gradient goes no further than the KL allows."
-    ),
-    truth=(
-        "True with a KL radius, false for a fixed learning rate times F⁻¹g, which goes "
-        "as far as SGD or further. With softmax outputs, a wrong label is no such "
-        "problem for SGD."
-    ),
-    source="Schulman et al. 2015, Trust region policy optimization",
-    demonstrate=demonstrate,
-)
+OUTLIERS = claim_of(demonstrate)

@@ -1,10 +1,32 @@
-"""Solves in sample space and in parameter space agree; small damping reveals round-off.
+"""Solves in the space of samples equal those in the space of parameters.
 
     (F + λI)⁻¹ Aᵀ w = Aᵀ (A Aᵀ + λI)⁻¹ w,    F = Aᵀ A
 
 with A of 60 rows for 300 parameters. The textbook formula uses the gradient g = Aᵀ w
 instead of w and subtracts two terms of size ‖g‖/λ, so it loses digits as λ decreases.
 The reference is computed with decimal numbers of 50 digits.
+
+Claimed: With fewer samples than parameters, the natural direction can be computed
+exactly from a system whose size is the number of samples.
+
+Verdict: Algebraically exact and, at moderate damping, true to round-off. At small
+damping it is true only if the gradient is known in output space, or if its component
+outside the span of the samples is dropped: the textbook formula loses a digit for each
+decade of λ.
+
+Source: Ren and Goldfarb 2019, Efficient subsampled Gauss-Newton and natural gradient
+methods for training neural networks; Korbit et al. 2024, Exact Gauss-Newton
+optimization for training deep neural networks (EGN)
+
+Note: The component of g outside the span of the 60 rows is round-off; F + λI has the
+eigenvalue λ there, so its inverse amplifies that round-off to ε‖g‖/λ. Dense Cholesky in
+parameter space has the same error. SampleSpace drops that component if it is no larger
+than round-off can be, and has nothing to drop if it is given w, the gradient in output
+space (`loss_fn` of `natural_gradient`). CG never leaves the span; because of round-off
+it needs more than the 60 steps of exact arithmetic, so it may take 600 here.
+
+Note: The two spaces give the same result, but at different costs: a 60 × 60 matrix in
+sample space, a 300 × 300 matrix in parameter space.
 """
 
 import decimal
@@ -19,8 +41,9 @@ from matplotlib.figure import Figure
 
 import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import Check, Claim, Evidence, Plot, at_most, between
+from experiments.claims.claim import Check, Evidence, check, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.texts import claim_of, described, drawn, notes
 
 __all__ = ["SPACES"]
 
@@ -43,19 +66,6 @@ _STYLES = {
     "CG": ("Adam", "D:"),
     _IN_OUTPUTS: ("natural gradient", "o-"),
 }
-_WHY = (
-    "The component of g outside the span of the 60 rows is round-off; F + λI has the "
-    "eigenvalue λ there, so its inverse amplifies that round-off to ε‖g‖/λ. Dense "
-    "Cholesky in parameter space has the same error. SampleSpace drops that component "
-    "if it is no larger than round-off can be, and has nothing to drop if it is given "
-    "w, the gradient in output space (`loss_fn` of `natural_gradient`). CG never "
-    "leaves the span; because of round-off it needs more than the 60 steps of exact "
-    "arithmetic, so it may take 600 here."
-)
-_CHEAPER = (
-    "The two spaces give the same result, but at different costs: a 60 × 60 matrix in "
-    "sample space, a 300 × 300 matrix in parameter space."
-)
 
 
 def model_fn(params: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
@@ -167,7 +177,14 @@ def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """All solvers on one system, over twelve decades of damping."""
+    """All solvers on one system, over twelve decades of damping.
+
+    A model with {_PARAMETERS} parameters on {_EXAMPLES} examples with {_OUTPUTS}
+    outputs: A has {_ROWS} rows, with singular values from 1 to
+    {_SMALLEST_SINGULAR_VALUE:g}, so that λ is in units of the largest eigenvalue of F.
+    Squared error, float64. Errors are relative, in norm, compared with a solve in
+    decimal arithmetic with {_DIGITS} digits.
+    """
     dampings = 10.0 ** np.arange(-12, 1, 3 if quick else 1)
     params = np.random.default_rng(0).normal(size=_PARAMETERS)
     batch = make_batch(1)
@@ -202,36 +219,30 @@ def demonstrate(quick: bool) -> Evidence:
         for name, error in errors.items()
     }
     checks: list[Check] = [
-        at_most(
+        check(
             f"largest relative difference of two of {len(_AGREEING)} solvers at λ = "
             f"{_DAMPING:g}",
             apart,
-            round_off * (1 + _DAMPING) / _DAMPING,
-            "theory",
-            "all compute the same vector; round-off 60 ε cond(F + λI)",
+            theory(
+                None,
+                round_off * (1 + _DAMPING) / _DAMPING,
+                "all compute the same vector; round-off 60 ε cond(F + λI)",
+            ),
         ),
-        at_most(
+        check(
             "SampleSpace, w known: largest relative error over all λ",
             errors[_IN_OUTPUTS].max(),
-            bound,
-            "theory",
-            "round-off 60 ε cond(A Aᵀ)",
+            theory(None, bound, "round-off 60 ε cond(A Aᵀ)"),
         ),
-        between(
+        check(
             f"textbook formula: relative error at λ = {dampings[0]:g}",
             errors[_TEXTBOOK][0],
-            1e-5,
-            1.0,
-            "theory",
-            "of the order of ε / λ = 2e-4 or beyond",
+            theory(1e-5, 1.0, "of the order of ε / λ = 2e-4 or beyond"),
         ),
-        between(
+        check(
             "textbook formula: slope of log error against log λ up to 1e-6",
             slopes[_TEXTBOOK],
-            -1.15,
-            -0.85,
-            "theory",
-            "cancellation of terms of size ‖g‖/λ: -1",
+            theory(-1.15, -0.85, "cancellation of terms of size ‖g‖/λ: -1"),
         ),
     ]
     names = [_TEXTBOOK, *_AGREEING]
@@ -246,29 +257,21 @@ def demonstrate(quick: bool) -> Evidence:
             f"the error of the textbook formula is {errors[_TEXTBOOK][0]:.0e}, that of "
             f"SampleSpace {errors[_IN_OUTPUTS][0]:.0e}"
         ),
-        setup=(
-            f"A model with {_PARAMETERS} parameters on {_EXAMPLES} examples with "
-            f"{_OUTPUTS} outputs: A has {_ROWS} rows, with singular values from 1 to "
-            f"{_SMALLEST_SINGULAR_VALUE:g}, so that λ is in units of the largest "
-            f"eigenvalue of F. Squared error, float64. Errors are relative, in norm, "
-            f"compared with a solve in decimal arithmetic with {_DIGITS} digits."
-        ),
+        setup=described(demonstrate),
         checks=checks,
         tables=[Table("Relative error of the direction", ["λ", *names], rows_of_table)],
-        plots=[
-            Plot(
-                "spaces",
-                "The error of (F + λI)⁻¹g as damping decreases. If the gradient is "
-                "known in output space (as w), nothing is lost; solves that divide the "
-                "round-off of g by λ lose a digit for each decade.",
-                _draw(dampings, errors, bound),
-            )
-        ],
-        notes=[_WHY, _CHEAPER],
+        plots=[drawn("spaces", _draw, dampings, errors, bound)],
+        notes=notes(demonstrate),
     )
 
 
 def _draw(dampings: np.ndarray, errors: dict[str, np.ndarray], bound: float) -> Figure:
+    """Draws `spaces`.
+
+    The error of (F + λI)⁻¹g as damping decreases. If the gradient is known in output
+    space (as w), nothing is lost; solves that divide the round-off of g by λ lose a
+    digit for each decade.
+    """
     figure, (axis,) = new_figure(width=8.0, height=5.0)
     for name, (color, style) in _STYLES.items():
         axis.loglog(dampings, errors[name], style, color=COLORS[color], label=name)
@@ -276,32 +279,13 @@ def _draw(dampings: np.ndarray, errors: dict[str, np.ndarray], bound: float) -> 
     axis.text(dampings[-1], 1.3 * bound, "60 ε cond(A Aᵀ)", ha="right")
     finish(
         axis,
-        title=f"{_ROWS} rows, {_PARAMETERS} parameters",
-        x="damping λ (largest eigenvalue of F: 1)",
-        y="relative error of the direction",
+        f"{_ROWS} rows, {_PARAMETERS} parameters",
+        "damping λ (largest eigenvalue of F: 1)",
+        "relative error of the direction",
         legend=False,
     )
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 
-SPACES = Claim(
-    name="spaces",
-    title="Solves in the space of samples equal those in the space of parameters",
-    statement=(
-        "With fewer samples than parameters, the natural direction can be computed "
-        "exactly from a system whose size is the number of samples."
-    ),
-    truth=(
-        "Algebraically exact and, at moderate damping, true to round-off. At small "
-        "damping it is true only if the gradient is known in output space, or if its "
-        "component outside the span of the samples is dropped: the textbook formula "
-        "loses a digit for each decade of λ."
-    ),
-    source=(
-        "Ren and Goldfarb 2019, Efficient subsampled Gauss-Newton and natural gradient "
-        "methods for training neural networks; Korbit et al. 2024, Exact Gauss-Newton "
-        "optimization for training deep neural networks (EGN)"
-    ),
-    demonstrate=demonstrate,
-)
+SPACES = claim_of(demonstrate)

@@ -1,4 +1,21 @@
-"""A step of a requested KL: what is measured, and what the quadratic model predicts."""
+"""The step size is a KL, not a length.
+
+Claimed: A learning rate determines how far the parameters move; the natural gradient
+takes as input how far the model should move, in nats, and moves it that far.
+
+Verdict: True if the KL is measured. The length from the quadratic model, s = √(2·max_kl
+/ dᵀFd), is right in most steps, but a thousand times too long in some where F is nearly
+singular.
+
+Source: Amari 1998; Schulman et al. 2015, Trust region policy optimization
+
+Note: ½s²dᵀFd is accurate if the step is small in every direction; with almost no
+damping, d goes far along directions in which F is almost zero, where the third order
+dominates. So the prediction is good in most steps and far off in some, and a length
+that must not be exceeded has to be measured. This costs the forward passes in the
+table. The search takes at most 10: if the KL jumps over orders of magnitude along d, it
+may end well inside the radius, but never outside.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,10 +30,11 @@ from matplotlib.figure import Figure
 
 import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
-from experiments.claims.claim import Check, Claim, Evidence, Plot, at_most, between
+from experiments.claims.claim import Check, Evidence, check, promise, seen, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
 from experiments.claims.networks import Layers, digits, mlp, mlp_params
 from experiments.claims.steps import train
+from experiments.claims.texts import claim_of, described, drawn, notes
 from ngd_jax.types import PyTree
 
 __all__ = ["FILL", "STEP_SIZE"]
@@ -139,7 +157,14 @@ def _rank(batch: Data) -> tuple[int, int]:
 
 
 def demonstrate(quick: bool) -> Evidence:
-    """64-10-10 on the digits: natural gradient to three radii, and SGD."""
+    """64-10-10 on the digits: natural gradient to three radii, and SGD.
+
+    {examples} handwritten digits, a 64-10-10 tanh network with softmax outputs,
+    full-batch steps from one random start. {_STEPS} natural gradient steps to a radius,
+    with the default damping, λ = {_DAMPING:g}, and with hardly any; F + λI solved by
+    Cholesky factorisation. {_SGD_STEPS} steps of SGD. The KL of each step is measured
+    again, outside the optimizer. float64.
+    """
     batch = digits(100 if quick else 500)
     radii = _RADII[::2] if quick else _RADII
     runs = [(radius, _DAMPING) for radius in radii] + [(1e-3, _HARDLY_ANY)]
@@ -162,58 +187,54 @@ def demonstrate(quick: bool) -> Evidence:
     fills, ratios = natural.kl / asked, natural.guess / asked
     size = sum(a * b + b for a, b in itertools.pairwise(_WIDTHS))
     checks: list[Check] = [
-        at_most(
+        check(
             "largest measured KL of a step over its radius",
             fills.max(),
-            1.0,
-            "promise",
-            "never beyond `max_kl`",
+            promise(None, 1.0, "never beyond `max_kl`"),
         ),
-        between(
+        check(
             "smallest",
             fills.min(),
-            FILL,
-            1.0,
-            "promise",
-            f"at least {FILL:g} of `max_kl`",
+            promise(FILL, 1.0, f"at least {FILL:g} of `max_kl`"),
         ),
         *(
-            between(
+            check(
                 f"KL of the guessed step over the radius, median of {_STEPS} steps at "
                 f"{radius:g} nats, λ = {damping:g}",
                 float(np.median(ratio)),
-                0.9,
-                1.2,
-                "measured",
-                "right to second order; measured before, independently: 1.02 to 1.09",
+                seen(
+                    0.9,
+                    1.2,
+                    "right to second order; measured before, independently: 1.02 to "
+                    "1.09",
+                ),
             )
             for (radius, damping), ratio in zip(runs, ratios, strict=True)
             if damping == _HARDLY_ANY
         ),
-        between(
+        check(
             "the same, largest",
             ratios.max(),
-            100,
-            np.inf,
-            "measured",
-            "measured before, independently: up to 1,700; of that order or larger",
+            seen(
+                100,
+                None,
+                "measured before, independently: up to 1,700; of that order or larger",
+            ),
         ),
-        between(
+        check(
             f"rank of F, of {size}",
             rank,
-            1,
-            largest_rank,
-            "theory",
-            "at most this: weights of dark pixels, a constant added to all logits",
+            theory(
+                1,
+                largest_rank,
+                "at most this: weights of dark pixels, a constant added to all logits",
+            ),
         ),
         *(
-            between(
+            check(
                 f"SGD, rate {rate:g}: orders of magnitude between its KLs per step",
                 order,
-                2,
-                8,
-                "measured",
-                "measured before, independently: 2 to 6",
+                seen(2, 8, "measured before, independently: 2 to 6"),
             )
             for rate, order in zip(_SGD_RATES, orders, strict=True)
         ),
@@ -225,40 +246,14 @@ def demonstrate(quick: bool) -> Evidence:
             f"times; SGD's KL per step ranges over {orders.min():.1f} to "
             f"{orders.max():.1f} orders of magnitude"
         ),
-        setup=(
-            f"{len(batch['y'])} handwritten digits, a 64-10-10 tanh network with "
-            f"softmax outputs, full-batch steps from one random start. {_STEPS} "
-            f"natural gradient steps to a radius, with the default damping, λ = "
-            f"{_DAMPING:g}, and with hardly any; F + λI solved by Cholesky "
-            f"factorisation. {_SGD_STEPS} steps of SGD. The KL of each step is "
-            f"measured again, outside the optimizer. float64."
-        ),
+        setup=described(demonstrate, examples=len(batch["y"])),
         checks=checks,
         tables=[
             _table_of_natural(natural, runs, fills, ratios),
             _table_of_sgd(kl, orders, loss),
         ],
-        plots=[
-            Plot(
-                "step_size",
-                "Left: the KL of each step; a dashed line is a requested radius. "
-                "Right: the KL of the step that the quadratic model alone would take, "
-                "and of our step, relative to the radius.",
-                _draw(natural.kl, kl, runs, fills, ratios),
-            )
-        ],
-        notes=[
-            (
-                "½s²dᵀFd is accurate if the step is small in every direction; with "
-                "almost no damping, d goes far along directions in which F is almost "
-                "zero, where the third order dominates. So the prediction is good in "
-                "most steps and far off in some, and a length that must not be "
-                "exceeded has to be measured. This costs the forward passes in the "
-                "table. The search takes at most 10: if the KL jumps over orders of "
-                "magnitude along d, it may end well inside the radius, but never "
-                "outside."
-            )
-        ],
+        plots=[drawn("step_size", _draw, natural.kl, kl, runs, fills, ratios)],
+        notes=notes(demonstrate),
     )
 
 
@@ -321,6 +316,12 @@ def _draw(
     fills: np.ndarray,
     ratios: np.ndarray,
 ) -> Figure:
+    """Draws `step_size`.
+
+    Left: the KL of each step; a dashed line is a requested radius. Right: the KL of the
+    step that the quadratic model alone would take, and of our step, relative to the
+    radius.
+    """
     figure, (left, right) = new_figure(2, width=9.0, height=4.2)
     blue, orange = COLORS["natural gradient"], COLORS["SGD"]
     steps = np.arange(1, _STEPS + 1)
@@ -337,7 +338,7 @@ def _draw(
             color=orange,
             label=f"SGD, rate {rate:g}",
         )
-    finish(left, title="KL of each step", x="step", y="mean KL per example (nats)")
+    finish(left, "KL of each step", "step", "mean KL per example (nats)")
     shades, styles = ("#a63603", "#e6550d", "#fd8d3c", "#969696"), ("-", "--", ":", "-")
     for (radius, damping), ratio, color, style in zip(
         runs[first:], ratios[first:], shades, styles, strict=False
@@ -351,25 +352,11 @@ def _draw(
     right.axhline(1.0, color=COLORS["theory"], ls="--", lw=1)
     finish(
         right,
-        title="What the quadratic model alone would do",
-        x="step",
-        y="KL of the step over the radius",
+        "What the quadratic model alone would do",
+        "step",
+        "KL of the step over the radius",
     )
     return figure
 
 
-STEP_SIZE = Claim(
-    name="step_size",
-    title="The step size is a KL, not a length",
-    statement=(
-        "A learning rate determines how far the parameters move; the natural gradient "
-        "takes as input how far the model should move, in nats, and moves it that far."
-    ),
-    truth=(
-        "True if the KL is measured. The length from the quadratic model, s = "
-        "√(2·max_kl / dᵀFd), is right in most steps, but a thousand times too long in "
-        "some where F is nearly singular."
-    ),
-    source="Amari 1998; Schulman et al. 2015, Trust region policy optimization",
-    demonstrate=demonstrate,
-)
+STEP_SIZE = claim_of(demonstrate)

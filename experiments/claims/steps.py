@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from experiments.running.optimizers import take_step
 from ngd_jax.types import Batch, Params, PyTree
 
 __all__ = ["train"]
@@ -36,16 +37,7 @@ def train(
     def step(carry: Any, batch: Batch) -> tuple[Any, Any]:
         params, state = carry
         value, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = tx.update(
-            grads,
-            state,
-            params,
-            batch=batch,
-            value=value,
-            grad=grads,
-            value_fn=loss_fn,
-        )
-        moved = optax.apply_updates(params, updates)
+        moved, state, _ = take_step(tx, loss_fn, params, state, batch, value, grads)
         return (moved, state), observe(params, moved, state, batch)
 
     # Pass arrays as arguments: the compiler would fold constants.

@@ -111,10 +111,7 @@ class Race:
         }
 
     def _race(
-        self,
-        entrants: Sequence[Entrant],
-        tuned: dict[str, dict[str, Any]],
-        seed: int,
+        self, entrants: Sequence[Entrant], tuned: dict[str, dict[str, Any]], seed: int
     ) -> None:
         contestants = [self._make(one, tuned[one.name]) for one in entrants]
         runs = [

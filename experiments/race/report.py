@@ -85,9 +85,9 @@ def plot_race(
     unit = "steps" if kind == "steps" else f"seconds of training ({config.clock})"
     finish(
         axis,
-        title=config.task.name,
-        x=f"{unit}, logarithmic from {linear:g} on",
-        y="loss on the training set",
+        config.task.name,
+        f"{unit}, logarithmic from {linear:g} on",
+        "loss on the training set",
     )
     draft = path.with_name(f".{path.name}")
     figure.savefig(draft, format="png")
@@ -111,9 +111,7 @@ def _draw(axis: Axes, name: str, runs: list[Result], kind: str) -> list[float]:
 
 
 def _notes(
-    config: CompareConfig,
-    results: dict[str, list[Result]],
-    summaries: dict[str, Any],
+    config: CompareConfig, results: dict[str, list[Result]], summaries: dict[str, Any]
 ) -> list[str]:
     here = describe_environment()
     notes = [

@@ -100,8 +100,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         conditions = {**self._conditions, "settings": settings}
         write_whole(
-            path,
-            json.dumps({"conditions": conditions, "content": content}, indent=1),
+            path, json.dumps({"conditions": conditions, "content": content}, indent=1)
         )
 
 

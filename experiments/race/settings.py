@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from experiments.running.build import locate
-from experiments.running.config import read_as, read_schema
+from experiments.running.config import CONFIG_DIR, read_as, read_schema
 from experiments.running.optimizers import check_optimizer
 from experiments.running.settings import (
     AT_LEAST_ONE,
@@ -23,7 +23,14 @@ from experiments.running.settings import (
     one_of,
 )
 
-__all__ = ["CompareConfig", "Entrant", "TuningConfig", "candidates", "read_compare"]
+__all__ = [
+    "CompareConfig",
+    "Entrant",
+    "TuningConfig",
+    "candidates",
+    "check_task",
+    "read_compare",
+]
 
 BY_PEERS = "best_first_order"
 SHARE = Rule("in (0, 1]", lambda value: 0.0 < value <= 1.0)
@@ -125,6 +132,27 @@ def candidates(entrant: Entrant) -> list[dict[str, Any]]:
         dict(zip(entrant.grid, values, strict=True))
         for values in itertools.product(*entrant.grid.values())
     ]
+
+
+def check_task(overrides: list[str]) -> None:
+    """Checks that the task on a command line can race, before Hydra composes it.
+
+    The files of the others choose optimizers that only they can use.
+
+    Raises:
+      ConfigError: it cannot; the message names the tasks that can.
+    """
+    tasks, races = (
+        sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+        for group in ("task", "race")
+    )
+    for override in overrides:
+        name, _, task = override.partition("=")
+        if name == "task" and task in tasks and task not in races:
+            raise ConfigError(
+                f"`task={task}` has no training loss that all optimizers could lower "
+                f"in a race; there are {', '.join(races)}."
+            )
 
 
 def read_compare(tree: DictConfig) -> tuple[CompareConfig, list[Entrant]]:

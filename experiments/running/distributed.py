@@ -53,10 +53,7 @@ LAUNCHED_VARIABLE = "NGD_EXPERIMENTS_LAUNCHED"
 MAX_TEXT_BYTES = 8192
 LOST_PROCESS = re.compile(r"gloo|nccl|barrier|coordination|heartbeat", re.IGNORECASE)
 
-ADDRESS = Rule(
-    "host:port",
-    lambda value: re.fullmatch(r"\S+:\d+", value) is not None,
-)
+ADDRESS = Rule("host:port", lambda value: re.fullmatch(r"\S+:\d+", value) is not None)
 PROCESS_ID = Rule("zero or more", lambda value: value >= 0)
 
 

@@ -10,8 +10,7 @@ import math
 import os
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
@@ -19,15 +18,9 @@ from tensorboardX.proto.event_pb2 import (
     Event,  # pyright: ignore[reportAttributeAccessIssue]
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
-from tensorboardX.proto.summary_pb2 import (
-    Summary,  # pyright: ignore[reportAttributeAccessIssue]
-)
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from experiments.running.run_folder import (
-    read_json_lines,
-    set_aside,
-    write_atomically,
-)
+from experiments.running.run_folder import read_json_lines, set_aside, write_atomically
 
 __all__ = ["JsonLines", "RunLogs", "plain_number"]
 
@@ -73,7 +66,7 @@ class JsonLines:
             self.sync()
 
 
-class RunLogs:
+class RunLogs(contextlib.ExitStack):
     """All the logs of a run, open for writing after `last_step`; a context manager.
 
     Attributes:
@@ -82,11 +75,11 @@ class RunLogs:
     """
 
     def __init__(self, folder: Path, last_step: int):
-        self._stack = contextlib.ExitStack()
+        super().__init__()
         self._metrics = JsonLines(folder / "metrics.jsonl", last_step)
-        self._stack.callback(self._metrics.close)
+        self.callback(self._metrics.close)
         self._timings = JsonLines(folder / "timings.jsonl", last_step)
-        self._stack.callback(self._timings.close)
+        self.callback(self._timings.close)
         self.notices = self._metrics.notices + self._timings.notices
         timings = read_json_lines(folder / "timings.jsonl")
         self.seconds: float = timings[-1].get("seconds", 0.0) if timings else 0.0
@@ -95,22 +88,11 @@ class RunLogs:
         self._events = EventsWriter(
             str(folder / "tensorboard" / "events"), f".{last_step:08d}"
         )
-        self._stack.callback(self._events.close)
+        self.callback(self._events.close)
         if last_step:
             # Tells readers to discard what an earlier file says about later steps.
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=last_step + 1, session_log=start))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def write_step(self, record: dict[str, Any]) -> None:
         """Logs what is known about one step, whose number is `record["step"]`."""

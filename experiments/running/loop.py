@@ -221,7 +221,7 @@ def _rows(
 ) -> Rows:
     radius = config.optimizer.get("max_kl")
     constants = {"max_kl": radius} if isinstance(radius, int | float) else {}
-    return [
+    rows = [
         {
             "step": step + index + 1,
             **{name: plain_number(leaf[index]) for name, leaf in records.items()},
@@ -229,6 +229,10 @@ def _rows(
         }
         for index in range(num_steps)
     ]
+    for row in rows:
+        if row.get("solver_status") == ngd.SolverStatus.UNCHECKED:
+            del row["solver_residual"]  # KFAC does not compute it
+    return rows
 
 
 def _evaluate(learner: Learner, state: State) -> dict[str, float | int | None]:

@@ -6,6 +6,7 @@ constructors (`_target_`) and their arguments; the task supplies the model.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ __all__ = [
     "make_metric",
     "make_optimizer",
     "read_step_info",
+    "take_step",
     "without_extra_arguments",
 ]
 
@@ -106,6 +108,25 @@ def make_metric(
     return ngd.Metric(
         weights_fn=weights_fn, batch_fn=batch_fn, microbatch_size=microbatch_size
     )
+
+
+def take_step(
+    tx: optax.GradientTransformationExtraArgs,
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    opt_state: PyTree,
+    batch: PyTree,
+    value: jax.Array,
+    grads: PyTree,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Passes `tx` all that it may ask for; returns new parameters, state and updates.
+
+    `value` and `grads` are those of `loss_fn(params, batch)`.
+    """
+    updates, opt_state = tx.update(
+        grads, opt_state, params, batch=batch, value=value, grad=grads, value_fn=loss_fn
+    )
+    return optax.apply_updates(params, updates), opt_state, updates
 
 
 def without_extra_arguments(

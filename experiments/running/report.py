@@ -5,7 +5,6 @@ If a run has several processes, only the first one reports; the others are silen
 
 import contextlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -20,7 +19,7 @@ __all__ = ["Report", "SilentReport"]
 Row = dict[str, Any]
 
 
-class SilentReport:
+class SilentReport(contextlib.ExitStack):
     """Reports nothing; a context manager, as `Report` is.
 
     Attributes:
@@ -28,17 +27,6 @@ class SilentReport:
     """
 
     seconds: float = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        pass
 
     def show(self, rows: list[Row], seconds: float) -> None:
         """Reports the steps of a dispatch, after `seconds` of training in all."""
@@ -65,14 +53,10 @@ class Report(SilentReport):
         columns: tuple[Column, ...],
         notices: list[str],
     ):
-        self._config = config
-        self._folder = folder
-        self._console = console
-        self._step = step
-        self._title = title
-        self._columns = columns
-        self._notices = notices
-        self._stack = contextlib.ExitStack()
+        super().__init__()
+        self._config, self._folder, self._console = config, folder, console
+        self._step, self._title = step, title
+        self._columns, self._notices = columns, notices
 
     def __enter__(self) -> Self:
         notices = self._notices + write_environment(self._folder)
@@ -85,22 +69,14 @@ class Report(SilentReport):
             last_step=self._config.steps,
             log_every=self._config.log_every,
         )
-        self._logs = self._stack.enter_context(RunLogs(self._folder, self._step))
-        self._screen = self._stack.enter_context(screen)
+        self._logs = self.enter_context(RunLogs(self._folder, self._step))
+        self._screen = self.enter_context(screen)
         self.seconds = self._logs.seconds
         whence = f"continues after step {self._step}" if self._step else "starts"
         self._screen.say(f"{self._title}: {whence}, in {self._folder}")
         for notice in notices + self._logs.notices:
             self._screen.say(notice)
         return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(exc_type, exc, traceback)
 
     def show(self, rows: list[Row], seconds: float) -> None:
         """Logs the steps of a dispatch and shows those that are due."""

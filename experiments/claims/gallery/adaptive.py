@@ -17,6 +17,7 @@ from experiments.claims.gallery.identity import (
     Identity,
     compiled,
     equal,
+    text_of,
     unequal,
 )
 from experiments.claims.steps import train
@@ -84,7 +85,18 @@ def loss_fn(weights, batch):
 
 
 def adam(quick: bool) -> Identity:
-    """On the breast-cancer data, one patient at a time: compares every iterate."""
+    """On the breast-cancer data, one patient at a time: compares every iterate.
+
+    Condition: Batches of one example. The metric is the diagonal of the empirical
+    Fisher, not of the Fisher, and to the power ½ instead of 1. On larger batches it is
+    not even that: if the mean gradient of a batch of B examples is near zero, g² is
+    about 1/B of the diagonal.
+
+    Source: Kingma and Ba 2015, algorithm 1; Martens 2020, section 11; Kunstner et al.
+    2019, section 2
+
+    Measured on: logistic regression on {num_steps} patients of the breast-cancer data
+    """
     num_steps = 100 if quick else 500
     columns, y = sklearn.datasets.load_breast_cancer(return_X_y=True)
     chosen = np.random.default_rng(0).permutation(len(y))[:num_steps]
@@ -118,15 +130,6 @@ def adam(quick: bool) -> Identity:
             empirical,
             "the square of a mean is not the mean of squares",
         ),
-        condition=(
-            "Batches of one example. The metric is the diagonal of the empirical "
-            "Fisher, not of the Fisher, and to the power ½ instead of 1. On larger "
-            "batches it is not even that: if the mean gradient of a batch of B "
-            "examples is near zero, g² is about 1/B of the diagonal."
-        ),
-        source="Kingma and Ba 2015, algorithm 1; Martens 2020, section 11; Kunstner "
-        "et al. 2019, section 2",
-        setup=f"logistic regression on {num_steps} patients of the breast-cancer data",
         others=[
             unequal(
                 "Adam, empirical and exact diagonal at its end: difference",
@@ -135,4 +138,5 @@ def adam(quick: bool) -> Identity:
                 "residuals enter the empirical one (Kunstner et al. 2019)",
             )
         ],
+        text=text_of(adam, num_steps=num_steps),
     )

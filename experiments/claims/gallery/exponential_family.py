@@ -17,6 +17,7 @@ from experiments.claims.gallery.identity import (
     compiled,
     descend,
     equal,
+    text_of,
     unequal,
 )
 from ngd_jax.types import ArrayLike, PyTree
@@ -53,7 +54,16 @@ def exponentiated_gradient(rates, blur, seen):
 
 
 def mirror(quick: bool) -> Identity:
-    """On rates observed through a blur: every iterate, and in other coordinates."""
+    """On rates observed through a blur: every iterate, and in other coordinates.
+
+    Condition: The parameters are the natural ones of an exponential family, without
+    damping; then it holds for any rate. In other coordinates the two agree only in the
+    limit of small steps.
+
+    Source: Raskutti and Mukherjee 2015, theorem 1
+
+    Measured on: {num_rates} Poisson rates seen through a blur, {_MIRROR_STEPS} steps
+    """
     num_rates = 6 if quick else 30
     random = np.random.default_rng(0)
     distance = np.abs(np.subtract.outer(np.arange(num_rates), np.arange(num_rates)))
@@ -92,13 +102,7 @@ def mirror(quick: bool) -> Identity:
             truth[0],
             "first order only: 1 - x instead of exp(-x)",
         ),
-        condition=(
-            "The parameters are the natural ones of an exponential family, without "
-            "damping; then it holds for any rate. In other coordinates the two agree "
-            "only in the limit of small steps."
-        ),
-        source="Raskutti and Mukherjee 2015, theorem 1",
-        setup=f"{num_rates} Poisson rates seen through a blur, {_MIRROR_STEPS} steps",
+        text=text_of(mirror, num_rates=num_rates),
     )
 
 
@@ -156,7 +160,18 @@ def exact_posterior(x, y):
 
 
 def variational(quick: bool) -> Identity:
-    """On the diabetes data: the whole posterior, and other coordinates."""
+    """On the diabetes data: the whole posterior, and other coordinates.
+
+    Condition: A conjugate model, with the natural parameters of the posterior's family
+    as parameters, rate 1 and no damping; then it holds from any start. Without
+    conjugacy, or in other coordinates, more than one step is needed.
+
+    Source: Hoffman et al. 2013; Khan and Rue 2023, The Bayesian learning rule
+
+    Measured on: Bayesian linear regression on the diabetes data, {patients} patients,
+    {columns} columns, a Gaussian with full covariance, started at covariance 1 and a
+    random mean
+    """
     columns, y = map(np.asarray, sklearn.datasets.load_diabetes(return_X_y=True))
     chosen = columns[:, [2, 3, 8]] if quick else columns
     x = chosen / chosen.std(axis=0)
@@ -182,36 +197,17 @@ def variational(quick: bool) -> Identity:
     overshot = mean + -2 * truth["quadratic"] @ (_mean_of(truth) - mean)
     fisher = _fisher_of_unit_gaussian(mean)
     name = "variational inference"
-    size = {
-        "num_rounded": fisher.shape[0],
-        "condition": float(np.linalg.cond(fisher)),
-    }
+    size = {"num_rounded": fisher.shape[0], "condition": float(np.linalg.cond(fisher))}
     return Identity(
         algorithm="variational inference",
         ours=natural_inference,
         textbook=exact_posterior,
-        equality=equal(
-            f"{name}, the posterior",
-            found,
-            truth,
-            **size,
-        ),
+        equality=equal(f"{name}, the posterior", found, truth, **size),
         limit=unequal(
             "variational inference in mean and precision, the mean: difference",
             _mean_of(elsewhere),
             _mean_of(truth),
             "other coordinates: exact in the precision, not in the mean",
-        ),
-        condition=(
-            "A conjugate model, with the natural parameters of the posterior's family "
-            "as parameters, rate 1 and no damping; then it holds from any start. "
-            "Without conjugacy, or in other coordinates, more than one step is needed."
-        ),
-        source="Hoffman et al. 2013; Khan and Rue 2023, The Bayesian learning rule",
-        setup=(
-            f"Bayesian linear regression on the diabetes data, {len(x)} patients, "
-            f"{x.shape[1]} columns, a Gaussian with full covariance, started at "
-            f"covariance 1 and a random mean"
         ),
         others=[
             equal(
@@ -221,6 +217,7 @@ def variational(quick: bool) -> Identity:
                 **size,
             )
         ],
+        text=text_of(variational, patients=len(x), columns=x.shape[1]),
     )
 
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.claims.claim import Check, at_most, between
+from experiments.claims.claim import Check, check, theory
+from experiments.claims.texts import labelled
 from ngd_jax.types import Batch, Params, PyTree
 
 __all__ = [
@@ -28,12 +29,27 @@ __all__ = [
     "equal",
     "listing",
     "relative_error",
+    "text_of",
     "unequal",
 ]
 
 # Results that are not equal differ by at least this much: far above any round-off, and
 # far below the differences that the theory predicts here.
 _CLEARLY = 1e-3
+
+
+class Text(NamedTuple):
+    """What to know of an identity.
+
+    Attributes:
+      condition: when it holds, and what happens otherwise.
+      source: paper and equation.
+      setup: the problem on which it was measured.
+    """
+
+    condition: str
+    source: str
+    setup: str
 
 
 class Identity(NamedTuple):
@@ -45,9 +61,7 @@ class Identity(NamedTuple):
       textbook: the algorithm as in its source, without any of our code.
       equality: the largest difference of the two, which is round-off.
       limit: the same difference if the condition is violated, which is not round-off.
-      condition: when the identity holds, and what happens otherwise.
-      source: paper and equation.
-      setup: the problem on which it was measured.
+      text: when it holds, and on what it was measured.
       others: further figures.
     """
 
@@ -56,10 +70,14 @@ class Identity(NamedTuple):
     textbook: Callable[..., Any]
     equality: Check
     limit: Check
-    condition: str
-    source: str
-    setup: str
+    text: Text
     others: Sequence[Check] = ()
+
+
+def text_of(measure: Callable[..., Any], **values: Any) -> Text:
+    """The text of an identity, from the docstring of the function that measures it."""
+    labels = ("Condition", "Source", "Measured on")
+    return Text(*(labelled(measure, label, **values) for label in labels))
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,19 +139,21 @@ def equal(
       condition: κ, the condition number of the matrix in the solve.
     """
     bound = num_rounded * float(np.finfo(float).eps) * condition
-    return at_most(
+    return check(
         f"{name}: difference",
         relative_error(ours, truth),
-        bound,
-        "theory",
-        f"exact; round-off n ε κ, n = {num_rounded}, κ = {condition:.2g}",
+        theory(
+            None,
+            bound,
+            f"exact; round-off n ε κ, n = {num_rounded}, κ = {condition:.2g}",
+        ),
     )
 
 
 def unequal(name: str, ours: Any, truth: Any, reason: str) -> Check:
     """Checks that two results differ, for `reason`, by more than any round-off."""
     error = relative_error(ours, truth)
-    return between(name, error, _CLEARLY, np.inf, "theory", reason)
+    return check(name, error, theory(_CLEARLY, None, reason))
 
 
 def call_in(function: Callable[..., Any]) -> str:

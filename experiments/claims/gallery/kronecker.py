@@ -14,6 +14,7 @@ from experiments.claims.gallery.identity import (
     compiled,
     descend,
     equal,
+    text_of,
     unequal,
 )
 
@@ -50,7 +51,18 @@ def factored_step(weights, x, y, precision):
 
 
 def factored_layer(quick: bool) -> Identity:
-    """On random inputs and targets: the matrix, the step, and softmax outputs."""
+    """On random inputs and targets: the matrix, the step, and softmax outputs.
+
+    Condition: One linear layer, and an output metric that does not depend on the
+    inputs: Gaussian outputs with any covariance; softmax only if all examples have the
+    same probabilities, as with zero weights. For deeper networks, A ⊗ G without terms
+    between layers is an approximation.
+
+    Source: Martens and Grosse 2015, section 3
+
+    Measured on: {num_examples} random examples, {inputs} inputs, {outputs} outputs with
+    correlated noise
+    """
     num_examples, inputs, outputs = (50, 4, 3) if quick else (500, 20, 5)
     random = np.random.default_rng(0)
     x = np.c_[random.normal(size=(num_examples, inputs - 1)), np.ones(num_examples)]
@@ -87,17 +99,6 @@ def factored_layer(quick: bool) -> Identity:
             varied,
             "the output metric depends on the inputs",
         ),
-        condition=(
-            "One linear layer, and an output metric that does not depend on the "
-            "inputs: Gaussian outputs with any covariance; softmax only if all "
-            "examples have the same probabilities, as with zero weights. For deeper "
-            "networks, A ⊗ G without terms between layers is an approximation."
-        ),
-        source="Martens and Grosse 2015, section 3",
-        setup=(
-            f"{num_examples} random examples, {inputs} inputs, {outputs} outputs with "
-            f"correlated noise"
-        ),
         others=[
             equal(
                 "K-FAC, softmax at zero weights, F and A ⊗ G",
@@ -106,6 +107,9 @@ def factored_layer(quick: bool) -> Identity:
                 num_rounded=num_examples,
             )
         ],
+        text=text_of(
+            factored_layer, num_examples=num_examples, inputs=inputs, outputs=outputs
+        ),
     )
 
 

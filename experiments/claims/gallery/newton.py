@@ -16,12 +16,13 @@ import optax
 import sklearn.datasets
 
 import ngd_jax as ngd
-from experiments.claims.claim import at_most, between
+from experiments.claims.claim import check, seen, theory
 from experiments.claims.gallery.identity import (
     Identity,
     compiled,
     descend,
     equal,
+    text_of,
     unequal,
 )
 
@@ -89,7 +90,16 @@ def reweighted_least_squares(start, x, y):
 
 
 def reweighting() -> tuple[Identity, Descent]:
-    """On the breast-cancer data: every iterate, with gradient descent to compare."""
+    """On the breast-cancer data: every iterate, with gradient descent to compare.
+
+    Condition: A generalised linear model with its canonical link; the L2 penalty acts
+    as the damping. With another link, it is Fisher scoring, not Newton's method.
+
+    Source: Nelder and Wedderburn 1972; McCullagh and Nelder 1989, section 2.5
+
+    Measured on: logistic regression on the breast-cancer data of scikit-learn,
+    {patients} patients, 30 standardised columns and one 1, L2 penalty {_PENALTY:g}
+    """
     columns, y = sklearn.datasets.load_breast_cancer(return_X_y=True)
     x = (columns - columns.mean(axis=0)) / columns.std(axis=0)
     x = np.c_[x, np.ones(len(x))]
@@ -122,41 +132,28 @@ def reweighting() -> tuple[Identity, Descent]:
             hessian,
             "not canonical: the Hessian depends on the targets, F does not",
         ),
-        condition=(
-            "A generalised linear model with its canonical link; the L2 penalty acts "
-            "as the damping. With another link, it is Fisher scoring, not Newton's "
-            "method."
-        ),
-        source="Nelder and Wedderburn 1972; McCullagh and Nelder 1989, section 2.5",
-        setup=(
-            f"logistic regression on the breast-cancer data of scikit-learn, {len(x)} "
-            f"patients, 30 standardised columns and one 1, L2 penalty {_PENALTY:g}"
-        ),
         others=[
-            at_most(
+            check(
                 f"natural gradient: norm of the gradient after {_STEPS} steps",
                 norms.natural[_STEPS],
-                1e-12,
-                "measured",
-                f"{before}: 1e-13; Newton's method is quadratic",
+                seen(None, 1e-12, f"{before}: 1e-13; Newton's method is quadratic"),
             ),
-            between(
+            check(
                 f"gradient descent, rate 1/L: steps to a norm of {_SMALL:g}",
                 below,
-                0.99 * _BEFORE,
-                1.01 * _BEFORE,
-                "measured",
-                f"{before}: {_BEFORE:,}",
+                seen(0.99 * _BEFORE, 1.01 * _BEFORE, f"{before}: {_BEFORE:,}"),
             ),
-            between(
+            check(
                 f"gradient descent, rate {_RATES[1]:g}/L, found by trial: the same",
                 tuned_below,
-                _STEPS + 1,
-                below,
-                "theory",
-                "first order: linear where Newton's method is quadratic",
+                theory(
+                    _STEPS + 1,
+                    below,
+                    "first order: linear where Newton's method is quadratic",
+                ),
             ),
         ],
+        text=text_of(reweighting, patients=len(x)),
     ), norms
 
 

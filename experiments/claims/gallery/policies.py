@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import ngd_jax as ngd
-from experiments.claims.claim import between
+from experiments.claims.claim import check, promise
 from experiments.claims.gallery.identity import (
     Identity,
     compiled,
     descend,
     equal,
+    text_of,
     unequal,
 )
 
@@ -81,7 +82,19 @@ def mean_kl(weights, step, states):
 
 
 def trpo(quick: bool) -> Identity:
-    """On linear policies with random states: directions, and lengths of the steps."""
+    """On linear policies with random states: directions, and lengths of the steps.
+
+    Condition: The gradient is that of the surrogate at the old policy. The direction is
+    that of TRPO; the length is not. TRPO takes √(2δ/dᵀ(F+λI)d), here with a KL of
+    {shortest:.2f} to {longest:.2f} δ, and halves it until the KL is below δ (then
+    {least:.2f} to {most:.2f} δ). Our length is found by measuring the KL
+    ({our_least:.2f} to {our_most:.2f} δ).
+
+    Source: Schulman et al. 2015, appendix C, and its authors' code
+
+    Measured on: {num_problems} random linear softmax policies, 16 features of a state,
+    4 actions, {_NUM_STATES} states, δ = {_RADIUS:g} nats, λ = {_DAMPING:g}, 10 CG steps
+    """
     problems = [_policy_problem(seed) for seed in range(4 if quick else 32)]
     run = compiled(natural_trpo)
     results = [run(weights, batch) for weights, batch in problems]
@@ -99,7 +112,7 @@ def trpo(quick: bool) -> Identity:
         lengths.append(length)
         conditions.append(_largest_eigenvalue(weights, batch) / _DAMPING + 1)
     ours, by_model, accepted = np.array(kls).T / _RADIUS
-    promised = 0.92, 1.0, "promise", "steps fill 0.92 to 1 of `max_kl`"
+    promised = promise(0.92, 1.0, "steps fill 0.92 to 1 of `max_kl`")
     return Identity(
         algorithm="TRPO",
         ours=natural_trpo,
@@ -117,24 +130,20 @@ def trpo(quick: bool) -> Identity:
             np.array(lengths),
             "the KL of the quadratic model is not the KL",
         ),
-        condition=(
-            f"The gradient is that of the surrogate at the old policy. The direction "
-            f"is that of TRPO; the length is not. TRPO takes √(2δ/dᵀ(F+λI)d), here "
-            f"with a KL of {by_model.min():.2f} to {by_model.max():.2f} δ, and halves "
-            f"it until the KL is below δ (then {accepted.min():.2f} to "
-            f"{accepted.max():.2f} δ). Our length is found by measuring the KL "
-            f"({ours.min():.2f} to {ours.max():.2f} δ)."
-        ),
-        source="Schulman et al. 2015, appendix C, and its authors' code",
-        setup=(
-            f"{len(problems)} random linear softmax policies, 16 features of a state, "
-            f"4 actions, {_NUM_STATES} states, δ = {_RADIUS:g} nats, λ = "
-            f"{_DAMPING:g}, 10 CG steps"
-        ),
         others=[
-            between("TRPO: smallest KL of our steps, over δ", ours.min(), *promised),
-            between("TRPO: largest KL of our steps, over δ", ours.max(), *promised),
+            check("TRPO: smallest KL of our steps, over δ", ours.min(), promised),
+            check("TRPO: largest KL of our steps, over δ", ours.max(), promised),
         ],
+        text=text_of(
+            trpo,
+            shortest=by_model.min(),
+            longest=by_model.max(),
+            least=accepted.min(),
+            most=accepted.max(),
+            our_least=ours.min(),
+            our_most=ours.max(),
+            num_problems=len(problems),
+        ),
     )
 
 
@@ -213,7 +222,18 @@ def advantage_step(policy, process):
 
 
 def policy_gradient(quick: bool) -> Identity:
-    """On a random Markov decision process: logits, policy, and other weights."""
+    """On a random Markov decision process: logits, policy, and other weights.
+
+    Condition: A logit for each state and action, states weighted by their discounted
+    visits, and no damping; A is centred over the actions, since F⁺ does not move along
+    its null space, which does not change the policy. With features instead of a table,
+    the result is the best fit to A, not A itself.
+
+    Source: Kakade 2001, theorem 1; Agarwal et al. 2021, soft policy iteration
+
+    Measured on: a random process of {num_states} states and {num_actions} actions, γ =
+    {_DISCOUNT:g}, rate η = {_RATE:g}
+    """
     num_states, num_actions = (6, 3) if quick else (20, 4)
     random = np.random.default_rng(0)
     logits = random.normal(size=(num_states, num_actions))
@@ -251,18 +271,6 @@ def policy_gradient(quick: bool) -> Identity:
             "then A is scaled by the frequency of visits to a state, times the number "
             "of states",
         ),
-        condition=(
-            "A logit for each state and action, states weighted by their discounted "
-            "visits, and no damping; A is centred over the actions, since F⁺ does not "
-            "move along its null space, which does not change the policy. With "
-            "features instead of a table, the result is the best fit to A, not A "
-            "itself."
-        ),
-        source="Kakade 2001, theorem 1; Agarwal et al. 2021, soft policy iteration",
-        setup=(
-            f"a random process of {num_states} states and {num_actions} actions, "
-            f"γ = {_DISCOUNT:g}, rate η = {_RATE:g}"
-        ),
         others=[
             equal(
                 "tabular policy, next policy and π exp(ηA/(1-γ))",
@@ -277,4 +285,5 @@ def policy_gradient(quick: bool) -> Identity:
                 **size,
             ),
         ],
+        text=text_of(policy_gradient, num_states=num_states, num_actions=num_actions),
     )

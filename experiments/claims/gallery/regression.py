@@ -15,6 +15,7 @@ from experiments.claims.gallery.identity import (
     compiled,
     descend,
     equal,
+    text_of,
     unequal,
 )
 
@@ -50,7 +51,17 @@ def ordinary_least_squares(x, y):
 
 
 def least_squares() -> Identity:
-    """On the diabetes data, with columns in units of their spread."""
+    """On the diabetes data, with columns in units of their spread.
+
+    Condition: A linear model, half the mean square as the loss, no damping. With the
+    mean square itself, the step would be twice as long; with damping λ it is ridge
+    regression, with Nλ, towards the starting point.
+
+    Source: Martens 2020, section 9
+
+    Measured on: diabetes data of scikit-learn, {examples} patients, 10 columns and one
+    1
+    """
     columns, targets = map(np.asarray, sklearn.datasets.load_diabetes(return_X_y=True))
     x = np.c_[columns / columns.std(axis=0), np.ones(len(columns))]
     start = np.random.default_rng(0).normal(size=x.shape[1], scale=100.0)
@@ -75,16 +86,8 @@ def least_squares() -> Identity:
             truth,
             "ridge regression towards the start, not least squares",
         ),
-        condition=(
-            "A linear model, half the mean square as the loss, no damping. With the "
-            "mean square itself, the step would be twice as long; with damping λ it is "
-            "ridge regression, with Nλ, towards the starting point."
-        ),
-        source="Martens 2020, section 9",
-        setup=f"diabetes data of scikit-learn, {len(x)} patients, 10 columns and one 1",
-        others=[
-            equal("ridge regression, the damped step", damped, ridge, **size),
-        ],
+        others=[equal("ridge regression, the damped step", damped, ridge, **size)],
+        text=text_of(least_squares, examples=len(x)),
     )
 
 
@@ -139,7 +142,16 @@ def levenberg_marquardt(start, time, y):
 
 
 def gauss_newton() -> Identity:
-    """On a noisy decaying curve: every iterate, and every λ."""
+    """On a noisy decaying curve: every iterate, and every λ.
+
+    Condition: Gaussian outputs of unit variance. λ is in units of F, which is a mean
+    over N examples, so Nλ is added to JᵀJ. This is not Newton's method: F does not
+    contain the second derivatives of the model.
+
+    Source: Martens 2020, section 9; Levenberg 1944; Marquardt 1963
+
+    Measured on: a e⁻ᵇᵗ + c through {examples} points, {_LM_STEPS} steps
+    """
     time = np.linspace(0.0, 4.0, 40)
     noise = 0.05 * np.random.default_rng(1).normal(size=time.shape)
     y = 2.5 * np.exp(-1.3 * time) + 0.5 + noise
@@ -165,12 +177,6 @@ def gauss_newton() -> Identity:
             naive,
             "F is a mean over N examples, JᵀJ a sum",
         ),
-        condition=(
-            "Gaussian outputs of unit variance. λ is in units of F, which is a mean "
-            "over N examples, so Nλ is added to JᵀJ. This is not Newton's method: F "
-            "does not contain the second derivatives of the model."
-        ),
-        source="Martens 2020, section 9; Levenberg 1944; Marquardt 1963",
-        setup=f"a e⁻ᵇᵗ + c through {len(y)} points, {_LM_STEPS} steps",
         others=[equal("Levenberg-Marquardt, its λ", dampings, true_dampings, **size)],
+        text=text_of(gauss_newton, examples=len(y)),
     )

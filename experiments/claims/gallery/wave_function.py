@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import ngd_jax as ngd
-from experiments.claims.claim import between
+from experiments.claims.claim import check, theory
 from experiments.claims.gallery.identity import (
     Identity,
     compiled,
     descend,
     equal,
+    text_of,
     unequal,
 )
 
@@ -73,7 +74,19 @@ def reconfiguration_direction(params, batch):
 
 
 def reconfiguration(quick: bool) -> Identity:
-    """On a chain of spins in a transverse field: real and complex, and the KL."""
+    """On a chain of spins in a transverse field: real and complex, and the KL.
+
+    Condition: The outputs are log ψ at samples of |ψ|² (here all configurations,
+    weighted), and the gradient is that of half the energy; for complex parameters, log
+    ψ must be holomorphic, and JAX's gradient is conjugated. S is the metric of ψ, not
+    of |ψ|²: the KL of a step is 4 times ½dᵀSd for real ψ, which a radius takes into
+    account here.
+
+    Source: Sorella 1998; Stokes et al. 2020
+
+    Measured on: a restricted Boltzmann machine with {num_hidden} hidden units on a ring
+    of {num_spins} spins in a transverse field, rate {_RATE:g}, λ = {_DAMPING:g}
+    """
     num_spins, num_hidden = (4, 4) if quick else (8, 8)
     random = np.random.default_rng(0)
     real = {
@@ -103,47 +116,22 @@ def reconfiguration(quick: bool) -> Identity:
         algorithm=name,
         ours=natural_reconfiguration,
         textbook=reconfiguration_direction,
-        equality=equal(
-            f"{name}, complex",
-            phased_found,
-            phased_truth,
-            **size,
-        ),
+        equality=equal(f"{name}, complex", phased_found, phased_truth, **size),
         limit=unequal(
             f"{name}, KL of |ψ|² and ½ dᵀSd: difference",
             quadratic,
             kl,
             "S is the metric of ψ: the Fisher of |ψ|² is 4 times as large",
         ),
-        condition=(
-            "The outputs are log ψ at samples of |ψ|² (here all configurations, "
-            "weighted), and the gradient is that of half the energy; for complex "
-            "parameters, log ψ must be holomorphic, and JAX's gradient is conjugated. "
-            "S is the metric of ψ, not of |ψ|²: the KL of a step is 4 times ½dᵀSd for "
-            "real ψ, which a radius takes into account here."
-        ),
-        source="Sorella 1998; Stokes et al. 2020",
-        setup=(
-            f"a restricted Boltzmann machine with {num_hidden} hidden units on a ring "
-            f"of {num_spins} spins in a transverse field, rate {_RATE:g}, λ = "
-            f"{_DAMPING:g}"
-        ),
         others=[
-            equal(
-                f"{name}, real",
-                found,
-                truth,
-                **size,
-            ),
-            between(
+            equal(f"{name}, real", found, truth, **size),
+            check(
                 f"{name}, KL of a step over ½ dᵀSd",
                 kl / quadratic,
-                3.9,
-                4.1,
-                "theory",
-                "4, but for the third order of a small step",
+                theory(3.9, 4.1, "4, but for the third order of a small step"),
             ),
         ],
+        text=text_of(reconfiguration, num_hidden=num_hidden, num_spins=num_spins),
     )
 
 

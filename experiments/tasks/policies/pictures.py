@@ -137,7 +137,7 @@ def _draw_solver(axis: Axes, curves: _Curves) -> None:
     axis.set(title="Solver and step", ylabel="relative residual")
     if not curves.draw(axis, "solver_residual", DARK, style=".-"):
         axis.set_yticks([])
-        axis.text(0.5, 0.5, "no inner solver", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no residual", ha="center", transform=axis.transAxes)
         return
     axis.set_yscale("log")
     twin = axis.twinx()

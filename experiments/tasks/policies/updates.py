@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import ngd_jax as ngd
-from experiments.running.optimizers import read_step_info
+from experiments.running.optimizers import read_step_info, take_step
 from experiments.tasks import Task
 from experiments.tasks.policies.minibatches import descend
 
@@ -114,16 +114,9 @@ def make_whole_update(
     ) -> tuple[PyTree, PyTree, Records]:
         del key
         value, grads = jax.value_and_grad(task.loss_fn)(params, batch)
-        updates, opt_state = tx.update(
-            grads,
-            opt_state,
-            params,
-            batch=batch,
-            value=value,
-            grad=grads,
-            value_fn=task.loss_fn,
+        new_params, opt_state, updates = take_step(
+            tx, task.loss_fn, params, opt_state, batch, value, grads
         )
-        new_params = optax.apply_updates(params, updates)
         records = {
             "improvement": value - task.loss_fn(new_params, batch),
             "expected_improvement": -jnp.asarray(optax.tree.vdot(grads, updates)),

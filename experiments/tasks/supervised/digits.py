@@ -34,9 +34,7 @@ def load_digits() -> tuple[PyTree, PyTree]:
     return {"x": x_train, "y": y_train}, {"x": x_test, "y": y_test}
 
 
-def make_digits(
-    hidden_sizes: Annotated[list[int], AT_LEAST_ONE],
-) -> Task:
+def make_digits(hidden_sizes: Annotated[list[int], AT_LEAST_ONE]) -> Task:
     """Builds the task from its settings.
 
     Args:

@@ -74,12 +74,7 @@ def make_fashion_cnn(
         memory.
     """
     train, test = load_images("fashion_mnist", data_dir, cache_dir)
-    network = CNN(
-        tuple(channels),
-        hidden_size,
-        NUM_CLASSES,
-        statistics_decay,
-    )
+    network = CNN(tuple(channels), hidden_size, NUM_CLASSES, statistics_decay)
     images = jnp.zeros((1, SIDE * SIDE), jnp.uint8)
     shapes = jax.eval_shape(
         lambda: network.init(jax.random.key(0), images, train=False)["batch_stats"]

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 import ngd_jax as ngd
 from experiments.running.dispatch import fix_types, match_types, take_steps
 from experiments.running.distributed import replicate, replicated, split_examples
-from experiments.running.optimizers import read_step_info
+from experiments.running.optimizers import read_step_info, take_step
 from experiments.tasks import Task, num_examples
 from experiments.tasks.supervised.batches import (
     epoch_and_position,
@@ -212,16 +212,9 @@ def _train_step(
     noise_key = jax.random.fold_in(state.key, NOISE_STREAM)
     batch = task.draw_fn(jax.random.fold_in(noise_key, state.step), batch)
     (value, metrics), grads = jax.value_and_grad(loss_and_metrics, has_aux=True)(params)
-    updates, opt_state = tx.update(
-        grads,
-        state.opt_state,
-        params,
-        batch=batch,
-        value=value,
-        grad=grads,
-        value_fn=task.loss_fn,
+    new_params, opt_state, _ = take_step(
+        tx, task.loss_fn, params, state.opt_state, batch, value, grads
     )
-    new_params = optax.apply_updates(params, updates)
     record = {"loss": value, **metrics, **read_step_info(opt_state)}
     if measure_kl and "measured_kl" not in record:
         record["measured_kl"] = ngd.mean_kl(

@@ -11,15 +11,17 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.benchmarks.markdown import Table
+from experiments.claims import texts
 from experiments.claims.__main__ import main
 from experiments.claims.catalog import CLAIMS
 from experiments.claims.claim import (
     Claim,
     Evidence,
     Plot,
-    at_most,
-    between,
-    exactly,
+    check,
+    literature,
+    seen,
+    theory,
 )
 from experiments.claims.demonstrations import demonstrate_all
 from experiments.claims.report import (
@@ -30,9 +32,9 @@ from experiments.claims.report import (
 )
 from tests.experiments.helpers import run_program
 
-GOOD = at_most("an error", 1e-16, 1e-15, "theory", "round-off")
-BAD = between("a ratio | of two", 3.0, 1.0, 2.0, "literature", "Somebody 1998")
-SEEN = exactly("a count", 4.0, 4.0, "measured", "seen before: 4")
+GOOD = check("an error", 1e-16, theory(None, 1e-15, "round-off"))
+BAD = check("a ratio | of two", 3.0, literature(1.0, 2.0, "Somebody 1998"))
+SEEN = check("a count", 4.0, seen(4.0, 4.0, "seen before: 4"))
 
 
 def outcome(*checks):
@@ -57,34 +59,68 @@ def outcome(*checks):
     return Outcome(claim, evidence, 1.4)
 
 
-def test_ranges_are_inclusive_and_hold_no_nan():
-    why = "theory", ""
-    assert exactly("a", 0.0, 0.0, *why).holds
-    assert not exactly("a", 5e-324, 0.0, *why).holds
-    assert between("a", 1.0, 1.0, math.inf, *why).holds
-    assert at_most("a", 1.0, 1.0, *why).holds
-    assert not at_most("a", 1.0 + 1e-15, 1.0, *why).holds
-    assert not between("a", math.nan, -math.inf, math.inf, *why).holds
+@pytest.mark.parametrize(
+    ("measured", "low", "high", "holds"),
+    [
+        (0.0, 0.0, 0.0, True),
+        (5e-324, 0.0, 0.0, False),
+        (1.0, 1.0, None, True),
+        (1.0, None, 1.0, True),
+        (1.0 + 1e-15, None, 1.0, False),
+        (math.nan, None, None, False),
+    ],
+)
+def test_ranges_are_inclusive_and_hold_no_nan(measured, low, high, holds):
+    assert check("a", measured, theory(low, high, "")).holds == holds
 
 
-@pytest.mark.parametrize("make", [at_most, exactly])
-def test_a_range_without_a_source_cannot_be_made(make):
+def test_a_range_without_a_reason_cannot_be_made():
     with pytest.raises(TypeError, match="reason"):
-        make("a", 1.0, 1.0, "round-off")
+        theory(1.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("check", "text"),
+    ("low", "high", "text"),
     [
-        (exactly("a", 1.0, 0.0, "theory", ""), "0"),
-        (at_most("a", 1.0, 1e-15, "theory", ""), "≤ 1e-15"),
-        (between("a", 1.0, 0.1, math.inf, "theory", ""), "≥ 0.1"),
-        (between("a", 1.0, sys.float_info.min, math.inf, "theory", ""), "> 0"),
-        (between("a", 1.0, 0.1, 2.0, "theory", ""), "0.1 to 2"),
+        (0.0, 0.0, "0"),
+        (None, 1e-15, "≤ 1e-15"),
+        (0.1, None, "≥ 0.1"),
+        (sys.float_info.min, None, "> 0"),
+        (0.1, 2.0, "0.1 to 2"),
     ],
 )
-def test_ranges_read_as_they_are_meant(check, text):
-    assert check.expected == text
+def test_ranges_read_as_they_are_meant(low, high, text):
+    assert check("a", 1.0, theory(low, high, "")).expected == text
+
+
+def test_a_claim_is_what_the_docstring_of_its_module_says():
+    claim = CLAIMS["divergence"]
+    assert claim.name == "divergence"
+    assert claim.title == "Equal parameters are at KL 0, and KL grows as outputs differ"
+    assert claim.statement.startswith("The KL between two networks with the same par")
+    assert claim.truth.endswith("give the same outputs, and thus KL 0.")
+    assert claim.source == "Amari 1998, Natural gradient works efficiently in learning"
+
+
+UNIT = "m"
+
+
+def described_function():
+    """One line.
+
+    A length of {length:.1f} {UNIT}, over
+    two lines.
+
+    Condition: at rest, {{}}
+    """
+
+
+def test_texts_are_docstrings_with_constants_and_values():
+    text = "A length of 2.0 m, over two lines. Condition: at rest, {}"
+    assert texts.described(described_function, length=2) == text
+    assert texts.labelled(described_function, "Condition", length=2) == "at rest, {}"
+    with pytest.raises(KeyError, match="length"):
+        texts.described(described_function)
 
 
 def report(outcomes, folder, *, quick):

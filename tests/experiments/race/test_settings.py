@@ -3,7 +3,12 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.race.settings import candidates, read_compare, with_settings
+from experiments.race.settings import (
+    candidates,
+    check_task,
+    read_compare,
+    with_settings,
+)
 from experiments.running.config import CONFIG_DIR
 from experiments.running.settings import ConfigError
 
@@ -121,3 +126,10 @@ def test_what_has_no_training_loss_is_refused():
     policies = "experiments.tasks.policies.settings.PolicyConfig"
     with pytest.raises(ConfigError, match="has no training loss that all optimizers"):
         read(f"task._target_={policies}")
+
+
+@pytest.mark.parametrize("task", ["trpo", "pinn", "vmc"])
+def test_a_task_without_a_race_is_refused_with_those_that_have_one(task):
+    check_task(["seeds=2", "task=charlm"])
+    with pytest.raises(ConfigError, match=f"`task={task}` .* there are autoencoder, "):
+        check_task([f"task={task}"])

@@ -182,6 +182,14 @@ def test_screen_shows_the_kl_of_every_step(tmp_path):
         assert float(row[3]) == pytest.approx(record["measured_kl"], rel=1e-2)
 
 
+@pytest.mark.long
+def test_a_residual_that_is_not_computed_is_left_out(tmp_path):
+    train(tmp_path, "optimizer/solver=kfac", "steps=1")
+    (record,) = read_json_lines(tmp_path / "metrics.jsonl")
+    assert "solver_residual" not in record
+    assert "damping" in record
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_shipped_defaults_reach_the_promised_quality(tmp_path, seed):
