@@ -91,6 +91,7 @@ def _transformer(num_layers: int) -> Problem:
 NETWORKS: dict[str, Callable[[], Problem]] = {
     "mlp_small": lambda: _classifier(MLP((128, 64, 10)), _normal(256, 64)),
     "mlp": lambda: _classifier(MLP((512, 256, 10)), _normal(512, 784)),
+    "mlp_large": lambda: _classifier(MLP((4096, 4096, 10)), _normal(1024, 784)),
     "cnn": lambda: _classifier(_CNN(), _normal(128, 28, 28, 1)),
     "transformer_2": lambda: _transformer(2),
     "transformer_4": lambda: _transformer(4),

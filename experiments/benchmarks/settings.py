@@ -15,6 +15,7 @@ from experiments.running.settings import (
 __all__ = [
     "NETWORKS",
     "TABLES",
+    "AcceleratorSettings",
     "BenchmarkConfig",
     "CurveFitsSettings",
     "PoliciesSettings",
@@ -24,12 +25,13 @@ __all__ = [
     "WaveFunctionsSettings",
 ]
 
-TABLES = ("products", "solvers", "trpo", "vmc", "price", "nist")
+TABLES = ("products", "solvers", "trpo", "vmc", "price", "nist", "accelerator")
 
 # The networks of the table `price`; `networks` makes them.
 NETWORKS = (
     "mlp_small",
     "mlp",
+    "mlp_large",
     "cnn",
     "transformer_2",
     "transformer_4",
@@ -122,6 +124,31 @@ class PoliciesSettings:
 
 
 @dataclasses.dataclass
+class AcceleratorSettings:
+    """Settings of the tables for an accelerator.
+
+    Attributes:
+      networks: see `NETWORKS`.
+      precisions: of matrix products, as `jax.default_matmul_precision` names them.
+      optimizers: as the table names them.
+      exact_network: the network whose digits are checked.
+      steps: in a turn.
+      repeats: number of turns.
+      gram_limit: the largest number of outputs of a batch for `SampleSpace`.
+      seconds: after this time, what has not begun is left out.
+    """
+
+    networks: Annotated[list[str], one_of(*NETWORKS)]
+    precisions: Annotated[list[str], one_of("float32", "tensorfloat32", "bfloat16")]
+    optimizers: list[str]
+    exact_network: Annotated[str, one_of(*NETWORKS)]
+    steps: Annotated[int, AT_LEAST_ONE]
+    repeats: Annotated[int, AT_LEAST_ONE]
+    gram_limit: Annotated[int, AT_LEAST_ONE]
+    seconds: Annotated[float, POSITIVE]
+
+
+@dataclasses.dataclass
 class WaveFunctionsSettings:
     """Settings of the table of wave functions.
 
@@ -178,7 +205,7 @@ class BenchmarkConfig:
     Attributes:
       table: which table, or "all".
       output: Markdown file to write; null to print only.
-      products, solvers, trpo, vmc, price, nist: settings of each table.
+      products, solvers, trpo, vmc, price, nist, accelerator: settings of each table.
     """
 
     table: Annotated[str, TABLE]
@@ -189,3 +216,4 @@ class BenchmarkConfig:
     vmc: WaveFunctionsSettings
     price: PriceSettings
     nist: CurveFitsSettings
+    accelerator: AcceleratorSettings

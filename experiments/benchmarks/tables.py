@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from experiments.benchmarks.accelerator import accelerator_tables
 from experiments.benchmarks.curve_fits import curve_fit_tables
 from experiments.benchmarks.markdown import Table, describe_environment, write_table
 from experiments.benchmarks.policies import policy_tables
@@ -27,6 +28,7 @@ def measure_tables(name: str, config: BenchmarkConfig) -> list[Table]:
         "trpo": lambda: policy_tables(config.trpo),
         "vmc": lambda: wave_function_tables(config.vmc),
         "price": lambda: price_tables(config.price),
+        "accelerator": lambda: accelerator_tables(config.accelerator),
         "nist": lambda: curve_fit_tables(config.nist),
     }
     return measure[name]()

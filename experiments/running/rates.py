@@ -32,7 +32,7 @@ def warmup_cosine(
     peak: Annotated[float, POSITIVE], steps: Annotated[int, AT_LEAST_ONE]
 ) -> optax.Schedule:
     """`peak` times c(p) after each of `steps` steps."""
-    return lambda count: peak * cosine(count / steps)
+    return lambda count: peak * cosine(jnp.asarray(count) / steps)
 
 
 class ProgressState(NamedTuple):
