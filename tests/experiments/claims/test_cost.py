@@ -3,22 +3,6 @@
 import pytest
 
 from experiments.claims import cost
-from tests.experiments.claims.helpers import assert_as_expected, run
-
-
-@pytest.mark.slow
-def test_figures_are_as_expected():
-    evidence = run(cost.COST)
-    assert_as_expected(evidence)
-    assert len(evidence.tables[0].rows) == 4
-
-
-@pytest.mark.slow
-def test_figures_of_the_full_experiment_are_as_expected():
-    evidence = run(cost.COST, quick=False)
-    assert_as_expected(evidence)
-    # No product is above the limit, whatever the network.
-    assert all(check.measured < 1.7 for check in evidence.checks)
 
 
 def test_a_product_that_does_more_is_found_out(monkeypatch):
