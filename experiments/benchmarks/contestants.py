@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +16,11 @@ import optax
 from hydra.core.global_hydra import GlobalHydra
 
 import ngd_jax as ngd
+from experiments.benchmarks.clocks import operation_count
 from experiments.running.config import compose_config, read_config
 from experiments.running.optimizers import make_optimizer
 from experiments.tasks import make_task, num_examples
+from experiments.tasks.supervised.classification import MLP
 from experiments.tasks.supervised.training import init_state, make_train_chunk
 from ngd_jax.flax import linen_model_fn
 
@@ -29,6 +30,7 @@ __all__ = [
     "count_parameters",
     "make_problem",
     "natural_step",
+    "price_of_products",
     "products",
     "program_step",
     "train_step",
@@ -67,21 +69,11 @@ class Problem(NamedTuple):
 _INPUTS = 32
 
 
-class _Perceptron(nn.Module):
-    widths: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for width in self.widths[:-1]:
-            x = jnp.tanh(nn.Dense(width)(x))
-        return nn.Dense(self.widths[-1])(x)
-
-
 def make_problem(widths: Sequence[int], batch_size: int) -> Problem:
     """A tanh network of the given widths, inputs first and outputs last."""
     # By NumPy: every shape that JAX draws is a program to compile.
     rng = np.random.default_rng(0)
-    module = _Perceptron(tuple(widths[1:]))
+    module = MLP(tuple(widths[1:]))
     x = jnp.asarray(rng.normal(size=(batch_size, widths[0])), jnp.float32)
     if widths[-1] == 1:
         likelihood, y = ngd.Gaussian(), rng.normal(size=(batch_size, 1))
@@ -140,6 +132,14 @@ def products(problem: Problem, count: int) -> Callable[[Any, Any, Any], Any]:
         return vector
 
     return apply
+
+
+def price_of_products(problem: Problem) -> tuple[float, float]:
+    """Operations of a lone and of a further product, in gradients, as compiled."""
+    args = (problem.params, problem.batch, problem.vector)
+    gradient = operation_count(jax.value_and_grad(problem.loss_fn), *args[:2])
+    once, twice = (operation_count(products(problem, k), *args) for k in (1, 2))
+    return once / gradient, (twice - once) / gradient
 
 
 def program_step(optimizer: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:

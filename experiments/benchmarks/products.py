@@ -10,7 +10,6 @@ from experiments.benchmarks.clocks import (
     compile_seconds,
     import_seconds,
     interleaved_seconds,
-    operation_count,
 )
 from experiments.benchmarks.contestants import (
     Problem,
@@ -18,6 +17,7 @@ from experiments.benchmarks.contestants import (
     count_parameters,
     make_problem,
     natural_step,
+    price_of_products,
     products,
     program_step,
     train_step,
@@ -76,12 +76,10 @@ def measure_network(
 
 
 def _count_operations(problem: Problem) -> list[Figure]:
-    args = (problem.params, problem.batch, problem.vector)
-    gradient = operation_count(jax.value_and_grad(problem.loss_fn), *args[:2])
-    once, twice = (operation_count(products(problem, k), *args) for k in (1, 2))
+    lone, further = price_of_products(problem)
     return [
-        Figure("a lone product, operations / gradient", once / gradient, 1.67),
-        Figure("a further product, operations / gradient", (twice - once) / gradient),
+        Figure("a lone product, operations / gradient", lone, 1.67),
+        Figure("a further product, operations / gradient", further),
     ]
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 import ngd_jax as ngd
-from experiments.claims.networks import Layers, mlp
-from experiments.claims.steps import train
+from experiments.claims.networks import Layers, model_fn
+from experiments.claims.steps import in_turn, train
 from ngd_jax.likelihoods import Likelihood
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Task",
     "Watched",
     "draw",
-    "model_fn",
     "watch",
 ]
 
@@ -138,11 +137,6 @@ CLASSIFICATION = Task(
 )
 
 
-def model_fn(params: Layers, batch: Data) -> jax.Array:
-    """Maps inputs to the outputs of the network."""
-    return mlp(params, batch["x"])
-
-
 def draw(task: Task, seeds: Sequence[int], steps: int) -> Stream:
     """The streams of these seeds; in NumPy, so that nothing must be compiled."""
     streams = [_draw_one(task, seed, steps) for seed in seeds]
@@ -161,7 +155,7 @@ def watch(
         outputs = model_fn(params, batch)
         return -task.likelihood.log_prob(outputs, batch["y"]).mean()
 
-    def one(streams: Stream, run: Run) -> Watched:
+    def one(run: Run, streams: Stream) -> Watched:
         stream = jax.tree.map(lambda leaf: leaf[run.seed], streams)
         # In outlier batches, replace the first `bad_labels` labels by wrong ones.
         is_wrong = stream.is_outlier[:, None] & (jnp.arange(BATCH) < run.bad_labels)
@@ -180,13 +174,7 @@ def watch(
 
         return Watched(*train(tx_fn(run), loss_fn, stream.start, batches, observe)[1])
 
-    # Sequentially, not by vmap: on CPU, batched factorisations of jaxlib wait for
-    # threads of the pool in which they run themselves, and can deadlock if it is small.
-    in_turn = jax.jit(
-        lambda streams, runs: jax.lax.map(lambda run: one(streams, run), runs)
-    )
-    runs = Run(*np.broadcast_arrays(*runs))
-    return jax.tree.map(np.asarray, in_turn(streams, runs))
+    return in_turn(one, Run(*np.broadcast_arrays(*runs)), streams)
 
 
 def _draw_one(task: Task, seed: int, steps: int) -> Stream:

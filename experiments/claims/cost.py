@@ -30,14 +30,14 @@ import jax
 from matplotlib.figure import Figure
 
 import ngd_jax as ngd
-from experiments.benchmarks.clocks import interleaved_seconds, operation_count
+from experiments.benchmarks.clocks import interleaved_seconds
 from experiments.benchmarks.contestants import (
     Problem,
     check_taken,
     count_parameters,
     make_problem,
     natural_step,
-    products,
+    price_of_products,
 )
 from experiments.benchmarks.markdown import Table
 from experiments.claims.claim import Check, Evidence, check, theory
@@ -123,7 +123,7 @@ def demonstrate(quick: bool) -> Evidence:
 
 def _price(widths: Sequence[int], counts: Sequence[int], *, repeats: int) -> _Prices:
     problem = make_problem(widths, _BATCH_SIZE)
-    product, lone = _operations(problem)
+    lone, product = price_of_products(problem)
     product_expected, lone_expected = _multiplications(widths)
     steps = [_step(problem, count) for count in counts]
     evaluations = [
@@ -146,16 +146,11 @@ def _price(widths: Sequence[int], counts: Sequence[int], *, repeats: int) -> _Pr
     )
 
 
-def _operations(problem: Problem) -> tuple[float, float]:
-    """Operations of a further and of a lone product, in gradients, as compiled."""
-    args = (problem.params, problem.batch, problem.vector)
-    gradient = operation_count(jax.value_and_grad(problem.loss_fn), *args[:2])
-    once, twice = (operation_count(products(problem, k), *args) for k in (1, 2))
-    return (twice - once) / gradient, once / gradient
-
-
 def _multiplications(widths: Sequence[int]) -> tuple[float, float]:
-    """The same by hand; see the docstring of this module."""
+    """Operations of a further and of a lone product by hand, in gradients.
+
+    See the docstring of this module.
+    """
     weights = [a * b for a, b in itertools.pairwise(widths)]
     gradient = 6 * sum(weights) - 2 * weights[0]
     product = 8 * sum(weights) - 4 * weights[0]

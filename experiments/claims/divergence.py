@@ -26,7 +26,7 @@ import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
 from experiments.claims.claim import Check, Evidence, check, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
-from experiments.claims.networks import Layers, digits, mlp, mlp_params
+from experiments.claims.networks import Layers, digits, mlp_params, model_fn
 from experiments.claims.texts import claim_of, described, drawn, notes
 from ngd_jax import dense
 
@@ -35,11 +35,6 @@ __all__ = ["DIVERGENCE"]
 _LIKELIHOOD = ngd.Categorical()
 _DISTANCES = 10.0 ** np.arange(-5, 1)
 _PARTS = np.linspace(0.0, 1.0, 101)
-
-
-def model_fn(params: Layers, batch: dict[str, jax.Array]) -> jax.Array:
-    """Maps pictures to logits."""
-    return mlp(params, batch["x"])
 
 
 class _Measured(NamedTuple):

@@ -1,14 +1,14 @@
 """The small networks and the data of the experiments."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import sklearn.datasets
 
-__all__ = ["Layers", "digits", "mlp", "mlp_params"]
+__all__ = ["Layers", "digits", "mlp", "mlp_params", "model_fn"]
 
 Layers = list[dict[str, jax.Array]]
 
@@ -37,6 +37,11 @@ def mlp(
     for layer in params[:-1]:
         x = activation(x @ layer["w"] + layer["b"])
     return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def model_fn(params: Layers, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The outputs of a tanh network for the inputs of a batch."""
+    return mlp(params, batch["x"])
 
 
 def digits(count: int) -> dict[str, jax.Array]:

@@ -36,7 +36,7 @@ import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
 from experiments.claims.claim import Evidence, check, literature
 from experiments.claims.drawing import COLORS, finish, new_figure
-from experiments.claims.networks import Layers, digits, mlp, mlp_params
+from experiments.claims.networks import Layers, digits, mlp_params, model_fn
 from experiments.claims.texts import claim_of, described, drawn, notes
 
 __all__ = ["ORDER"]
@@ -88,11 +88,6 @@ class _Result(NamedTuple):
 
     loss: np.ndarray
     influence: np.ndarray
-
-
-def model_fn(params: Layers, batch: dict[str, jax.Array]) -> jax.Array:
-    """Maps pictures to logits."""
-    return mlp(params, batch["x"])
 
 
 def _loss_fn(params: Layers, batch: dict[str, jax.Array]) -> jax.Array:

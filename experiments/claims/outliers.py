@@ -44,11 +44,11 @@ from experiments.claims.bad_batches import (
     Task,
     Watched,
     draw,
-    model_fn,
     watch,
 )
 from experiments.claims.claim import Check, Evidence, check, promise, seen, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
+from experiments.claims.networks import model_fn
 from experiments.claims.texts import claim_of, described, drawn, notes
 
 __all__ = ["OUTLIERS"]

@@ -32,8 +32,8 @@ import ngd_jax as ngd
 from experiments.benchmarks.markdown import Table
 from experiments.claims.claim import Check, Evidence, check, promise, seen, theory
 from experiments.claims.drawing import COLORS, finish, new_figure
-from experiments.claims.networks import Layers, digits, mlp, mlp_params
-from experiments.claims.steps import train
+from experiments.claims.networks import Layers, digits, mlp_params, model_fn
+from experiments.claims.steps import in_turn, repeated, train
 from experiments.claims.texts import claim_of, described, drawn, notes
 from ngd_jax.types import PyTree
 
@@ -67,11 +67,6 @@ class _Steps(NamedTuple):
     loss: Any
 
 
-def model_fn(params: Layers, batch: Data) -> jax.Array:
-    """Maps pictures to logits."""
-    return mlp(params, batch["x"])
-
-
 def _loss_fn(params: Layers, batch: Data) -> jax.Array:
     return -_LIKELIHOOD.log_prob(model_fn(params, batch), batch["y"]).mean()
 
@@ -93,21 +88,14 @@ def _train(
 ) -> Any:
     """Takes full-batch steps with each of `settings`, in one compiled program."""
 
-    def one(start: Layers, batch: Data, setting: PyTree) -> Any:
-        batches = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (steps, *leaf.shape)), batch
-        )
+    def one(setting: PyTree, start: Layers, batch: Data) -> Any:
+        batches = repeated(batch, steps)
         _, kept = train(
             tx_fn(setting), _loss_fn, start, batches, lambda *a: observe(setting, *a)
         )
         return kept
 
-    # Sequentially: batched factorisations of jaxlib may deadlock.
-    @jax.jit
-    def in_turn(start: Layers, batch: Data, settings: PyTree) -> Any:
-        return jax.lax.map(lambda setting: one(start, batch, setting), settings)
-
-    return jax.tree.map(np.asarray, in_turn(_start(), batch, settings))
+    return in_turn(one, settings, _start(), batch)
 
 
 def _to_the_radius(runs: Sequence[tuple[float, float]], batch: Data) -> _Steps:

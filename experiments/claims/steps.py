@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.running.optimizers import take_step
 from ngd_jax.types import Batch, Params, PyTree
 
-__all__ = ["train"]
+__all__ = ["in_turn", "repeated", "train"]
 
 
 def train(
@@ -47,3 +49,22 @@ def train(
 
     (params, _), kept = run(params, batches)
     return params, kept
+
+
+def repeated(batch: Batch, steps: int) -> Batch:
+    """The same batch for every step, as `train` takes them."""
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (steps, *leaf.shape)), batch
+    )
+
+
+def in_turn(one: Callable[..., Any], settings: PyTree, *shared: PyTree) -> Any:
+    """`one(setting, *shared)` for each of `settings`, stacked; one compiled program.
+
+    Sequentially, not by vmap: on CPU, batched factorisations of jaxlib wait for threads
+    of the pool in which they run themselves, and can deadlock if it is small.
+    """
+    run = jax.jit(
+        lambda settings, *shared: jax.lax.map(lambda s: one(s, *shared), settings)
+    )
+    return jax.tree.map(np.asarray, run(settings, *shared))

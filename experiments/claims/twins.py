@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from experiments.claims.networks import Layers, mlp, mlp_params
-from experiments.claims.steps import train
+from experiments.claims.steps import in_turn, repeated, train
 
 __all__ = [
     "POINTS",
@@ -152,7 +152,7 @@ def drift(tx_fn: TxFn, runs: Run, *, with_condition: bool) -> Drift:
             return seen
         return *seen, ngd.dense_fisher(model_fn, before, batch, _LIKELIHOOD)
 
-    def drift_of_one(x: jax.Array, run: Run) -> Any:
+    def drift_of_one(run: Run, x: jax.Array) -> Any:
         batch = {"x": x, "is_tanh": jnp.asarray(True)}
         batch["y"] = model_fn(unravel(run.teacher), batch)
 
@@ -161,10 +161,7 @@ def drift(tx_fn: TxFn, runs: Run, *, with_condition: bool) -> Drift:
             params = _where(is_tanh, tanh, sigmoid_params_of(tanh))
             # The damping of the sigmoid network is always λI.
             tx = tx_fn(run._replace(mapped=run.mapped & is_tanh))
-            batches = jax.tree.map(
-                lambda leaf: jnp.broadcast_to(leaf, (STEPS, *leaf.shape)),
-                batch | {"is_tanh": is_tanh},
-            )
+            batches = repeated(batch | {"is_tanh": is_tanh}, STEPS)
             return train(tx, _loss_fn, params, batches, observe)[1]
 
         outputs, *kept = jax.lax.map(train_one, jnp.asarray([False, True]))
@@ -172,9 +169,7 @@ def drift(tx_fn: TxFn, runs: Run, *, with_condition: bool) -> Drift:
         return difference, *[leaf[1] for leaf in kept]
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(POINTS, _WIDTHS[0])))
-    # Sequentially: vmap would make the compilation half again as long.
-    in_turn = jax.jit(lambda x, runs: jax.lax.map(lambda r: drift_of_one(x, r), runs))
-    difference, loss, *fishers = map(np.asarray, in_turn(x, _for_each_start(runs)))
+    difference, loss, *fishers = in_turn(drift_of_one, _for_each_start(runs), x)
     unknown = np.full(len(loss), np.nan)
     return Drift(difference, loss, _condition(*fishers) if fishers else unknown)
 

@@ -125,7 +125,7 @@ class PolicyLearner:
             records,
             folder / "curves.png",
             title,
-            steps_per_update=self._parts.num_envs * self._parts.num_steps,
+            steps_per_update=self._parts.settings.num_envs * self._parts.num_steps,
         )
         agent = state.agents
         if self._num_agents > 1:
@@ -165,13 +165,9 @@ def make_parts(config: TrainConfig) -> Parts:
     init_optimizer, update = _make_update(config, model)
     init_value_optimizer, fit = make_value_fit(task.value, value_fn)
     return Parts(
+        settings=task,
         environment=environment,
-        num_envs=task.num_envs,
         num_steps=config.batch_size // task.num_envs,
-        discount=task.discount,
-        trace_decay=task.trace_decay,
-        reward_scale=task.reward_scale,
-        normalize_observations=task.normalize_observations,
         init_policy=init_policy,
         policy_fn=policy_fn,
         init_optimizer=init_optimizer,

@@ -18,6 +18,7 @@ from experiments.running.plots import (
     LIGHT,
     Records,
     save_figure,
+    series,
     write_figure,
 )
 
@@ -62,10 +63,8 @@ class _Curves:
 
     def get(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Thousands of environment steps where `name` is known, and its values."""
-        known = [record for record in self._records if name in record]
-        values = [np.nan if r[name] is None else r[name] for r in known]
-        steps = [self._size * record["step"] / 1000 for record in known]
-        return np.array(steps), np.array(values, float)
+        steps, values = series(self._records, name)
+        return self._size * steps / 1000, values
 
     def draw(
         self,
@@ -120,13 +119,8 @@ def _draw_acceptance(axis: Axes, curves: _Curves) -> None:
         _limit(axis, steps, ratio, -0.2, 1.8)
         steps, accepted = curves.get("accepted")
         if steps.size:
-            axis.step(
-                steps,
-                accepted,
-                where="mid",
-                color=CONTRAST,
-                label="share of updates taken",
-            )
+            label = "share of updates taken"
+            axis.step(steps, accepted, where="mid", color=CONTRAST, label=label)
         axis.set(title="Acceptance", ylabel="ratio")
         return
     curves.draw(axis, "improvement", DARK)

@@ -30,6 +30,7 @@ from experiments.tasks.policies.rollouts import (
     start_actors,
     window_quantiles,
 )
+from experiments.tasks.policies.settings import PolicyConfig
 from experiments.tasks.policies.updates import PolicyUpdate, entropy
 from experiments.tasks.policies.values import ValueFit, explained_variance
 
@@ -99,13 +100,9 @@ class Parts:
     """The parts of an agent.
 
     Attributes:
+      settings: of the task; `num_envs` is E.
       environment: where it acts.
-      num_envs: number of copies of the environment, E.
       num_steps: number of steps in each copy between two updates, T.
-      discount: γ.
-      trace_decay: λ of the advantages.
-      reward_scale: what rewards are multiplied by for learning.
-      normalize_observations: whether observations are normalised by running statistics.
       init_policy: key -> parameters.
       policy_fn: (params, batch) -> outputs, for normalised observations.
       init_optimizer: parameters -> state of the optimizer.
@@ -116,13 +113,9 @@ class Parts:
       fit: the fit of the value function.
     """
 
+    settings: PolicyConfig
     environment: Environment
-    num_envs: int
     num_steps: int
-    discount: float
-    trace_decay: float
-    reward_scale: float
-    normalize_observations: bool
     init_policy: Callable[[jax.Array], PyTree]
     policy_fn: Callable[[PyTree, PyTree], PyTree]
     init_optimizer: Callable[[PyTree], PyTree]
@@ -139,14 +132,14 @@ def init_agent(parts: Parts, key: jax.Array) -> Agent:
     params = parts.init_policy(policy_key)
     value_params = parts.init_value(value_key)
     statistics = None
-    if parts.normalize_observations:
+    if parts.settings.normalize_observations:
         statistics = no_statistics(parts.environment.observation_shape)
     return Agent(
         params=params,
         opt_state=parts.init_optimizer(params),
         value_params=value_params,
         value_opt_state=parts.init_value_optimizer(value_params),
-        actors=start_actors(parts.environment, actor_key, parts.num_envs),
+        actors=start_actors(parts.environment, actor_key, parts.settings.num_envs),
         seen=statistics,
         used=statistics,
     )
@@ -197,13 +190,13 @@ def gather(parts: Parts, agent: Agent, key: jax.Array) -> Experience:
 
     values = values_of(flat.observations)
     advantages = generalized_advantages(
-        parts.reward_scale * rollout.rewards,
+        parts.settings.reward_scale * rollout.rewards,
         values,
         values_of(flat.next_observations),
         rollout.terminated,
         rollout.truncated,
-        discount=parts.discount,
-        trace_decay=parts.trace_decay,
+        discount=parts.settings.discount,
+        trace_decay=parts.settings.trace_decay,
     )
     targets = (advantages + values).ravel()
     batch = {"observations": flat.observations, "actions": flat.actions}

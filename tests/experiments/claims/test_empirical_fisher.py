@@ -6,22 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.claims import empirical_fisher
-from tests.experiments.claims.helpers import assert_as_expected, run
-
-
-@pytest.mark.long
-def test_figures_are_as_expected():
-    evidence = run(empirical_fisher.EMPIRICAL_FISHER)
-    assert_as_expected(evidence)
-    assert [plot.name for plot in evidence.plots] == [
-        "empirical_fisher_field",
-        "empirical_fisher_cosine",
-    ]
-
-
-@pytest.mark.slow
-def test_figures_of_the_full_experiment_are_as_expected():
-    assert_as_expected(run(empirical_fisher.EMPIRICAL_FISHER, quick=False))
+from tests.experiments.claims.helpers import run
 
 
 def test_the_exact_fisher_in_its_place_is_found_out(monkeypatch):

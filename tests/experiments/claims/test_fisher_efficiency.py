@@ -7,18 +7,7 @@ import pytest
 
 from experiments.claims import fisher_efficiency
 from experiments.claims.fisher_efficiency import Method, expected_errors
-from tests.experiments.claims.helpers import assert_as_expected, run
-
-
-def test_figures_are_as_expected():
-    evidence = run(fisher_efficiency.FISHER_EFFICIENCY)
-    assert_as_expected(evidence)
-    assert [plot.name for plot in evidence.plots] == ["fisher_efficiency"]
-
-
-@pytest.mark.slow
-def test_figures_of_the_full_experiment_are_as_expected():
-    assert_as_expected(run(fisher_efficiency.FISHER_EFFICIENCY, quick=False))
+from tests.experiments.claims.helpers import run
 
 
 def test_another_rate_is_found_out(monkeypatch):

@@ -71,11 +71,6 @@ def test_figures_are_as_expected_and_the_report_shows_the_calls():
         assert identity.listing(*pair) in notes
 
 
-@pytest.mark.slow
-def test_figures_of_the_full_experiment_are_as_expected():
-    assert_as_expected(run(GALLERY, quick=False))
-
-
 def _with(monkeypatch, **changes):
     original = ngd.natural_gradient
 

@@ -3,29 +3,15 @@
 import jax
 import numpy as np
 import optax
-import pytest
 
 from experiments.claims import twins
 from experiments.claims.invariance import INVARIANCE
 from experiments.claims.networks import mlp, mlp_params
-from tests.experiments.claims.helpers import assert_as_expected, run
+from tests.experiments.claims.helpers import run
 
 
 def failed_figures():
     return [check.name for check in run(INVARIANCE).checks if not check.holds]
-
-
-@pytest.mark.long
-def test_figures_are_as_expected():
-    evidence = run(INVARIANCE)
-    assert_as_expected(evidence)
-    names = [plot.name for plot in evidence.plots]
-    assert names == ["invariance", "invariance_condition"]
-
-
-@pytest.mark.slow
-def test_figures_of_the_full_experiment_are_as_expected():
-    assert_as_expected(run(INVARIANCE, quick=False))
 
 
 def test_gradient_in_place_of_the_natural_gradient_is_found_out(monkeypatch):

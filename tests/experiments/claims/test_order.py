@@ -2,24 +2,8 @@
 
 import numpy as np
 import optax
-import pytest
 
 from experiments.claims import order
-from tests.experiments.claims.helpers import assert_as_expected, run
-
-
-@pytest.mark.slow
-def test_figures_are_as_expected():
-    evidence = run(order.ORDER)
-    assert_as_expected(evidence)
-    assert len(evidence.tables[0].rows) == 3
-
-
-@pytest.mark.slow
-def test_figures_of_the_full_experiment_are_as_expected():
-    evidence = run(order.ORDER, quick=False)
-    assert_as_expected(evidence)
-    assert len(evidence.tables[0].rows) == 9
 
 
 def test_influence_is_none_where_nothing_is_learned_and_grows_with_the_rate():

@@ -7,19 +7,6 @@ import pytest
 import ngd_jax as ngd
 from experiments.claims import bad_batches, outliers
 from experiments.claims.bad_batches import CLASSIFICATION, REGRESSION, SHIFT
-from tests.experiments.claims.helpers import assert_as_expected, run
-
-
-@pytest.mark.long
-def test_figures_are_as_expected():
-    evidence = run(outliers.OUTLIERS)
-    assert_as_expected(evidence)
-    assert [plot.name for plot in evidence.plots] == ["outliers"]
-
-
-@pytest.mark.slow
-def test_figures_of_the_full_experiment_are_as_expected():
-    assert_as_expected(run(outliers.OUTLIERS, quick=False))
 
 
 def test_natural_gradient_without_a_radius_is_found_out():

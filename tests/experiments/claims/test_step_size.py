@@ -8,19 +8,6 @@ import pytest
 import ngd_jax as ngd
 from experiments.claims import step_size
 from experiments.claims.networks import digits
-from tests.experiments.claims.helpers import assert_as_expected, run
-
-
-@pytest.mark.slow
-def test_figures_are_as_expected():
-    evidence = run(step_size.STEP_SIZE)
-    assert_as_expected(evidence)
-    assert [plot.name for plot in evidence.plots] == ["step_size"]
-
-
-@pytest.mark.slow
-def test_figures_of_the_full_experiment_are_as_expected():
-    assert_as_expected(run(step_size.STEP_SIZE, quick=False))
 
 
 @pytest.fixture(scope="module")

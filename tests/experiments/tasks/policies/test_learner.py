@@ -240,7 +240,7 @@ def test_shipped_settings_of_every_environment_fit_each_other(env):
     chosen = read_config(compose_config(["task=trpo", f"env={env}"]))
     parts = make_parts(chosen)
     assert parts.environment.name == env
-    assert parts.num_envs * parts.num_steps == chosen.batch_size
+    assert parts.settings.num_envs * parts.num_steps == chosen.batch_size
 
 
 def test_ppo_is_for_policies():
