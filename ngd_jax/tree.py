@@ -31,6 +31,7 @@ __all__ = [
     "max_abs",
     "norm",
     "pack",
+    "placed_like",
     "random_like",
     "real_dtype",
     "replicate",
@@ -70,8 +71,8 @@ def widen(tree: PyTree) -> PyTree:
 
 
 def zeros_like_wide(tree: PyTree) -> PyTree:
-    """Zeros of the shapes of `tree`, each leaf in its `widen`ed dtype."""
-    return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), wide_dtype(x)), tree)
+    """Zeros of the shapes of `tree`, placed alike, in the `widen`ed dtypes."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide_dtype(x)), tree)
 
 
 def size(tree: PyTree) -> int:
@@ -159,6 +160,19 @@ def replicate(tree: PyTree) -> PyTree:
         return jax.sharding.reshard(leaf, _replicated(leaf, mesh))
 
     return jax.tree.map(on_leaf, tree)
+
+
+def placed_like(values: PyTree, like: PyTree) -> PyTree:
+    """Values on the devices of `like`, whose mesh axes may be explicit."""
+
+    def place(value: Any, other: Any) -> Any:
+        here, there = jax.typeof(value).sharding, jax.typeof(other).sharding
+        if here == there or not (_is_split(value) or _is_split(other)):
+            return value
+        mesh = there.mesh if _is_split(other) else here.mesh
+        return jax.sharding.reshard(value, NamedSharding(mesh, there.spec))
+
+    return jax.tree.map(place, values, like)
 
 
 def _replicated(leaf: Any, mesh: Any) -> NamedSharding:
