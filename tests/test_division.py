@@ -27,7 +27,7 @@ def transformer(depth, width):
 
 
 MODELS = {
-    "transformer": transformer(4, 128),
+    "transformer": transformer(8, 128),
     "perceptron": [(784, 512), (512, 512), (512, 256), (256, 10)],
 }
 
