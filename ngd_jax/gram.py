@@ -46,17 +46,20 @@ def gram(fisher: Fisher, block_size: int | None = None) -> Float[Array, "M M"]:
         metric.check_count("block_size", block_size)
     groups = per_example.groups_of(fisher)
     matrix = _by_layers(fisher, groups) if block_size is None else None
+    sizes = [group.size for group in groups]
     if matrix is None:
-        matrix = _by_blocks(groups, block_size)
-    order = per_example.order_of(fisher, groups)
+        matrix, sizes = _by_blocks(groups, block_size)
+    order = per_example.order_of(fisher, groups, sizes)
     return per_example.permuted(matrix, order, order)
 
 
 # --- From rows.
 
 
-def _by_blocks(groups: list[per_example.Group], count: int | None) -> Array:
-    """A Aᵀ by pairs of blocks of examples, in the order of the groups.
+def _by_blocks(
+    groups: list[per_example.Group], count: int | None
+) -> tuple[Array, list[int]]:
+    """A Aᵀ by pairs of blocks of examples, in their order; and the sizes of the blocks.
 
     The rows of the second block are recomputed for every first one: with m rows in a
     block that costs about 4mP against the 2m²P of the product.
@@ -99,7 +102,7 @@ def _by_blocks(groups: list[per_example.Group], count: int | None) -> Array:
     for i, group in enumerate(groups):
         for other in groups[: i + 1]:
             matrix = add_products(group, other, matrix)
-    return matrix
+    return matrix, [group.blocks(count, num_rows)[0] for group in groups]
 
 
 def _products(left: Params, right: Params, dtype: Any) -> Array:
