@@ -205,8 +205,13 @@ def products(params, batch):
             fisher.sqrt_rmatvec(fisher.sqrt_solve(cotangents)),
         ]
 
-    weights = 1.0 + batch["y"]
-    return [of(), of(weights=weights), of(kind="empirical", targets=batch["y"])]
+    options = [
+        {},
+        {"weights": 1.0 + batch["y"]},
+        {"kind": "empirical", "targets": batch["y"]},
+        {"microbatch_size": 8},
+    ]
+    return [of(**one) for one in options]
 
 
 def check_products():
