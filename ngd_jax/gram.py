@@ -147,6 +147,8 @@ def _by_layers(fisher: Fisher, groups: list[per_example.Group]) -> Array | None:
         return None
     outer, rest = rows_fn()
     root = jnp.sqrt(measures[0]).astype(rest.dtype).ravel() if measures else None
+    if root is not None:
+        outer = tree.replicate(outer)
     return _factored_gram(outer, rest, root)
 
 
@@ -187,8 +189,8 @@ def _factored_rows(
     # The inputs are the same for all coefficients.
     inputs, deltas = jax.vmap(on_unit, out_axes=(None, 1))(group.units())
     outer = []
-    for layer, a, delta in zip(layers, *tree.replicate((inputs, deltas)), strict=True):
-        ones = [] if layer.bias is None else [jnp.ones((len(a), 1), a.dtype)]
+    for layer, a, delta in zip(layers, inputs, deltas, strict=True):
+        ones = [] if layer.bias is None else [jnp.ones_like(a[:, :1])]
         a = jnp.concatenate([*ones, a], axis=1)
         outer.append((a.astype(dtype), delta.astype(dtype)))
     claimed = {place for layer in layers for place in (layer.weight, layer.bias)}
@@ -218,13 +220,13 @@ def _factored_gram(
       root: √μ, `[N·K]`, where F is a covariance; else None.
     """
     if root is None:
-        gram = _inner(rest)
+        # Over explicit mesh axes too, each device computes the rows of its examples.
+        gram = tree.replicate(_inner(tree.rows_like(rest, outer[0][0])))
+        products: Any = 0
         for a, delta in outer:
-            count, units, _ = delta.shape
-            of_delta = _inner(delta.reshape(count * units, -1))
-            of_delta = of_delta.reshape(count, units, count, units)
-            gram += (_inner(a)[:, None, :, None] * of_delta).reshape(gram.shape)
-        return gram
+            of_delta = tree.contract(delta, delta, (2,), (2,))
+            products += _inner(a)[:, None, :, None] * of_delta
+        return gram + tree.replicate(products).reshape(gram.shape)
     total = root @ root
     gram = _inner(rest - jnp.outer(root, root @ rest / total))
     products = jnp.zeros_like(gram)

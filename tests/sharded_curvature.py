@@ -1,4 +1,4 @@
-"""Run by test_sharding with 8 devices: K-FAC with its factors divided over them."""
+"""Run by test_sharding with 8 devices: what is divided over them."""
 
 import itertools
 import json
@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngd_jax as ngd
+from ngd_jax.gram import gram
 
 NUM_STEPS = 3
 
@@ -129,8 +130,40 @@ def gathers():
     return found
 
 
+def shares():
+    """The operations of one of 8 devices, relative to those of one alone."""
+    params, model_fn = network([24, 40, 40, 3], np.random.default_rng(0))
+    x = jnp.ones((160, 24))
+
+    def fisher_of(params, x, **options):
+        return ngd.linearize_fisher(model_fn, params, x, ngd.Categorical(), **options)
+
+    programs = {
+        "Gram, layers": lambda params, x: gram(fisher_of(params, x)),
+        "Gram, blocks": lambda params, x: gram(fisher_of(params, x), 40),
+        "microbatches": lambda params, x: fisher_of(
+            params, x, microbatch_size=40
+        ).matvec(params),
+    }
+
+    def operations(fn, *arguments):
+        return jax.jit(fn).lower(*arguments).compile().cost_analysis()["flops"]
+
+    found = {}
+    for name, program in programs.items():
+        alone = operations(program, params, x)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+            with jax.set_mesh(mesh):
+                there = jax.device_put(params, NamedSharding(mesh, P()))
+                batch = jax.device_put(x, NamedSharding(mesh, P("data")))
+                ratio = operations(program, there, batch) / alone
+            found[f"{name}, {kind.name}"] = ratio
+    return found
+
+
 def main():
-    results = {"gathers": gathers()}
+    results = {"gathers": gathers(), "shares": shares()}
     jax.config.update("jax_enable_x64", True)
     solvers = {
         "kfac": lambda sharding: ngd.KFAC(sharding=sharding),

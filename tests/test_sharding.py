@@ -94,6 +94,10 @@ def test_divided_factors_and_parameters():
     for name, gathered in shapes.items():
         for shape in set(gathered) - of_gradient:
             assert math.prod(map(int, shape.split(","))) < 2**16, (name, shape)
+    shares = found.pop("shares")
+    # Rows of single examples are computed by all devices if axes are explicit.
+    assert shares.pop("Gram, blocks, Explicit") < 1
+    assert max(shares.values()) <= 1.15 / 8, shares
     for place, report in found.items():
         assert report["status"] == 0, place
         assert report["difference"] <= 1e-10, (place, report)
