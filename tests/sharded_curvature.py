@@ -147,7 +147,8 @@ def shares():
     }
 
     def operations(fn, *arguments):
-        return jax.jit(fn).lower(*arguments).compile().cost_analysis()["flops"]
+        costs = jax.jit(fn).lower(*arguments).compile().cost_analysis() or {}
+        return costs["flops"]
 
     found = {}
     for name, program in programs.items():
@@ -174,7 +175,7 @@ def main():
     for kind, name, widths in (
         (AxisType.Auto, "kfac", [16] * 9 + [4]),
         (AxisType.Explicit, "kfac", [39, 31, 23, 4]),
-        (AxisType.Explicit, "cg", [16] * 9 + [4]),
+        (AxisType.Explicit, "cg", [16] * 10 + [4]),
         (AxisType.Auto, "cg", [39, 31, 23, 4]),
     ):
         place = f"{name} {kind.name} {widths}"

@@ -2,9 +2,9 @@
 
     [K, n, n] on D devices:    K / D factors on each,  or  n / D rows of each factor
 
-Whole factors, where the K of a group fill the devices evenly, divide the work without a
-remainder. Else each device has its rows of A and of (A + ε)⁻¹: for the latter it
-gathers A, factorises it as all others do, and solves for its own columns of I.
+Whole factors divide the work without a remainder. Of those that are left over, each
+device has its rows of A and of (A + ε)⁻¹: for the latter it gathers A, factorises it as
+all others do, and solves for its own columns of I.
 """
 
 import dataclasses

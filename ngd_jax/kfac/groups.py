@@ -93,8 +93,8 @@ class Group(NamedTuple):
 def groups_of(leaves: list[Any], max_size: int, num_devices: int = 1) -> list[Group]:
     """The groups of all leaves with entries, a function of their shapes alone.
 
-    If the matrices of a group fill `num_devices` devices almost evenly, its members are
-    filled up to a multiple of that with places for none; else its rows are.
+    If the matrices of one shape fill `num_devices` devices almost evenly, places for
+    none fill up the rest. If not, those that are left over are a group divided by rows.
     """
     members: dict[tuple, list[tuple[int, int | None]]] = {}
     for place, leaf in enumerate(leaves):
@@ -107,15 +107,17 @@ def groups_of(leaves: list[Any], max_size: int, num_devices: int = 1) -> list[Gr
             members.setdefault(key, []).append((place, None))
     groups = []
     for (shape, dtype), found in members.items():
-        row_multiple = 1
-        if len(shape) == 2:
-            spare = -len(found) % num_devices
-            if spare <= _SPARE_SHARE * len(found):
-                found += [(-1, None)] * spare
-            else:
-                row_multiple = num_devices
-        blocks = (None,) * len(found)
-        groups.append(Group(shape, dtype, tuple(found), blocks, row_multiple))
+        whole, rest = found, []
+        spare = -len(found) % num_devices
+        if len(shape) == 2 and spare <= _SPARE_SHARE * len(found):
+            whole = [*found, *[(-1, None)] * spare]
+        elif len(shape) == 2:
+            stop = len(found) - len(found) % num_devices
+            whole, rest = found[:stop], found[stop:]
+        for part, row_multiple in ((whole, 1), (rest, num_devices)):
+            if part:
+                none = (None,) * len(part)
+                groups.append(Group(shape, dtype, tuple(part), none, row_multiple))
     return groups
 
 

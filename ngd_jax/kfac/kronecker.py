@@ -62,10 +62,9 @@ class Kronecker:
         two axes takes more, because only the program tells which of them are inputs and
         which are outputs.
       sharding: a mesh, and its axes that divide factors and inverses, as in
-        `NamedSharding(mesh, P("data"))`; None if every device has all of them. If the
-        matrices of one shape fill the devices almost evenly, each device has and
-        inverts whole factors of its share of them; else it has its rows of each, for
-        which it factorises all. M⁻¹ v then gathers as many numbers as there are
+        `NamedSharding(mesh, P("data"))`; None if every device has all of them. Each
+        device has and inverts an equal share of the factors of one shape; of those that
+        are left over it has some rows, for which it factorises all of them. M⁻¹ v then gathers as many numbers as there are
         parameters, or twice as many. The shapes of the state depend on the number of
         devices; `jax.jit(tx.init)(params)` makes it where it belongs.
 
