@@ -74,7 +74,7 @@ def placed(mesh, params):
     return jax.tree.map(put, params)
 
 
-def divided(kind, widths, solver_fn):
+def divided(kind, axes, widths, solver_fn):
     """Three steps with divided factors against those on one device."""
     rng = np.random.default_rng(0)
     params, model_fn = network(widths, rng)
@@ -89,13 +89,14 @@ def divided(kind, widths, solver_fn):
 
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, P(("data", "model")))
+        sharding = NamedSharding(mesh, P(axes))
         tx, step = step_of(model_fn, solver_fn(sharding), x, y)
         there = jax.device_put(params, NamedSharding(mesh, P()))
         if kind is AxisType.Auto:
             there = placed(mesh, params)
         start = jax.jit(tx.init)(there)
-        together, state, x = there, start, jax.device_put(x, sharding)
+        x = jax.device_put(x, NamedSharding(mesh, P(mesh.axis_names)))
+        together, state = there, start
         for _ in range(NUM_STEPS):
             together, state = step(together, state, x)
     vectors = [ravel_pytree(jax.device_get(x))[0] for x in (alone, together, params)]
@@ -172,14 +173,15 @@ def main():
             3, rtol=0, preconditioner=ngd.Kronecker(sharding=sharding)
         ),
     }
-    for kind, name, widths in (
-        (AxisType.Auto, "kfac", [16] * 9 + [4]),
-        (AxisType.Explicit, "kfac", [39, 31, 23, 4]),
-        (AxisType.Explicit, "cg", [16] * 10 + [4]),
-        (AxisType.Auto, "cg", [39, 31, 23, 4]),
+    both = ("data", "model")
+    for kind, axes, name, widths in (
+        (AxisType.Auto, both, "kfac", [16] * 9 + [4]),
+        (AxisType.Explicit, both, "kfac", [39, 31, 23, 4]),
+        (AxisType.Explicit, both, "cg", [16] * 10 + [4]),
+        (AxisType.Auto, ("data",), "cg", [39, 31, 23, 4]),
     ):
-        place = f"{name} {kind.name} {widths}"
-        results[place] = divided(kind, widths, solvers[name])
+        place = f"{name} {kind.name} {axes} {widths}"
+        results[place] = divided(kind, axes, widths, solvers[name])
     print(json.dumps(results))
 
 

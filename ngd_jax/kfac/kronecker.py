@@ -64,9 +64,10 @@ class Kronecker:
       sharding: a mesh, and its axes that divide factors and inverses, as in
         `NamedSharding(mesh, P("data"))`; None if every device has all of them. Each
         device has and inverts an equal share of the factors of one shape; of those that
-        are left over it has some rows, for which it factorises all of them. M⁻¹ v then gathers as many numbers as there are
-        parameters, or twice as many. The shapes of the state depend on the number of
-        devices; `jax.jit(tx.init)(params)` makes it where it belongs.
+        are left over it has some rows, for which it factorises all of them. M⁻¹ v then
+        gathers as many numbers as there are parameters, or twice as many. The shapes of
+        the state depend on the number of devices; `jax.jit(tx.init)(params)` makes it
+        where it belongs.
 
     Raises:
       ValueError, TypeError: for numbers out of range.
@@ -218,8 +219,9 @@ class Kronecker:
             ]
             # Each device keeps what it has to: compiled to a reduce-scatter.
             change = division.divide(group, jnp.stack(filled)) - old
-            is_new = np.array([x is not None for x in new])
-            is_new = is_finite & is_new.reshape(-1, *[1] * (old.ndim - 1))
+            is_new, is_known = is_finite, np.array([x is not None for x in new])
+            if not is_known.all():
+                is_new &= is_known.reshape(-1, *[1] * (old.ndim - 1))
             return jnp.where(is_new, old + share.astype(old.dtype) * change, old)
 
         # Averages for which no batch has a factor stay as they are.
