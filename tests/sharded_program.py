@@ -43,7 +43,7 @@ SOLVERS = {
     "blocks": ngd.SampleSpace(block_size=8),
     "cholesky": ngd.Cholesky(),
     "svd": ngd.contrib.SVD(),
-    "damping_search": ngd.contrib.DampingSearch(),
+    "damping_search": ngd.contrib.DampingSearch(initial=10.0),
 }
 QUICK = ("cg", "kfac", "sample_space")
 
