@@ -272,7 +272,8 @@ def _from_rows(
     for group in groups:
         carry = add_group(group, carry)
     total, pushed = carry
-    order = per_example.order_of(fisher, groups)
+    sizes = [group.blocks(count)[0] for group in groups]
+    order = per_example.order_of(fisher, groups, sizes)
     error = per_example.permuted(pushed, order) - truth
     is_right = _is_small(fisher, unravel(error), unravel(truth))
     return jax.lax.cond(is_right, lambda: finish(total, order), otherwise)

@@ -12,7 +12,7 @@ against. Knows models and likelihoods, and nothing of solvers, steps or Optax.
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, TypedDict, Unpack, cast, get_args
+from typing import TypedDict, Unpack, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,7 @@ class Fisher:
         """F v, as from `matvec`, and J v, as from `pushforward`, at the cost of F v."""
         pushed = self.pushforward(vector)
         product = self.pullback(self.metric.matvec(pushed))
+        product = tree.placed_like(product, vector)
         return optax.tree.cast_like(product, vector), pushed
 
     def pushforward(self, vector: PyTree) -> PyTree:
@@ -127,6 +128,7 @@ class Fisher:
           ValueError: at trace time, where `vector` does not fit `params`.
         """
         tree.check_like(vector, self.params, name="vector", like_name="params")
+        vector = tree.placed_like(vector, self.params)
         vector = optax.tree.cast_like(vector, tree.widen(self.params))
         if self.linearization is not None:
             return self.linearization.push(vector)
@@ -141,7 +143,7 @@ class Fisher:
 
         With c = ∂loss/∂outputs this is the gradient of the loss.
         """
-        cotangents = _placed_like(output_cotangents, self.outputs)
+        cotangents = tree.placed_like(output_cotangents, self.outputs)
         if self.linearization is not None:
             return self.linearization.pull(cotangents)
 
@@ -256,16 +258,6 @@ class Fisher:
             scales=scales,
             origin=self,
         )
-
-
-def _placed_like(values: PyTree, like: PyTree) -> PyTree:
-    """Values on the devices of `like`, whose mesh axes may be explicit."""
-
-    def place(value: Any, other: Any) -> Any:
-        here, there = jax.typeof(value).sharding, jax.typeof(other).sharding
-        return value if here == there else jax.sharding.reshard(value, there)
-
-    return jax.tree.map(place, values, like)
 
 
 class FisherOptions(TypedDict, total=False):

@@ -46,17 +46,20 @@ def gram(fisher: Fisher, block_size: int | None = None) -> Float[Array, "M M"]:
         metric.check_count("block_size", block_size)
     groups = per_example.groups_of(fisher)
     matrix = _by_layers(fisher, groups) if block_size is None else None
+    sizes = [group.size for group in groups]
     if matrix is None:
-        matrix = _by_blocks(groups, block_size)
-    order = per_example.order_of(fisher, groups)
+        matrix, sizes = _by_blocks(groups, block_size)
+    order = per_example.order_of(fisher, groups, sizes)
     return per_example.permuted(matrix, order, order)
 
 
 # --- From rows.
 
 
-def _by_blocks(groups: list[per_example.Group], count: int | None) -> Array:
-    """A Aᵀ by pairs of blocks of examples, in the order of the groups.
+def _by_blocks(
+    groups: list[per_example.Group], count: int | None
+) -> tuple[Array, list[int]]:
+    """A Aᵀ by pairs of blocks of examples, in their order; and the sizes of the blocks.
 
     The rows of the second block are recomputed for every first one: with m rows in a
     block that costs about 4mP against the 2m²P of the product.
@@ -99,7 +102,7 @@ def _by_blocks(groups: list[per_example.Group], count: int | None) -> Array:
     for i, group in enumerate(groups):
         for other in groups[: i + 1]:
             matrix = add_products(group, other, matrix)
-    return matrix
+    return matrix, [group.blocks(count, num_rows)[0] for group in groups]
 
 
 def _products(left: Params, right: Params, dtype: Any) -> Array:
@@ -144,6 +147,8 @@ def _by_layers(fisher: Fisher, groups: list[per_example.Group]) -> Array | None:
         return None
     outer, rest = rows_fn()
     root = jnp.sqrt(measures[0]).astype(rest.dtype).ravel() if measures else None
+    if root is not None:
+        outer = tree.replicate(outer)
     return _factored_gram(outer, rest, root)
 
 
@@ -184,8 +189,8 @@ def _factored_rows(
     # The inputs are the same for all coefficients.
     inputs, deltas = jax.vmap(on_unit, out_axes=(None, 1))(group.units())
     outer = []
-    for layer, a, delta in zip(layers, *tree.replicate((inputs, deltas)), strict=True):
-        ones = [] if layer.bias is None else [jnp.ones((len(a), 1), a.dtype)]
+    for layer, a, delta in zip(layers, inputs, deltas, strict=True):
+        ones = [] if layer.bias is None else [jnp.ones_like(a[:, :1])]
         a = jnp.concatenate([*ones, a], axis=1)
         outer.append((a.astype(dtype), delta.astype(dtype)))
     claimed = {place for layer in layers for place in (layer.weight, layer.bias)}
@@ -215,13 +220,13 @@ def _factored_gram(
       root: √μ, `[N·K]`, where F is a covariance; else None.
     """
     if root is None:
-        gram = _inner(rest)
+        # Over explicit mesh axes too, each device computes the rows of its examples.
+        gram = tree.replicate(_inner(tree.rows_like(rest, outer[0][0])))
+        products: Any = 0
         for a, delta in outer:
-            count, units, _ = delta.shape
-            of_delta = _inner(delta.reshape(count * units, -1))
-            of_delta = of_delta.reshape(count, units, count, units)
-            gram += (_inner(a)[:, None, :, None] * of_delta).reshape(gram.shape)
-        return gram
+            of_delta = tree.contract(delta, delta, (2,), (2,))
+            products += _inner(a)[:, None, :, None] * of_delta
+        return gram + tree.replicate(products).reshape(gram.shape)
     total = root @ root
     gram = _inner(rest - jnp.outer(root, root @ rest / total))
     products = jnp.zeros_like(gram)

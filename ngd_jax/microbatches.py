@@ -38,27 +38,28 @@ class Chunks(NamedTuple):
 
 def _cut(
     data: Batch, chunks: Chunks
-) -> tuple[list[Any], Callable[[list[Any]], Batch], list[Any]]:
-    """Leaves as [chunks, microbatch_size, ...], the way back, and the remainder."""
-    leaves, structure = jax.tree.flatten(data)
-    is_cut = [chunks.cuts(leaf) for leaf in leaves]
-    count = chunks.leading // chunks.size
+) -> tuple[Array, Callable[[Array], Batch], Batch | None]:
+    """The indices of microbatches, these by their index, and the remainder or None.
+
+    Each takes one example from each of `size` equal parts of the batch. So every device
+    that has a part of it works on every microbatch.
+    """
+    count, rest = divmod(chunks.leading, chunks.size)
     whole = count * chunks.size
 
-    def rebuild(values: list[Any]) -> Batch:
-        rest = iter(values)
-        merged = [
-            next(rest) if cut else leaf
-            for leaf, cut in zip(leaves, is_cut, strict=True)
-        ]
-        return jax.tree.unflatten(structure, merged)
+    def of_cut(fn: Callable[[Any], Any]) -> Batch:
+        return jax.tree.map(lambda x: fn(x) if chunks.cuts(x) else x, data)
 
-    chosen = [leaf for leaf, cut in zip(leaves, is_cut, strict=True) if cut]
-    stacked = [
-        jnp.reshape(leaf[:whole], (count, chunks.size, *jnp.shape(leaf)[1:]))
-        for leaf in chosen
-    ]
-    return stacked, rebuild, [leaf[whole:] for leaf in chosen]
+    def take(index: Array) -> Batch:
+        def from_leaf(leaf: Any) -> Array:
+            leaf = leaf[:whole] if rest else leaf
+            parts = jnp.reshape(leaf, (chunks.size, count, *leaf.shape[1:]))
+            return jax.lax.dynamic_index_in_dim(parts, index, 1, keepdims=False)
+
+        return of_cut(from_leaf)
+
+    last = of_cut(lambda leaf: leaf[whole:]) if rest else None
+    return jnp.arange(count), take, last
 
 
 def sum_microbatches(
@@ -73,17 +74,15 @@ def sum_microbatches(
     """
     if chunks is None:
         return fn(data)
-    stacked, rebuild, rest = _cut(data, chunks)
-    like = jax.eval_shape(lambda c: fn(rebuild(c)), [x[0] for x in stacked])
+    indices, take, last = _cut(data, chunks)
+    like = jax.eval_shape(lambda index: fn(take(index)), indices[0])
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
-    def add(total: PyTree, part: list[Array]) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, fn(rebuild(part))), None
+    def add(total: PyTree, index: Array) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, fn(take(index))), None
 
-    total, _ = jax.lax.scan(add, total, stacked)
-    if chunks.leading % chunks.size:
-        total, _ = add(total, rest)
-    return total
+    total, _ = jax.lax.scan(add, total, indices)
+    return total if last is None else jax.tree.map(jnp.add, total, fn(last))
 
 
 def map_microbatches(
@@ -92,12 +91,16 @@ def map_microbatches(
     """Concatenates fn(microbatch) along the leading axis; fn(data) without chunks."""
     if chunks is None:
         return fn(data)
-    stacked, rebuild, rest = _cut(data, chunks)
-    mapped = jax.lax.map(lambda part: fn(rebuild(part)), stacked)
-    mapped = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), mapped)
-    if chunks.leading % chunks.size:
-        last = fn(rebuild(rest))
-        mapped = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), mapped, last)
+    indices, take, last = _cut(data, chunks)
+    mapped = jax.lax.map(lambda index: fn(take(index)), indices)
+
+    def in_order(parts: Array) -> Array:
+        whole = parts.shape[0] * parts.shape[1]
+        return jnp.reshape(jnp.moveaxis(parts, 0, 1), (whole, *parts.shape[2:]))
+
+    mapped = jax.tree.map(in_order, mapped)
+    if last is not None:
+        mapped = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), mapped, fn(last))
     return mapped
 
 

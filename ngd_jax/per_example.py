@@ -206,15 +206,27 @@ class Group:
     def blocks(self, count: int | None, num_rows: int = BLOCK_ROWS) -> tuple[int, int]:
         """The number of examples in every block, at most `count`, and of blocks.
 
-        The last one overlaps its neighbour, so that there is one loop body to compile.
+        Up to twice as many blocks as are needed, if they are then of one size. If not,
+        the last one overlaps its neighbour, so that there is one loop body to compile.
 
         Args:
           count: None for as many as have `num_rows` rows.
           num_rows: see `count`.
         """
         count = count or max(1, num_rows // max(1, self.rows_per_example))
-        num_blocks = -(-self.size // count)
+        least = -(-self.size // count)
+        even = (n for n in range(least, 2 * least + 1) if self.size % n == 0)
+        num_blocks = next(even, least)
         return -(-self.size // num_blocks), num_blocks
+
+    def examples(self, size: int) -> np.ndarray:
+        """The examples in the order of the rows of blocks of that size.
+
+        Even blocks take one example from each of `size` equal parts of the batch. So
+        every device that has a part of it works on every block.
+        """
+        order = np.arange(self.size)
+        return order if self.size % size else order.reshape(size, -1).T.ravel()
 
     def map(
         self, fn: Callable[[Row, Array], PyTree], block: Array | int, size: int
@@ -228,7 +240,11 @@ class Group:
         start = jnp.minimum(block * size, self.size - size)
 
         def take(leaf: Any) -> Array:
-            return jax.lax.dynamic_slice_in_dim(leaf, start, size)
+            if self.size % size:
+                return jax.lax.dynamic_slice_in_dim(leaf, start, size)
+            shape = (size, self.size // size, *jnp.shape(leaf)[1:])
+            parts = jnp.reshape(leaf, shape)
+            return jax.lax.dynamic_index_in_dim(parts, block, 1, keepdims=False)
 
         def on_example(batch: Batch, data: PyTree) -> PyTree:
             alone = jax.tree.map(lambda x, c: x[None] if c else x, batch, self.cut)
@@ -371,8 +387,14 @@ def flat_rows(rows: Array) -> Array:
     return rows.reshape(math.prod(rows.shape[:2]), *rows.shape[2:])
 
 
-def order_of(fisher: Fisher, groups: list[Group]) -> np.ndarray:
-    """Where each entry of `ravel_real(A v)` is among rows by group and example."""
+def order_of(fisher: Fisher, groups: list[Group], sizes: list[int]) -> np.ndarray:
+    """Where each entry of `ravel_real(A v)` is among rows by group and block.
+
+    Args:
+      fisher: the Fisher.
+      groups: its groups.
+      sizes: the number of examples in the blocks of each.
+    """
     start = 0
 
     def number(leaf: Any) -> np.ndarray:
@@ -383,11 +405,12 @@ def order_of(fisher: Fisher, groups: list[Group]) -> np.ndarray:
     numbers = jax.tree.map(number, coefficient_shapes(fisher))
     parts = split(fisher.likelihood, numbers)
     places = []
-    for group in groups:
+    for group, size in zip(groups, sizes, strict=True):
         # `[p, N, ...]`, where p counts the real and the imaginary part of a leaf.
         leaves = jax.tree.leaves([parts[term.place] for term in group.terms])
         by_example = [np.moveaxis(x, 0, 1).reshape(group.size, -1) for x in leaves]
-        places.append(np.concatenate(by_example, axis=1).ravel())
+        by_example = np.concatenate(by_example, axis=1)
+        places.append(by_example[group.examples(size)].ravel())
     return np.argsort(np.concatenate(places))
 
 

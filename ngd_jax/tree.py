@@ -31,9 +31,11 @@ __all__ = [
     "max_abs",
     "norm",
     "pack",
+    "placed_like",
     "random_like",
     "real_dtype",
     "replicate",
+    "rows_like",
     "scale",
     "select",
     "size",
@@ -70,8 +72,8 @@ def widen(tree: PyTree) -> PyTree:
 
 
 def zeros_like_wide(tree: PyTree) -> PyTree:
-    """Zeros of the shapes of `tree`, each leaf in its `widen`ed dtype."""
-    return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), wide_dtype(x)), tree)
+    """Zeros of the shapes of `tree`, placed alike, in the `widen`ed dtypes."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide_dtype(x)), tree)
 
 
 def size(tree: PyTree) -> int:
@@ -159,6 +161,28 @@ def replicate(tree: PyTree) -> PyTree:
         return jax.sharding.reshard(leaf, _replicated(leaf, mesh))
 
     return jax.tree.map(on_leaf, tree)
+
+
+def placed_like(values: PyTree, like: PyTree) -> PyTree:
+    """Values on the devices of `like`, whose mesh axes may be explicit."""
+
+    def place(value: Any, other: Any) -> Any:
+        here, there = jax.typeof(value).sharding, jax.typeof(other).sharding
+        if here == there or not (_is_split(value) or _is_split(other)):
+            return value
+        mesh = there.mesh if _is_split(other) else here.mesh
+        return jax.sharding.reshard(value, NamedSharding(mesh, there.spec))
+
+    return jax.tree.map(place, values, like)
+
+
+def rows_like(matrix: Array, like: Array) -> Array:
+    """A matrix whose rows are divided like the first axis of an array, if explicit."""
+    if not _is_split(like):
+        return matrix
+    sharding = jax.typeof(like).sharding
+    spec = PartitionSpec(sharding.spec[0], None)
+    return jax.sharding.reshard(matrix, NamedSharding(sharding.mesh, spec))
 
 
 def _replicated(leaf: Any, mesh: Any) -> NamedSharding:

@@ -1,48 +1,90 @@
 """Run by test_sharding with 8 devices: every solver, spread over a mesh or not.
 
-Prints one line of JSON: for each solver and layout the largest difference from the step
-on one device, and the largest number of per-example entries that a collective gathers.
-With explicit mesh axes also products and KL of the Fisher, microbatches among them.
+Prints one line of JSON: for each solver, layout and dtype the largest difference from
+two steps on one device, and the number of entries that the largest all-gather returns.
+Arguments: solvers, layouts and dtypes, each with commas between; or `products`, for
+products and KL of the Fisher, microbatches among them.
 """
 
 import contextlib
 import json
 import re
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngd_jax as ngd
 from tests import reference
 
-# A number that no parameter has as a factor of its shape, so that it shows in HLO.
-NUM_EXAMPLES = 56
+NUM_EXAMPLES = 48
 # Solved to the end: unfinished solves amplify round-off a million times.
 SOLVERS = {
     "default": None,
-    "cg": ngd.CG(200, rtol=1e-12, warm_start=0.5),
+    "auto": ngd.Auto(
+        ngd.CG(3, preconditioner=ngd.Kronecker()), free=0.0, exactness=0.0
+    ),
+    "cg": ngd.CG(60, rtol=1e-14, warm_start=0.5),
     "nystrom": ngd.CG(
-        200,
-        rtol=1e-12,
+        60,
+        rtol=1e-14,
         preconditioner=ngd.contrib.Nystrom(rank=8, key=jax.random.key(0)),
     ),
-    "jacobi": ngd.CG(200, rtol=1e-12, preconditioner=ngd.contrib.Jacobi()),
-    "kronecker": ngd.CG(200, rtol=1e-12, preconditioner=ngd.Kronecker()),
+    "jacobi": ngd.CG(60, rtol=1e-14, preconditioner=ngd.contrib.Jacobi()),
+    "kronecker": ngd.CG(60, rtol=1e-14, preconditioner=ngd.Kronecker()),
     "kfac": ngd.KFAC(),
-    "lsmr": ngd.LSMR(120, rtol=1e-12),
+    "lsmr": ngd.LSMR(60, rtol=1e-14),
     "sample_space": ngd.SampleSpace(),
+    "blocks": ngd.SampleSpace(block_size=8),
     "cholesky": ngd.Cholesky(),
+    "svd": ngd.contrib.SVD(),
+    "damping_search": ngd.contrib.DampingSearch(initial=10.0),
 }
-QUICK = ("cg", "kronecker", "sample_space")
-LAYOUTS = ("batch", "batch and parameters", "explicit batch")
+QUICK = ("cg", "kfac", "sample_space")
+
+
+class Layout(NamedTuple):
+    """Where batch and parameters are.
+
+    Attributes:
+      shape: of the mesh with axes "data" and "model".
+      kind: of the axes.
+      batch: the mesh axes that divide the examples.
+      params: the mesh axes that divide the largest axis of each parameter, if they can.
+    """
+
+    shape: tuple[int, int]
+    kind: AxisType
+    batch: tuple[str, ...]
+    params: tuple[str, ...]
+
+    @property
+    def mesh(self):
+        return jax.make_mesh(self.shape, ("data", "model"), axis_types=(self.kind,) * 2)
+
+
+_AUTO, _EXPLICIT = AxisType.Auto, AxisType.Explicit
+LAYOUTS = {
+    f"{name}{kind.name.lower()}": Layout(shape, kind, batch, params)
+    for kind in (_AUTO, _EXPLICIT)
+    for name, shape, batch, params in (
+        ("", (8, 1), ("data",), ()),
+        ("two-", (4, 2), ("data", "model"), ()),
+        ("fsdp-", (8, 1), ("data",), ("data",)),
+        ("mixed-", (4, 2), ("data",), ("model",)),
+    )
+}
 
 
 def model_fn(params, batch):
+    if any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(params)):
+        # With explicit axes a model says itself where its parameters meet.
+        params = jax.tree.map(lambda x: jax.sharding.reshard(x, P()), params)
     return reference.network(params, batch["x"])
 
 
@@ -51,16 +93,18 @@ def loss_of_outputs(logits, batch):
     return losses.mean()
 
 
-def make_step(solver):
-    options = {} if solver is None else {"solver": solver}
-    if solver is not None and solver.uses_coefficients:
+def make_step(solver, **options):
+    if solver is not None:
+        options["solver"] = solver
+    if getattr(solver, "uses_coefficients", False):
         options["loss_fn"] = loss_of_outputs
     tx = ngd.natural_gradient(
         None,
         model_fn,
         ngd.Categorical(),
         max_kl=1e-2,
-        damping=1e-2,
+        momentum=0.5 if getattr(solver, "warm_start", 0) == 0 else 0.0,
+        damping=0.0 if isinstance(solver, ngd.contrib.DampingSearch) else 0.1,
         **options,
     )
 
@@ -69,87 +113,77 @@ def make_step(solver):
         updates, state = tx.update(grads, state, params, batch=batch)
         return optax.apply_updates(params, updates), state
 
-    return tx, jax.jit(step)
+    def two_steps(params, state, batch):
+        return step(*step(params, state, batch), batch)
+
+    return tx, jax.jit(two_steps)
 
 
 def gathered(hlo):
-    """Entries of the largest all-gather or all-to-all result with a batch axis."""
-    largest = 0
-    for line in hlo.splitlines():
-        found = re.search(r"= \(?\w+\[([\d,]*)\].* (all-gather|all-to-all)\(", line)
-        if found and found.group(1):
-            shape = [int(n) for n in found.group(1).split(",")]
-            if NUM_EXAMPLES in shape:
-                largest = max(largest, int(np.prod(shape)))
-    return largest
+    """The entries of the largest result of an all-gather or all-to-all."""
+    found = re.findall(r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-to-all)\(", hlo)
+    shapes = [[int(n) for n in shape.split(",") if n] for shape in found]
+    return max((int(np.prod(shape)) for shape in shapes), default=0)
 
 
 def largest(values):
     return float(max(np.abs(x).max() for x in jax.tree.leaves(values)))
 
 
-def main(names):
-    jax.config.update("jax_enable_x64", True)
-    assert len(jax.devices()) == 8
+def problem(dtype):
     rng = np.random.default_rng(0)
-    params = reference.network_params(rng, 4, num_hidden=8, dtype=jnp.float64)
-    batch = {
-        "x": jnp.asarray(rng.normal(size=(NUM_EXAMPLES, 2)), jnp.float64),
-        "y": jnp.asarray(rng.integers(0, 4, NUM_EXAMPLES)),
-    }
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    params = reference.network_params(rng, 4, num_hidden=16, dtype=jnp.float64)
+    batch = {"x": rng.normal(size=(NUM_EXAMPLES, 2))}
+    params, batch = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, batch))
+    return params, batch | {"y": jnp.asarray(rng.integers(0, 4, NUM_EXAMPLES))}
 
-    def put(values, spec, mesh=mesh):
-        return jax.tree.map(
-            lambda x: jax.device_put(x, NamedSharding(mesh, spec)), values
-        )
 
-    whole = put(params, P())
-    spread = {**whole, "hidden": dict(whole["hidden"]), "out": list(whole["out"])}
-    spread["hidden"]["w"] = put(params["hidden"]["w"], P(None, "model"))
-    spread["out"][0] = put(params["out"][0], P("model", None))
-    places = {
-        "batch": (mesh, whole, put(batch, P("data"))),
-        "batch and parameters": (mesh, spread, put(batch, P("data"))),
-        "explicit batch": (
-            explicit,
-            put(params, P(), explicit),
-            put(batch, P("data"), explicit),
-        ),
-    }
-    results = {}
-    for name in names:
-        tx, step = make_step(SOLVERS[name])
-        truth, _ = step(params, tx.init(params), batch)
-        for layout in LAYOUTS:
+def placed(layout, params, batch):
+    """Parameters and batch on the devices."""
+    mesh = layout.mesh
+
+    def spec(leaf):
+        size = int(np.prod([mesh.shape[axis] for axis in layout.params]))
+        axis = max(range(leaf.ndim), key=lambda k: leaf.shape[k], default=None)
+        if axis is None or leaf.shape[axis] % size or not layout.params:
+            return P()
+        return P(*[None] * axis, layout.params)
+
+    params = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), params
+    )
+    return params, jax.device_put(batch, NamedSharding(mesh, P(layout.batch)))
+
+
+def measure(name, dtype, layouts):
+    """Two steps at all places against those on one device."""
+    tx, steps = make_step(SOLVERS[name])
+    params, batch = problem(dtype)
+    truth, _ = steps(params, tx.init(params), batch)
+    reports = {}
+    for place in layouts:
+        layout = LAYOUTS[place]
+        is_explicit = layout.kind is _EXPLICIT
+        with jax.set_mesh(layout.mesh) if is_explicit else contextlib.nullcontext():
             try:
-                report = measure(tx, step, truth, params, *places[layout])
+                start, examples = placed(layout, params, batch)
+                arguments = (start, tx.init(start), examples)
+                compiled = steps.lower(*arguments).compile()
+                moved, state = compiled(*arguments)
             except Exception as error:  # noqa: BLE001  # told to the test
-                report = {"error": f"{type(error).__name__}: {error}"[:2000]}
-            results[f"{name}, {layout}"] = report
-    with jax.set_mesh(explicit):
-        check_products(*places["explicit batch"][1:], params, batch)
-    print(json.dumps(results))
-
-
-def measure(tx, step, truth, params, mesh, start, batch):
-    """A step at one place against that on one device."""
-    is_explicit = AxisType.Explicit in mesh.axis_types
-    with jax.set_mesh(mesh) if is_explicit else contextlib.nullcontext():
-        arguments = (start, tx.init(start), batch)
-        compiled = step.lower(*arguments).compile()
-        moved, state = compiled(*arguments)
-    on_host = jax.device_get((moved, truth, params))
-    moved_there, truth, before = on_host
-    return {
-        "error": None,
-        "difference": largest(jax.tree.map(np.subtract, truth, moved_there)),
-        "step": largest(jax.tree.map(np.subtract, truth, before)),
-        "gathered": gathered(compiled.as_text()),
-        "devices": len(moved["hidden"]["w"].sharding.device_set),
-        "status": int(state.info.status),
-    }
+                reports[place] = {"error": f"{type(error).__name__}: {error}"[:1500]}
+                continue
+        on_host = jax.device_get((moved, truth, params))
+        moved_there, truth, before = on_host
+        step = largest(jax.tree.map(np.subtract, truth, before))
+        reports[place] = {
+            "error": None,
+            "difference": largest(jax.tree.map(np.subtract, truth, moved_there)) / step,
+            "gathered": gathered(compiled.as_text()),
+            "devices": len(moved["hidden"]["w"].sharding.device_set),
+            "status": int(state.info.status),
+        }
+    return reports
 
 
 @jax.jit
@@ -171,16 +205,36 @@ def products(params, batch):
             fisher.sqrt_rmatvec(fisher.sqrt_solve(cotangents)),
         ]
 
-    weights = 1.0 + batch["y"]
-    return [of(), of(weights=weights), of(kind="empirical", targets=batch["y"])]
+    options = [
+        {},
+        {"weights": 1.0 + batch["y"]},
+        {"kind": "empirical", "targets": batch["y"]},
+        {"microbatch_size": 8},
+    ]
+    return [of(**one) for one in options]
 
 
-def check_products(params, batch, params_here, batch_here):
-    truth = jax.device_get(products(params_here, batch_here))
-    found = jax.device_get(products(params, batch))
+def check_products():
+    layout = LAYOUTS["explicit"]
+    params, batch = problem(jnp.float64)
+    truth = jax.device_get(products(params, batch))
+    with jax.set_mesh(layout.mesh):
+        found = jax.device_get(products(*placed(layout, params, batch)))
     for a, b in zip(jax.tree.leaves(truth), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+def main(names, layouts, dtypes):
+    jax.config.update("jax_enable_x64", True)
+    assert len(jax.devices()) == 8
+    results = {}
+    for name in names.split(","):
+        for dtype in dtypes.split(","):
+            found = measure(name, dtype, layouts.split(","))
+            results |= {f"{name} {where} {dtype}": x for where, x in found.items()}
+    check_products()
+    print(json.dumps(results))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -19,6 +19,8 @@ __all__ = ["Block", "Group", "blocks_of", "groups_of", "sides_of", "splits_of"]
 
 # Memory, in numbers, that the factors of a split may take even if no layer uses it.
 _SPARE_NUMBERS = 2**16
+# Places for no factor that a group may have, for each factor.
+_SPARE_SHARE = 0.1
 
 
 class Block(NamedTuple):
@@ -54,12 +56,14 @@ class Group(NamedTuple):
       members: for each, the index among the leaves, and the axis of its shape that
         separates rows from columns; None for vectors.
       blocks: the block of each member; None if it has none, or if it is not known.
+      row_multiple: what the number of rows of a stored factor is a multiple of.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     members: tuple[tuple[int, int | None], ...]
     blocks: tuple[Block | None, ...]
+    row_multiple: int
 
     @property
     def real_dtype(self) -> Any:
@@ -72,13 +76,26 @@ class Group(NamedTuple):
         return len(self.shape) == 2
 
     @property
+    def is_by_rows(self) -> bool:
+        """Whether each device has some rows of every factor."""
+        return self.row_multiple > 1
+
+    def num_rows(self, size: int) -> int:
+        """The rows that are stored of the factor of a side, with that of a bias."""
+        return -(-(size + 1) // self.row_multiple) * self.row_multiple
+
+    @property
     def is_used(self) -> bool:
         """Whether any member has a block."""
         return any(block is not None for block in self.blocks)
 
 
-def groups_of(leaves: list[Any], max_size: int) -> list[Group]:
-    """The groups of all leaves with entries, a function of their shapes alone."""
+def groups_of(leaves: list[Any], max_size: int, num_devices: int = 1) -> list[Group]:
+    """The groups of all leaves with entries, a function of their shapes alone.
+
+    If the matrices of one shape fill `num_devices` devices almost evenly, places for
+    none fill up the rest. If not, those that are left over are a group divided by rows.
+    """
     members: dict[tuple, list[tuple[int, int | None]]] = {}
     for place, leaf in enumerate(leaves):
         shape, dtype = jnp.shape(leaf), tree.wide_dtype(leaf)
@@ -88,10 +105,20 @@ def groups_of(leaves: list[Any], max_size: int) -> list[Group]:
         if not splits_of(leaf, max_size) and 0 not in shape:
             key = ((math.prod(shape),), dtype)
             members.setdefault(key, []).append((place, None))
-    return [
-        Group(shape, dtype, tuple(found), (None,) * len(found))
-        for (shape, dtype), found in members.items()
-    ]
+    groups = []
+    for (shape, dtype), found in members.items():
+        whole, rest = found, []
+        spare = -len(found) % num_devices
+        if len(shape) == 2 and spare <= _SPARE_SHARE * len(found):
+            whole = [*found, *[(-1, None)] * spare]
+        elif len(shape) == 2:
+            stop = len(found) - len(found) % num_devices
+            whole, rest = found[:stop], found[stop:]
+        for part, row_multiple in ((whole, 1), (rest, num_devices)):
+            if part:
+                none = (None,) * len(part)
+                groups.append(Group(shape, dtype, tuple(part), none, row_multiple))
+    return groups
 
 
 def blocks_of(layers: list[Layer], params: Params, max_size: int) -> list[Block]:

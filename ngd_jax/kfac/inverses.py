@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngd_jax import tree
+from ngd_jax.kfac.division import Division
 from ngd_jax.kfac.groups import Block, Group
 from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
 from ngd_jax.types import Array, ArrayLike, MatVec, PyTree, Scalar
@@ -36,6 +37,7 @@ def damping_weights(fisher: Any) -> list[ArrayLike]:
 
 def refreshed_inverses(
     groups: list[Group],
+    division: Division,
     state: KroneckerState,
     damping: Scalar,
     weights: list[ArrayLike],
@@ -45,18 +47,27 @@ def refreshed_inverses(
     for place, group in enumerate(groups):
         if group.is_matrices and group.is_used:
             sides, shifts = _damped(group, state.averages[place], damping, weights)
-            inverses[place] = Pair(*map(_inverse, sides, shifts))
+            inverses[place] = Pair(
+                *(
+                    _inverse(side, shift, group, division)
+                    for side, shift in zip(sides, shifts, strict=True)
+                )
+            )
             # No entry of an inverse is above 1 / ε, and a Cholesky factorisation that
             # breaks down leaves only NaN: checking one entry is enough.
             witnesses += [1 / shift for shift in shifts]
-            witnesses += [
-                side.diagonal if isinstance(side, LongInverse) else side[:, 0, 0]
-                for side in inverses[place]
-            ]
+            witnesses += [_witness(side, division) for side in inverses[place]]
     sums = [jnp.sum(x).astype(damping.dtype) for x in witnesses]
     is_finite = jnp.isfinite(sum(sums, jnp.zeros_like(damping)))
     age = jnp.where(is_finite, 1, state.age)
     return age, tree.select(is_finite, tuple(inverses), state.inverses)
+
+
+def _witness(inverse: Any, division: Division) -> Array:
+    if isinstance(inverse, LongInverse):
+        return inverse.diagonal
+    # A single entry of a divided array cannot be cut out of it.
+    return inverse[:, 0, 0] if division.sharding is None else _trace(inverse)
 
 
 def _damped(
@@ -113,11 +124,11 @@ def _trace(side: Any) -> Array:
     if isinstance(side, Long):
         return jnp.sum(side.square, 1)
     # As a product: `jnp.trace` is a gather and a reduction.
-    identity = jnp.eye(side.shape[-1], dtype=side.dtype)
+    identity = jnp.eye(*side.shape[1:], dtype=side.dtype)
     return tree.contract(side, identity, (1, 2), (0, 1))
 
 
-def _inverse(side: Any, shift: Array) -> Any:
+def _inverse(side: Any, shift: Array, group: Group, division: Division) -> Any:
     """(A + ε)⁻¹ of each."""
     if isinstance(side, Long):
         square, mean = side
@@ -125,27 +136,37 @@ def _inverse(side: Any, shift: Array) -> Any:
         scaled = diagonal * mean
         downdate = 1 + jnp.sum(mean * scaled, 1)
         return LongInverse(diagonal, scaled / downdate[:, None], downdate)
-    if len(side) == 1:
-        return _inverse_of_one(side[0], shift[0])[None]
-    # One at a time: one program for all, and no batched LAPACK, which hung.
-    return jax.lax.map(lambda one: _inverse_of_one(*one), (side, shift))
+    return division.map(_inverse_of_one, group, side, shift)
 
 
-def _inverse_of_one(square: Array, shift: Array) -> Array:
-    identity = jnp.eye(len(square), dtype=square.dtype)
+def _inverse_of_one(rows: Array, shift: Array, axes: tuple[str, ...]) -> Array:
+    """This device's rows of (A + ε)⁻¹ from those of A, which mesh axes may divide."""
+    size = rows.shape[1]
+    square = jax.lax.all_gather(rows, axes, tiled=True)[:size] if axes else rows
+    identity = jnp.eye(size, dtype=square.dtype)
     # LAPACK is column-major: transposing a symmetric matrix saves a copy.
     damped = (square + shift * identity).T
     root = jax.lax.linalg.cholesky(damped, symmetrize_input=False)
-    half = jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
-    return _matmul(half.T, half)
+    solve = functools.partial(
+        jax.lax.linalg.triangular_solve, root, left_side=True, lower=True
+    )
+    if not axes:
+        half = solve(identity)
+        return _matmul(half.T, half)
+    # Columns of I; rows beyond those of A give columns of zeros.
+    places = jax.lax.axis_index(axes) * len(rows) + jnp.arange(len(rows))
+    columns = (jnp.arange(size)[:, None] == places[None]).astype(square.dtype)
+    return solve(solve(columns), transpose_a=True).T
 
 
 def _multiply(inverse: Any, values: Array, axis: int) -> Array:
     """Symmetric inverses `[K, n, n]` times matrices, along their `axis`, 1 or 2."""
     if not isinstance(inverse, LongInverse):
+        if axis == 1:
+            return _matmul(inverse, values)
         # Multiplied from the right: transposing twice would make two copies.
-        factors = (inverse, values) if axis == 1 else (values, inverse)
-        return _matmul(*factors)
+        is_whole = inverse.shape[1] == inverse.shape[2]
+        return _matmul(values, inverse if is_whole else jnp.swapaxes(inverse, 1, 2))
     diagonal, solved = (
         jnp.expand_dims(x, 3 - axis) for x in (inverse.diagonal, inverse.solved)
     )
@@ -157,6 +178,7 @@ def _multiply(inverse: Any, values: Array, axis: int) -> Array:
 def inverse_matvec(
     fisher: Any,
     groups: list[Group],
+    division: Division,
     state: KroneckerState,
     damping: Scalar,
     weights: list[ArrayLike],
@@ -170,23 +192,28 @@ def inverse_matvec(
             diagonals[place] = jnp.where(is_seen, diagonal, 1)
 
     def matvec(vector: PyTree) -> PyTree:
-        vector = tree.widen(vector)
+        given = vector = tree.widen(vector)
         if scales is not None:
             vector = jax.tree.map(jnp.divide, vector, scales)
-        leaves, structure = jax.tree.flatten(vector)
+        leaves, structure = jax.tree.flatten(tree.replicate(vector))
         results = list(leaves)
         for place, group in enumerate(groups):
             if not group.is_used:
                 continue
             if group.is_matrices:
-                rows, columns = state.inverses[place]
-                solved = _multiply(rows, _bordered(group, leaves), axis=1)
-                solved = _multiply(columns, solved, axis=2)
+                solved = division.share(group, _bordered(group, leaves))
+                for axis, inverse in enumerate(state.inverses[place], 1):
+                    solved = _multiply(inverse, solved, axis)
+                    if group.is_by_rows:
+                        stop = group.shape[axis - 1] + 1
+                        solved = division.gather(solved)
+                        solved = jax.lax.slice_in_dim(solved, 0, stop, axis=axis)
+                solved = division.gather(solved)
             else:
                 own = [leaves[b.weight].reshape(-1) for b in group.blocks if b]
                 solved = jnp.stack(own) / diagonals[place]
             _spread(group, solved, results)
-        solved = jax.tree.unflatten(structure, results)
+        solved = tree.placed_like(jax.tree.unflatten(structure, results), given)
         if scales is not None:
             solved = jax.tree.map(jnp.divide, solved, scales)
         return solved

@@ -1,12 +1,16 @@
 """`Kronecker`: averages of the factors over the batches of many steps."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 
 from ngd_jax import tree
+from ngd_jax.kfac.division import Division
 from ngd_jax.kfac.factors import batch_factors, total
 from ngd_jax.kfac.groups import Block, Group, groups_of, sides_of
 from ngd_jax.kfac.inverses import (
@@ -57,6 +61,13 @@ class Kronecker:
         side takes a few vectors in place of its two matrices. A weight with more than
         two axes takes more, because only the program tells which of them are inputs and
         which are outputs.
+      sharding: a mesh, and its axes that divide factors and inverses, as in
+        `NamedSharding(mesh, P("data"))`; None if every device has all of them. Each
+        device has and inverts an equal share of the factors of one shape; of those that
+        are left over it has some rows, for which it factorises all of them. M⁻¹ v then
+        gathers as many numbers as there are parameters, or twice as many. The shapes of
+        the state depend on the number of devices; `jax.jit(tx.init)(params)` makes it
+        where it belongs.
 
     Raises:
       ValueError, TypeError: for numbers out of range.
@@ -82,8 +93,10 @@ class Kronecker:
     refresh_every: int = 20
     observe_every: int = 5
     max_size: int = 2048
+    sharding: NamedSharding | None = None
 
     def __post_init__(self) -> None:
+        Division(self.sharding)  # raises
         check_count("refresh_every", self.refresh_every)
         check_count("observe_every", self.observe_every)
         check_count("max_size", self.max_size)
@@ -92,26 +105,28 @@ class Kronecker:
 
     def init(self, params: Params) -> KroneckerState:
         """The state before anything is built; M is then I."""
-        groups = groups_of(jax.tree.leaves(params), self.max_size)
+        groups = self._groups(params)
         # `optax.tree.map_params` treats the state made from no parameters as a prefix
         # of every state: a leaf there stands for everything not shaped like the
         # parameters.
         averages = tuple(map(self._zeros, groups)) if groups else jnp.zeros(())
         inverses = tuple(map(self._identities, groups)) if groups else jnp.zeros(())
-        return KroneckerState(
+        state = KroneckerState(
             num_batches=jnp.zeros((), jnp.int32),
             age=jnp.asarray(self.refresh_every, jnp.int32),
             averages=averages,
             inverses=inverses,
         )
+        return self._divided(groups, state) if groups else state
 
     def prepare(
         self, fisher: Any, state: KroneckerState, damping: ArrayLike
     ) -> tuple[MatVec, KroneckerState]:
         """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
-        groups = groups_of(jax.tree.leaves(fisher.params), self.max_size)
+        groups, division = self._groups(fisher.params), Division(self.sharding)
         if not groups:
             return lambda vector: vector, state
+        state = self._divided(groups, state)
         # A mean of few batches needs every batch; a long memory changes slowly.
         is_young = state.num_batches < 1 / (1 - self.decay)
         is_observed = is_young | (state.age % self.observe_every == 0)
@@ -128,15 +143,27 @@ class Kronecker:
         is_due = state.age >= jnp.minimum(half, self.refresh_every)
         age, inverses = jax.lax.cond(
             is_due & is_observed & (state.num_batches > 0),
-            lambda: refreshed_inverses(groups, state, damping, weights),
+            lambda: refreshed_inverses(groups, division, state, damping, weights),
             lambda: (state.age + 1, state.inverses),
         )
-        state = state._replace(age=age, inverses=inverses)
-        return inverse_matvec(fisher, groups, state, damping, weights), state
+        state = self._divided(groups, state._replace(age=age, inverses=inverses))
+        return inverse_matvec(fisher, groups, division, state, damping, weights), state
 
     def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
         """The map v -> M⁻¹ v, built for this Fisher and not kept."""
         return self.prepare(fisher, self.init(fisher.params), damping)[0]
+
+    def _groups(self, params: Params) -> list[Group]:
+        num_devices = Division(self.sharding).num_devices
+        return groups_of(jax.tree.leaves(params), self.max_size, num_devices)
+
+    def _divided(self, groups: list[Group], state: KroneckerState) -> KroneckerState:
+        """The state with every device's share on it."""
+        divide = Division(self.sharding).divide
+        return state._replace(
+            averages=tuple(map(divide, groups, state.averages)),
+            inverses=tuple(map(divide, groups, state.inverses)),
+        )
 
     def _zeros(self, group: Group) -> Any:
         count = len(group.members)
@@ -147,7 +174,8 @@ class Kronecker:
             vectors = (count, size + 1)
             if size > self.max_size:
                 return Long(*(jnp.zeros(vectors, group.real_dtype) for _ in range(2)))
-            return jnp.zeros((*vectors, size + 1), group.real_dtype)
+            shape = (count, group.num_rows(size), size + 1)
+            return jnp.zeros(shape, group.real_dtype)
 
         return Pair(*map(side, group.shape))
 
@@ -161,7 +189,8 @@ class Kronecker:
                 return LongInverse(
                     jnp.ones(vectors, dtype), zeros, jnp.zeros(count, dtype)
                 )
-            return jnp.tile(jnp.eye(size + 1, dtype=dtype), (count, 1, 1))
+            one = jnp.eye(group.num_rows(size), size + 1, dtype=dtype)
+            return jnp.tile(one, (count, 1, 1))
 
         return Pair(*map(side, group.shape)) if group.is_matrices else ()
 
@@ -172,6 +201,7 @@ class Kronecker:
 
         Records in `groups` which block each member is.
         """
+        division = Division(self.sharding)
         blocks, factors = batch_factors(fisher, state.num_batches, self.max_size)
         # A sum of finite numbers is finite, unless they are too large for any average.
         sums = map(total, jax.tree.leaves(factors))
@@ -180,15 +210,19 @@ class Kronecker:
         count = state.num_batches + 1
         share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
 
-        def mix(old: Array, *new: Array | None) -> Array:
+        def mix(group: Group, old: Array, *new: Array | None) -> Array:
             filled = [
-                old[k]
+                jnp.zeros(old.shape[1:], old.dtype)
                 if x is None
-                else jnp.pad(x, [(0, len(old[k]) - len(x))] * x.ndim)
-                for k, x in enumerate(new)
+                else jnp.pad(x.astype(old.dtype), _padding(x.shape, old.shape[1:]))
+                for x in new
             ]
-            change = jnp.stack(filled).astype(old.dtype) - old
-            return jnp.where(is_finite, old + share.astype(old.dtype) * change, old)
+            # Each device keeps what it has to: compiled to a reduce-scatter.
+            change = division.divide(group, jnp.stack(filled)) - old
+            is_new, is_known = is_finite, np.array([x is not None for x in new])
+            if not is_known.all():
+                is_new &= is_known.reshape(-1, *[1] * (old.ndim - 1))
+            return jnp.where(is_new, old + share.astype(old.dtype) * change, old)
 
         # Averages for which no batch has a factor stay as they are.
         found = {
@@ -202,9 +236,13 @@ class Kronecker:
             if groups[place].is_used:
                 none = jax.tree.map(lambda _: None, old)
                 filled = [none if factor is None else factor for _, factor in new]
-                old = jax.tree.map(mix, old, *filled)
+                old = jax.tree.map(functools.partial(mix, groups[place]), old, *filled)
             averages.append(old)
         return jnp.where(is_finite, count, state.num_batches), tuple(averages)
+
+
+def _padding(shape: tuple[int, ...], wanted: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(0, stop - size) for size, stop in zip(shape, wanted, strict=True)]
 
 
 def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:

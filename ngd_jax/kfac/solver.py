@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from ngd_jax import tree
 from ngd_jax.kfac.kronecker import Kronecker
@@ -35,7 +36,7 @@ class KFAC(Solver):
     `CG(max_steps=1, rtol=0, preconditioner=Kronecker())` takes the same step.
 
     Attributes:
-      decay, refresh_every, observe_every, max_size: as in `Kronecker`.
+      decay, refresh_every, observe_every, max_size, sharding: as in `Kronecker`.
       exact_length: whether α minimises ½ dᵀ (F + λI) d - gᵀ d, or is 1.
 
     Raises:
@@ -61,13 +62,18 @@ class KFAC(Solver):
     observe_every: int = 5
     max_size: int = 2048
     exact_length: bool = True
+    sharding: NamedSharding | None = None
 
     def __post_init__(self) -> None:
         self._kronecker()  # raises
 
     def _kronecker(self) -> Kronecker:
         return Kronecker(
-            self.decay, self.refresh_every, self.observe_every, self.max_size
+            self.decay,
+            self.refresh_every,
+            self.observe_every,
+            self.max_size,
+            sharding=self.sharding,
         )
 
     def init(self, params: Params) -> KroneckerState:

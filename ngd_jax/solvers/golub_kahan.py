@@ -185,7 +185,10 @@ def _begin(
     zero, one = jnp.zeros_like(size), jnp.ones_like(size)
     zeros = jax.tree.map(jnp.zeros_like, x)
     rows = system.limits.max_steps if system.limits.reorthogonalize else 0
-    basis = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), v)
+    basis = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf)[None], (rows, *leaf.shape)),
+        v,
+    )
     return _State(
         x=x,
         h=zeros,

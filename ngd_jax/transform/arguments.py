@@ -31,6 +31,7 @@ __all__ = [
     "Radius",
     "Rate",
     "Settings",
+    "check_manual_axes",
     "check_params",
     "check_wrappers",
     "split_functions",
@@ -221,6 +222,37 @@ def split_functions(
 def check_params(params: Params) -> None:
     """Raises unless the parameters can be differentiated."""
     tree.check_parameters(params)
+
+
+def check_manual_axes(values: PyTree) -> None:
+    """Raises inside `jax.shard_map` or `jax.pmap`, unless all devices do the same.
+
+    Averaging the gradients by hand is not enough: F, the solver's inner products and
+    the KL are sums over all examples too.
+
+    Args:
+      values: parameters, gradient and batch.
+
+    Raises:
+      ValueError: naming the mesh axis and what to do.
+    """
+    for axis in jax.sharding.get_abstract_mesh().manual_axes:
+        is_hidden = not _varies(jax.lax.axis_index(axis), axis)  # check_vma=False
+        if is_hidden or any(_varies(x, axis) for x in jax.tree.leaves(values)):
+            raise ValueError(
+                f"natural_gradient cannot take its step inside jax.shard_map or "
+                f"jax.pmap, where every device sees its own part along {axis!r}: F and "
+                f"the KL are of all examples. Call tx.update under jax.jit alone, on "
+                f"arrays whose examples are divided over the mesh; train independent "
+                f"models by jax.vmap."
+            )
+
+
+def _varies(value: Any, axis: Any) -> bool:
+    """Whether JAX's types say that a value differs along a manual mesh axis."""
+    kind = jax.typeof(value)
+    # Before jax 0.10 the set itself.
+    return axis in (kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
 def _nested_code(function: Any, name: str) -> types.CodeType | None:

@@ -31,6 +31,7 @@ from ngd_jax.solvers.protocol import (
 )
 from ngd_jax.transform.arguments import (
     Settings,
+    check_manual_axes,
     check_params,
     check_wrappers,
     split_functions,
@@ -106,7 +107,8 @@ class NaturalGradientStep:
         params, model_from = split_functions(params)
         check_params(params)
         tree.check_like(updates, params, name="updates", like_name="params")
-        gradient = tree.widen(updates)
+        check_manual_axes((params, updates, batch))
+        gradient = tree.placed_like(tree.widen(updates), params)
         settings, model_fn = self.settings, model_from(self.settings.model_fn)
 
         def step_of(scale: ArrayLike, direction: PyTree) -> PyTree:
