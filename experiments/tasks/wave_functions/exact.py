@@ -1,4 +1,4 @@
-"""Exact results for a spin chain: ground state energies, and the energy of any ψ.
+"""Exact results for spins: ground state energies, and the energy of any ψ.
 
 For up to about 16 spins, all configurations fit into memory.
 """
@@ -13,13 +13,14 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
-from experiments.tasks.wave_functions.chains import SpinChain
+from experiments.tasks.wave_functions.hamiltonians import SpinSystem
 
 __all__ = [
     "MAX_SPINS",
     "Configurations",
     "enumerate_configurations",
     "exact_energy",
+    "exact_variance",
     "ground_energy",
     "ising_energy",
 ]
@@ -29,7 +30,7 @@ MAX_SPINS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Configurations:
-    """All configurations of a chain, and H in that basis.
+    """All configurations of a system, and H in that basis.
 
     Attributes:
       spins: ±1, `[D, L]`.
@@ -44,27 +45,27 @@ class Configurations:
     elements: np.ndarray
 
 
-def enumerate_configurations(chain: SpinChain) -> Configurations:
+def enumerate_configurations(system: SpinSystem) -> Configurations:
     """All 2ᴸ configurations, or those with Σs = 0 if H conserves it.
 
     Raises:
       ValueError: there are too many.
     """
-    if chain.num_spins > MAX_SPINS:
+    if system.num_spins > MAX_SPINS:
         raise ValueError(
             f"All configurations are listed for at most {MAX_SPINS} spins, got "
-            f"{chain.num_spins}."
+            f"{system.num_spins}."
         )
-    both = itertools.product((1.0, -1.0), repeat=chain.num_spins)
+    both = itertools.product((1.0, -1.0), repeat=system.num_spins)
     spins = np.array(list(both))
-    if chain.conserves_magnetisation:
+    if system.conserves_magnetisation:
         spins = spins[spins.sum(axis=1) == 0]
-    place = np.full(2**chain.num_spins, -1, np.int32)
+    place = np.full(2**system.num_spins, -1, np.int32)
     place[_code(spins)] = np.arange(len(spins), dtype=np.int32)
-    others, elements = (np.asarray(leaf) for leaf in chain.connected(jnp.array(spins)))
+    others, elements = (np.asarray(leaf) for leaf in system.connected(jnp.array(spins)))
     return Configurations(
         spins=spins,
-        diagonal=np.asarray(chain.diagonal(jnp.asarray(spins))),
+        diagonal=np.asarray(system.diagonal(jnp.asarray(spins))),
         neighbours=place[_code(others)],
         elements=elements,
     )
@@ -72,10 +73,26 @@ def enumerate_configurations(chain: SpinChain) -> Configurations:
 
 def exact_energy(all_of_them: Configurations, log_psi: jax.Array) -> jax.Array:
     """⟨ψ|H|ψ⟩ / ⟨ψ|ψ⟩ without sampling, from log ψ of all configurations."""
+    psi, applied = _applied(all_of_them, log_psi)
+    return jnp.real(jnp.vdot(psi, applied))
+
+
+def exact_variance(all_of_them: Configurations, log_psi: jax.Array) -> jax.Array:
+    """‖(H - E) ψ‖² / ‖ψ‖², likewise."""
+    psi, applied = _applied(all_of_them, log_psi)
+    residual = applied - exact_energy(all_of_them, log_psi) * psi
+    return jnp.real(jnp.vdot(residual, residual))
+
+
+def _applied(
+    all_of_them: Configurations, log_psi: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """ψ of norm 1, and Hψ."""
     psi = jnp.exp(log_psi - jnp.max(jnp.real(log_psi)))
+    psi /= jnp.linalg.norm(psi)
     applied = all_of_them.diagonal * psi
     applied += jnp.sum(all_of_them.elements * psi[all_of_them.neighbours], axis=1)
-    return jnp.real(jnp.vdot(psi, applied) / jnp.vdot(psi, psi))
+    return psi, applied
 
 
 def ground_energy(all_of_them: Configurations) -> float:

@@ -17,7 +17,6 @@ import ngd_jax as ngd
 from experiments.running.dispatch import fix_types, match_types, take_steps
 from experiments.running.optimizers import read_step_info
 from experiments.tasks import Task
-from experiments.tasks.wave_functions.chains import SpinChain
 from experiments.tasks.wave_functions.energy import (
     energy_batch,
     energy_gradient,
@@ -27,7 +26,9 @@ from experiments.tasks.wave_functions.energy import (
 from experiments.tasks.wave_functions.error_bars import (
     autocorrelation_time,
     standard_error,
+    v_score,
 )
+from experiments.tasks.wave_functions.hamiltonians import SpinSystem
 
 __all__ = ["Parts", "WaveFunctionState", "init_state", "make_train_chunk", "model_task"]
 
@@ -64,20 +65,22 @@ class Parts:
     """The parts of a run.
 
     Attributes:
-      chain: the Hamiltonian.
+      system: the Hamiltonian.
       model: log ψ in the form that optimizers expect.
       tx: the optimizer.
       start: (key, params) -> chains before the first step.
       sample: draws the configurations of a step.
       measure_kl: whether to measure the KL of a step if `tx` does not.
+      batch_size: number of configurations of a forward pass.
     """
 
-    chain: SpinChain
+    system: SpinSystem
     model: Task
     tx: optax.GradientTransformationExtraArgs
     start: Callable[[jax.Array, PyTree], PyTree]
     sample: Sampler
     measure_kl: bool
+    batch_size: int
 
 
 def model_task(
@@ -103,8 +106,9 @@ def take_step(
     model_fn, params = parts.model.model_fn, state.params
     key = jax.random.fold_in(state.key, state.step)
     samples, chains, sampled = parts.sample(key, params, state.chains)
-    num_spins = parts.chain.num_spins
-    batch = energy_batch(parts.chain, model_fn, params, samples.reshape(-1, num_spins))
+    system, batch_size = parts.system, parts.batch_size
+    spins = samples.reshape(-1, system.num_spins)
+    batch = energy_batch(system, model_fn, params, spins, batch_size)
     energies = jnp.real(batch["energies"]).reshape(samples.shape[:-1])
     energy = jnp.mean(energies)
     if len(energies) > 1:
@@ -117,13 +121,17 @@ def take_step(
         batch=batch,
         value=energy,
         grad=grads,
-        value_fn=functools.partial(reweighted_energy, parts.chain, model_fn),
+        value_fn=functools.partial(
+            reweighted_energy, system, model_fn, batch_size=batch_size
+        ),
     )
     new_params = optax.apply_updates(params, updates)
+    variance = jnp.var(batch["energies"])
     record = {
-        "loss": energy / num_spins,
-        "loss_standard_error": standard_error(energies) / num_spins,
-        "energy_variance": jnp.var(energies),
+        "loss": energy / system.num_spins,
+        "loss_standard_error": standard_error(energies) / system.num_spins,
+        "energy_variance": variance,
+        "v_score": v_score(energy, variance, system.num_spins),
         **sampled,
         **read_step_info(opt_state),
     }
