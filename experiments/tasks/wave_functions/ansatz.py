@@ -20,6 +20,10 @@ __all__ = [
     "symmetrized",
 ]
 
+# Of last layers: sites add up, and if ψ starts out concentrated on one configuration,
+# no gradient leads away from it.
+_SMALL = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+
 
 def log_cosh(x: jax.Array) -> jax.Array:
     """Log cosh x without overflow, real or complex."""
@@ -64,11 +68,8 @@ class _LogCosh(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Small at first: equal features add up, and if ψ starts out concentrated on one
-        # configuration, no gradient leads away from it.
-        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
         shape = (1 + self.phase, x.shape[-1])
-        dense = nn.DenseGeneral(shape, param_dtype=self.dtype, kernel_init=small)
+        dense = nn.DenseGeneral(shape, param_dtype=self.dtype, kernel_init=_SMALL)
         parts = jnp.moveaxis(dense(x), -2, 0)
         return log_cosh(jax.lax.complex(*parts) if self.phase else parts[0]).sum(-1)
 
@@ -136,7 +137,7 @@ class Perceptron(nn.Module):
 class Convolutional(nn.Module):
     """log ψ by convolutions over a lattice, summed: invariant to its translations.
 
-    If complex, ψ is itself a sum over sites and features, Σ exp(z), with complex z.
+    If complex, ψ = exp(f) (1 + g) with real f and complex g.
 
     Attributes:
       channels: of the layers.
@@ -166,11 +167,11 @@ class Convolutional(nn.Module):
             update = jnp.tanh(nn.Dense(channels, param_dtype=self.dtype)(patches))
             x = x + update if number and channels == x.shape[-1] else update
         if self.phase:
-            # A sum of ψ over features and sites: their interference gives signs. One
-            # phase for all has to turn by π, against the energy, to change a sign.
-            features = nn.DenseGeneral((2, x.shape[-1]), param_dtype=self.dtype)(x)
-            log_psi = jax.lax.complex(features[..., 0, :], features[..., 1, :])
-            return _log_mean(log_psi.reshape(*spins.shape[:-1], -1))
+            # The phase of a logarithm would have to turn by π to change a sign; a
+            # factor that is linear in the features goes through zero.
+            last = nn.Dense(3, param_dtype=self.dtype, kernel_init=_SMALL)
+            modulus, *factor = jnp.moveaxis(last(x.sum(axis=-2)), -1, 0)
+            return modulus + jnp.log(1 + jax.lax.complex(*factor))
         return nn.Dense(1, param_dtype=self.dtype)(x.sum(axis=-2))[..., 0]
 
 

@@ -78,9 +78,18 @@ class Lattice:
             )
         return np.argwhere(np.triu(squares == distances[order]))
 
-    def translations(self, steps: tuple[int, ...]) -> np.ndarray:
-        """Translations by 0 to `steps` - 1 sites along each axis, `[T, L]`."""
-        shifts = itertools.product(*(range(count) for count in steps))
+    def translations(
+        self, ends: tuple[int, ...], steps: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        """Translations by range(0, end, step) sites along each axis, `[T, L]`.
+
+        Args:
+          ends: along each axis.
+          steps: likewise; None for 1.
+        """
+        steps = steps or tuple(1 for _ in ends)
+        along = zip(ends, steps, strict=True)
+        shifts = itertools.product(*(range(0, end, step) for end, step in along))
         return np.stack([self._sites(self.coordinates + shift) for shift in shifts])
 
     @property

@@ -30,9 +30,11 @@ from experiments.tasks.wave_functions.exact import (
     exact_variance,
     ground_energy,
     ising_energy,
+    listed_energies,
+    one_of_each_orbit,
 )
 from experiments.tasks.wave_functions.hamiltonians import SpinSystem, make_system
-from experiments.tasks.wave_functions.models import make_model
+from experiments.tasks.wave_functions.models import make_model, symmetries
 from experiments.tasks.wave_functions.pictures import draw_curves
 from experiments.tasks.wave_functions.sampling import (
     move_chains,
@@ -80,8 +82,12 @@ class WaveFunctionLearner:
             task.hamiltonian, task.num_spins, task.field, task.coupling
         )
         can_list = task.num_spins <= MAX_SPINS
-        self._all = enumerate_configurations(system) if can_list else None
-        self._ground = _ground_energy(task, self._all)
+        every = enumerate_configurations(system) if can_list else None
+        self._ground = _ground_energy(task, every)
+        if every is not None:
+            images, flip = symmetries(task.model, system.sites)
+            every = one_of_each_orbit(every, images, flip=flip)
+        self._all = every
         self._parts = make_parts(config, system, self._all)
         self._train_chunk = make_train_chunk(self._parts, config.steps_per_dispatch)
         self._measure = self._make_measure_fn()
@@ -148,30 +154,20 @@ class WaveFunctionLearner:
             return measure_all
         sampler: SamplerConfig = task.sampler
         assert sampler.eval_samples is not None
-        samples = _metropolis(parts.system, model_fn, sampler, sampler.eval_samples)
+        samples = _metropolis(
+            parts.system, model_fn, sampler, sampler.eval_samples, parts.batch_size
+        )
 
         @jax.jit
         def measure_samples(state: WaveFunctionState) -> Records:
             key = jax.random.fold_in(state.key, EVALUATION_STREAM)
             key = jax.random.fold_in(key, state.step)
-            drawn, _, mixing = samples(key, state.params, state.chains)
-            system = parts.system
-
-            def of_draw(spins: jax.Array) -> jax.Array:
-                batch = energy_batch(
-                    system, model_fn, state.params, spins, parts.batch_size
-                )
-                return batch["energies"]
-
-            energies = jax.lax.map(of_draw, drawn)
-            means, variance = jnp.mean(jnp.real(energies)), jnp.var(energies)
-            if len(drawn) > 1:
-                time = autocorrelation_time(jnp.real(energies))
-                mixing |= {"autocorrelation_time": time}
+            _, energies, _, mixing = samples(key, state.params, state.chains)
+            energy, variance = jnp.mean(jnp.real(energies)), jnp.var(energies)
             return {
-                "test_energy": means,
+                "test_energy": energy,
                 "test_energy_standard_error": standard_error(jnp.real(energies)),
-                "test_v_score": v_score(means, variance, system.num_spins),
+                "test_v_score": v_score(energy, variance, task.num_spins),
             } | {f"test_{name}": value for name, value in mixing.items()}
 
         return measure_samples
@@ -183,21 +179,24 @@ def make_parts(
     """Assembles the parts of a run."""
     task: WaveFunctionConfig = config.task
     assert config.batch_size is not None
+    num_samples, batch_size = config.batch_size, config.eval_batch_size
     init_fn, model_fn = make_model(task.model, system)
     model = model_task(init_fn, model_fn)
     sampler = task.sampler
     if sampler.name == "exact":
         assert all_of_them is not None
-        spins, num_samples = all_of_them.spins, config.batch_size
-        start = _no_chains
+        listed, start = all_of_them, _no_chains
 
         def sample(key: jax.Array, params: PyTree, chains: tuple[()]) -> Any:
-            log_psi = _log_psi_of(model_fn, params, spins, config.eval_batch_size)
-            drawn = sample_exactly(key, jnp.asarray(spins), log_psi, num_samples)
-            return drawn[None], chains, {}
+            log_psi = _log_psi_of(model_fn, params, listed.spins, batch_size)
+            chosen = sample_exactly(
+                key, jnp.asarray(listed.counts), log_psi, num_samples
+            )
+            energies = listed_energies(listed, log_psi, chosen)
+            return jnp.asarray(listed.spins)[None, chosen], energies[None], chains, {}
     else:
         start = functools.partial(_burn_in, system, model_fn, sampler)
-        sample = _metropolis(system, model_fn, sampler, config.batch_size)
+        sample = _metropolis(system, model_fn, sampler, num_samples, batch_size)
     return Parts(
         system=system,
         model=model,
@@ -205,7 +204,7 @@ def make_parts(
         start=start,
         sample=sample,
         measure_kl=config.measure_kl,
-        batch_size=config.eval_batch_size,
+        batch_size=batch_size,
     )
 
 
@@ -255,26 +254,33 @@ def _burn_in(
 
 
 def _metropolis(
-    system: SpinSystem, model_fn: Any, sampler: SamplerConfig, num_samples: int
+    system: SpinSystem,
+    model_fn: Any,
+    sampler: SamplerConfig,
+    num_samples: int,
+    batch_size: int,
 ) -> Any:
     """`num_samples` from Markov chains that continue from their state; a `Sampler`."""
     assert sampler.num_chains is not None
     assert sampler.sweeps is not None
-    draws, num_moves = (
-        num_samples // sampler.num_chains,
-        sampler.sweeps * system.num_spins,
-    )
+    draws = num_samples // sampler.num_chains
+    num_moves = sampler.sweeps * system.num_spins
 
     def sample(key: jax.Array, params: PyTree, chains: jax.Array) -> Any:
         def draw(chains: jax.Array, key: jax.Array) -> Any:
             chains, moved = move_chains(
                 system, lambda s: model_fn(params, {"spins": s}), key, chains, num_moves
             )
-            return chains, (chains, moved)
+            batch = energy_batch(system, model_fn, params, chains, batch_size)
+            return chains, (chains, batch["energies"], moved)
 
         keys = jax.random.split(key, draws)
-        chains, (drawn, moved) = jax.lax.scan(draw, chains, keys)
-        return drawn, chains, {"moves_taken": jnp.mean(moved)}
+        chains, (drawn, energies, moved) = jax.lax.scan(draw, chains, keys)
+        records = {"moves_taken": jnp.mean(moved)}
+        if draws > 1:
+            time = autocorrelation_time(jnp.real(energies))
+            records["autocorrelation_time"] = time
+        return drawn, energies, chains, records
 
     return sample
 

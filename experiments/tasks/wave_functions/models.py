@@ -20,7 +20,7 @@ from experiments.tasks.wave_functions.hamiltonians import SpinSystem
 from experiments.tasks.wave_functions.lattices import Lattice
 from experiments.tasks.wave_functions.settings import ModelConfig
 
-__all__ = ["make_model"]
+__all__ = ["make_model", "symmetries"]
 
 PyTree = Any
 
@@ -79,14 +79,33 @@ def _module(config: ModelConfig, lattice: Lattice) -> Any:
             return Convolutional(features, width, dtype, lattice, config.phase)
 
 
-def _images(config: ModelConfig, lattice: Lattice) -> np.ndarray:
-    """The symmetries to average over, but for the flip: `[G, L]`."""
-    steps = tuple(1 for _ in lattice.shape)
+def symmetries(config: ModelConfig, lattice: Lattice) -> tuple[np.ndarray, bool]:
+    """The group that ψ is invariant to: permutations `[G, L]`, and whether it flips."""
+    steps = _own_translations(config, lattice)
     if "translations" in config.symmetries:
-        # The others are those by whole patches, which the network has.
-        own = {"cnn": 1, "transformer": config.patch_size}.get(config.name)
-        steps = lattice.shape if own is None else tuple(own for _ in lattice.shape)
-    translations = lattice.translations(steps)
+        steps = tuple(1 for _ in lattice.shape)
+    translations = lattice.translations(tuple(lattice.shape), steps)
+    return _with_point_group(config, lattice, translations), "flip" in config.symmetries
+
+
+def _images(config: ModelConfig, lattice: Lattice) -> np.ndarray:
+    """The permutations to average over, `[G, L]`."""
+    ends = tuple(1 for _ in lattice.shape)
+    if "translations" in config.symmetries:
+        # Beyond these are those that the network has.
+        ends = _own_translations(config, lattice)
+    return _with_point_group(config, lattice, lattice.translations(ends))
+
+
+def _own_translations(config: ModelConfig, lattice: Lattice) -> tuple[int, ...]:
+    """The steps of the translations that the network itself is invariant to."""
+    own = {"cnn": 1, "transformer": config.patch_size}.get(config.name)
+    return lattice.shape if own is None else tuple(own for _ in lattice.shape)
+
+
+def _with_point_group(
+    config: ModelConfig, lattice: Lattice, translations: np.ndarray
+) -> np.ndarray:
     if "point_group" not in config.symmetries:
         return translations
     return lattice.point_group[:, translations].reshape(-1, lattice.num_sites)

@@ -14,25 +14,25 @@ LogPsi = Callable[[jax.Array], jax.Array]
 
 
 def sample_exactly(
-    key: jax.Array, spins: jax.Array, log_psi: jax.Array, num_samples: int
+    key: jax.Array, counts: jax.Array, log_psi: jax.Array, num_samples: int
 ) -> jax.Array:
     """Independent samples of |ψ|², by inverting its distribution function.
 
     Args:
       key: for the draws.
-      spins: all configurations, `[D, L]`.
+      counts: how many configurations each of those listed stands for, `[D]`.
       log_psi: `[D]`.
       num_samples: N.
 
     Returns:
-      `[N, L]`.
+      Their numbers in the list, `[N]`.
     """
-    weights = jnp.exp(2 * (jnp.real(log_psi) - jnp.max(jnp.real(log_psi))))
+    weights = jnp.exp(2 * (jnp.real(log_psi) - jnp.max(jnp.real(log_psi)))) * counts
     heights = jnp.cumsum(weights)
     draws = jax.random.uniform(key, (num_samples,), heights.dtype) * heights[-1]
     # Because of rounding, a draw may lie beyond the last configuration.
     chosen = jnp.searchsorted(heights, draws, side="right")
-    return spins[jnp.minimum(chosen, len(spins) - 1)]
+    return jnp.minimum(chosen, len(heights) - 1)
 
 
 def start_chains(system: SpinSystem, key: jax.Array, num_chains: int) -> jax.Array:

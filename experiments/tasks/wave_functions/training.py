@@ -18,13 +18,11 @@ from experiments.running.dispatch import fix_types, match_types, take_steps
 from experiments.running.optimizers import read_step_info
 from experiments.tasks import Task
 from experiments.tasks.wave_functions.energy import (
-    energy_batch,
     energy_gradient,
     output_loss,
     reweighted_energy,
 )
 from experiments.tasks.wave_functions.error_bars import (
-    autocorrelation_time,
     standard_error,
     v_score,
 )
@@ -55,9 +53,11 @@ class WaveFunctionState(NamedTuple):
     opt_state: PyTree
 
 
-# (key, params, chains) -> samples [draws, C, L] of C independent chains, the new state
-# of the chains, and records of the sampler's own.
-Sampler = Callable[[jax.Array, PyTree, PyTree], tuple[jax.Array, PyTree, Records]]
+# (key, params, chains) -> samples [draws, C, L] of C independent chains, their local
+# energies [draws, C], the new state of the chains, and records of the sampler's own.
+Sampler = Callable[
+    [jax.Array, PyTree, PyTree], tuple[jax.Array, jax.Array, PyTree, Records]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +105,13 @@ def take_step(
     """One step, on samples of the current model."""
     model_fn, params = parts.model.model_fn, state.params
     key = jax.random.fold_in(state.key, state.step)
-    samples, chains, sampled = parts.sample(key, params, state.chains)
+    samples, local, chains, sampled = parts.sample(key, params, state.chains)
     system, batch_size = parts.system, parts.batch_size
     spins = samples.reshape(-1, system.num_spins)
-    batch = energy_batch(system, model_fn, params, spins, batch_size)
-    energies = jnp.real(batch["energies"]).reshape(samples.shape[:-1])
+    log_psi = model_fn(params, {"spins": spins})
+    batch = {"spins": spins, "log_psi": log_psi, "energies": local.ravel()}
+    energies = jnp.real(local)
     energy = jnp.mean(energies)
-    if len(energies) > 1:
-        sampled = sampled | {"autocorrelation_time": autocorrelation_time(energies)}
     grads = energy_gradient(model_fn, params, batch)
     updates, opt_state = parts.tx.update(
         grads,
@@ -126,7 +125,7 @@ def take_step(
         ),
     )
     new_params = optax.apply_updates(params, updates)
-    variance = jnp.var(batch["energies"])
+    variance = jnp.var(local)
     record = {
         "loss": energy / system.num_spins,
         "loss_standard_error": standard_error(energies) / system.num_spins,

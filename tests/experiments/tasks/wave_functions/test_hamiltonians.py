@@ -1,5 +1,6 @@
 """Hamiltonians, local energies and exact energies, against matrices by definition."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -16,6 +17,8 @@ from experiments.tasks.wave_functions.exact import (
     exact_variance,
     ground_energy,
     ising_energy,
+    listed_energies,
+    one_of_each_orbit,
 )
 from experiments.tasks.wave_functions.hamiltonians import (
     local_energies,
@@ -231,3 +234,43 @@ def test_local_energies_in_batches_are_the_same_and_skip_zero_elements():
     slopes = [float(jax.grad(mean(size))(0.1)) for size in (None, 7)]
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-12)
     assert abs(slopes[0]) > 1e-3
+
+
+def invariant_log_psi(spins):
+    """To translations, reflections and flips of a ring."""
+    bonds = spins * jnp.roll(spins, 1, axis=-1)
+    further = spins * jnp.roll(spins, 2, axis=-1)
+    return (
+        0.3 * bonds.sum(-1)
+        + 0.2j * (bonds * jnp.roll(bonds, 1, -1)).sum(-1)
+        + (0.1 * further.sum(-1) ** 2)
+    )
+
+
+@pytest.mark.parametrize(
+    "system", [make_ising(6, 0.7), make_heisenberg(6)], ids=lambda system: system.name
+)
+def test_one_configuration_of_each_orbit_is_enough_for_an_invariant_psi(system):
+    every = enumerate_configurations(system)
+    ring = system.sites
+    images = ring.point_group[:, ring.translations((6,))].reshape(-1, 6)
+    few = one_of_each_orbit(every, images, flip=True)
+    # Necklaces of two colours, up to reflections and exchange of the colours.
+    assert len(few.spins) == {"ising": 8, "heisenberg": 3}[system.name]
+    assert few.counts.sum() == len(every.spins)
+    whole, part = (invariant_log_psi(jnp.asarray(c.spins)) for c in (every, few))
+    for measure in (exact_energy, exact_variance):
+        assert float(measure(few, part)) == pytest.approx(float(measure(every, whole)))
+    chosen = jnp.array([2, 0, 1, 1])
+    spins = jnp.asarray(few.spins)[chosen]
+    expected = local_energies(system, invariant_log_psi, spins, part[chosen])
+    found = listed_energies(few, part, chosen)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_an_h_without_the_symmetry_keeps_all_configurations():
+    ring = make_ising(4, 0.7)
+    uneven = dataclasses.replace(ring, diagonal=lambda s: ring.diagonal(s) + s[..., 0])
+    every = enumerate_configurations(uneven)
+    found = one_of_each_orbit(every, ring.sites.translations((4,)), flip=False)
+    assert len(found.spins) == 16

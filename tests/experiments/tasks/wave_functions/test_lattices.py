@@ -67,6 +67,9 @@ def test_translations_windows_and_differences_are_shifts():
         np.testing.assert_array_equal(shifted[dx, dy], expected)
         expected = np.roll(field, (1 - dx, 1 - dy), axis=(0, 1))
         np.testing.assert_array_equal(seen[:, :, dx, dy], expected)
+    by_patches = field.ravel()[lattice.translations((4, 6), (2, 3))]
+    assert by_patches.shape == (4, 24)
+    np.testing.assert_array_equal(by_patches[3], np.roll(field, (2, 3), (0, 1)).ravel())
     differences = lattice.differences()
     assert differences[6 * 3 + 1, 6 * 1 + 2] == 6 * 2 + 5
     assert (np.diag(differences) == 0).all()

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.tasks.wave_functions.hamiltonians import make_square_heisenberg
 from experiments.tasks.wave_functions.lattices import Lattice
-from experiments.tasks.wave_functions.models import make_model
+from experiments.tasks.wave_functions.models import make_model, symmetries
 from experiments.tasks.wave_functions.settings import ModelConfig
 
 SQUARE = Lattice((4, 4))
@@ -22,7 +22,7 @@ def x64():
         yield
 
 
-def network(name, *symmetries, **settings):
+def network(name, *names, **settings):
     """Log ψ of random parameters on the square of 16 spins, and 5 configurations."""
     plain = {"cnn": (3, None), "transformer": (None, 2)}.get(name, (None, None))
     kernel_size, patch_size = plain
@@ -33,7 +33,7 @@ def network(name, *symmetries, **settings):
         patch_size=patch_size,
         complex_parameters=settings.get("complex_parameters", False),
         phase=settings.get("phase", False),
-        symmetries=list(symmetries),
+        symmetries=list(names),
     )
     init_fn, model_fn = make_model(config, make_square_heisenberg(16))
     leaves, structure = jax.tree.flatten(init_fn(jax.random.key(0)))
@@ -42,7 +42,7 @@ def network(name, *symmetries, **settings):
     params = jax.tree.unflatten(structure, leaves)
     spins = rng.choice([-1.0, 1.0], size=(5, 16))
     log_psi_fn = jax.jit(lambda spins: model_fn(params, {"spins": spins}))
-    return log_psi_fn, spins, params
+    return log_psi_fn, spins, params, symmetries(config, SQUARE)
 
 
 def is_invariant(log_psi_fn, spins, permutations):
@@ -54,7 +54,7 @@ def is_invariant(log_psi_fn, spins, permutations):
 
 
 @pytest.mark.parametrize(
-    ("name", "symmetries", "translated", "turned", "flipped"),
+    ("name", "names", "translated", "turned", "flipped"),
     [
         ("rbm", (), False, False, False),
         ("rbm", ("translations",), True, False, False),
@@ -68,9 +68,9 @@ def is_invariant(log_psi_fn, spins, permutations):
     ],
 )
 def test_networks_have_the_symmetries_asked_for(
-    name, symmetries, translated, turned, flipped
+    name, names, translated, turned, flipped
 ):
-    log_psi_fn, spins, _ = network(name, *symmetries)
+    log_psi_fn, spins, _, (group, flips) = network(name, *names)
     found = is_invariant(log_psi_fn, spins, NEIGHBOURS)
     assert found == [translated] * len(NEIGHBOURS)
     # Without translations, an image may differ by one from that around another site.
@@ -78,15 +78,17 @@ def test_networks_have_the_symmetries_asked_for(
     assert all(found) == turned
     same = np.allclose(log_psi_fn(-spins), log_psi_fn(spins), atol=1e-12)
     assert same == flipped
-    if name == "transformer":
-        by_patches = SQUARE.translations((4, 4))[[2, 8, 10]]
-        assert all(is_invariant(log_psi_fn, spins, by_patches))
+    assert all(is_invariant(log_psi_fn, spins, group[:: len(group) // 4 or 1]))
+    assert flips == flipped
+    sizes = {"rbm": 1, "mlp": 1, "cnn": 16, "transformer": 4}
+    num_translations = 16 if translated else sizes[name]
+    assert len(group) == num_translations * (8 if turned else 1)
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_symmetric_psi_is_the_mean_over_the_images(is_complex):
-    plain, spins, _ = network("rbm", complex_parameters=is_complex)
-    symmetric, _, _ = network(
+    plain, spins, *_ = network("rbm", complex_parameters=is_complex)
+    symmetric, *_ = network(
         "rbm", "translations", "flip", complex_parameters=is_complex
     )
     field = spins.reshape(5, 4, 4)
@@ -101,7 +103,7 @@ def test_symmetric_psi_is_the_mean_over_the_images(is_complex):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
 def test_phases_are_complex_numbers_of_real_parameters(name):
-    log_psi_fn, spins, params = network(name, phase=True)
+    log_psi_fn, spins, params, _ = network(name, phase=True)
     log_psi = log_psi_fn(spins)
     assert log_psi.dtype == complex
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(float)}

@@ -47,8 +47,16 @@ def p_value(system, samples):
 def test_exact_samples_are_as_often_as_they_should_be():
     system = make_ising(4, 1.0)
     spins = jnp.asarray(enumerate_configurations(system).spins)
-    samples = sample_exactly(jax.random.key(0), spins, log_psi_fn(spins), 20_000)
-    assert p_value(system, samples) > 1e-3
+    ones = jnp.ones(len(spins))
+    chosen = sample_exactly(jax.random.key(0), ones, log_psi_fn(spins), 20_000)
+    assert p_value(system, spins[chosen]) > 1e-3
+
+
+def test_exact_samples_come_in_proportion_to_the_counts():
+    counts = jnp.array([1.0, 3.0, 4.0])
+    chosen = sample_exactly(jax.random.key(0), counts, jnp.zeros(3), 20_000)
+    expected = 20_000 * np.array([1, 3, 4]) / 8
+    assert scipy.stats.chisquare(np.bincount(chosen), expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
