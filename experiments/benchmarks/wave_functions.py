@@ -26,12 +26,12 @@ from experiments.benchmarks.clocks import interleaved_seconds
 from experiments.benchmarks.markdown import Figure, Table
 from experiments.benchmarks.settings import WaveFunctionsSettings
 from experiments.tasks.wave_functions.ansatz import Perceptron, RestrictedBoltzmann
-from experiments.tasks.wave_functions.chains import make_ising
 from experiments.tasks.wave_functions.energy import (
     energy_batch,
     energy_gradient,
     output_loss,
 )
+from experiments.tasks.wave_functions.hamiltonians import make_ising
 from experiments.tasks.wave_functions.sampling import move_chains, start_chains
 from ngd_jax import contrib
 
@@ -133,21 +133,21 @@ def _measure(
 def _problem(
     num_samples: int, widths: list[int]
 ) -> tuple[nn.Module, Any, dict[str, jax.Array]]:
-    chain = make_ising(_NUM_SPINS, 1.0)
+    system = make_ising(_NUM_SPINS, 1.0)
     module: nn.Module = Perceptron(tuple(widths), float)
     if len(widths) == 1:
         module = RestrictedBoltzmann(widths[0], float, scale=0.1)
     key, start_key, move_key = jax.random.split(jax.random.key(0), 3)
-    start = start_chains(chain, start_key, num_samples)
+    start = start_chains(system, start_key, num_samples)
 
     @jax.jit
     def build(key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         params = module.init(key, start[:1])["params"]
         model_fn = functools.partial(_log_psi, module)
         spins, _ = move_chains(
-            chain, lambda s: model_fn(params, {"spins": s}), move_key, start, 200
+            system, lambda s: model_fn(params, {"spins": s}), move_key, start, 200
         )
-        return params, energy_batch(chain, model_fn, params, spins)
+        return params, energy_batch(system, model_fn, params, spins)
 
     params, batch = build(key)
     return module, params, batch

@@ -4,6 +4,7 @@
 * preconditioners of `CG`: `Nystrom`, `Jacobi`, `CholeskyFactor`;
 * `curve_fit`: least squares as in SciPy;
 * rules: `QuadraticModelRate` for the learning rate, `RelativeRadius` for `max_kl`;
+* `march`: natural gradient with momentum and second moments;
 * `presets`: settings under names from the literature.
 """
 
@@ -14,6 +15,7 @@ from ngd_jax.contrib.damping_search import DampingSearch
 from ngd_jax.contrib.factor import CholeskyFactor
 from ngd_jax.contrib.jacobi import Jacobi
 from ngd_jax.contrib.lineax import Lineax
+from ngd_jax.contrib.march import MarchState, march
 from ngd_jax.contrib.nystrom import Nystrom
 from ngd_jax.contrib.quadratic_model_rate import QuadraticModelRate
 from ngd_jax.contrib.relative_radius import RelativeRadius
@@ -28,9 +30,11 @@ __all__ = [
     "DampingSearch",
     "Jacobi",
     "Lineax",
+    "MarchState",
     "Nystrom",
     "QuadraticModelRate",
     "RelativeRadius",
     "curve_fit",
+    "march",
     "presets",
 ]

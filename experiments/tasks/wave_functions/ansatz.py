@@ -1,12 +1,15 @@
 """Networks for log ψ of spin configurations: `[N, L]` to `[N]`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from experiments.tasks.wave_functions.lattices import Lattice
 
 __all__ = [
     "Convolutional",
@@ -14,7 +17,12 @@ __all__ = [
     "RestrictedBoltzmann",
     "Transformer",
     "log_cosh",
+    "symmetrized",
 ]
+
+# Of last layers: sites add up, and if ψ starts out concentrated on one configuration,
+# no gradient leads away from it.
+_SMALL = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
 
 
 def log_cosh(x: jax.Array) -> jax.Array:
@@ -22,6 +30,48 @@ def log_cosh(x: jax.Array) -> jax.Array:
     # cosh is even: use the sign with the smaller exponential.
     x = jnp.where(jnp.real(x) < 0, -x, x)
     return x + jnp.log1p(jnp.exp(-2 * x)) - math.log(2)
+
+
+def symmetrized(
+    log_psi_fn: Callable[[jax.Array], jax.Array], images: np.ndarray, *, flip: bool
+) -> Callable[[jax.Array], jax.Array]:
+    """Log of the mean of ψ over images of a configuration, log mean_g ψ(g s).
+
+    It has the symmetries g if they are a group, or if a group consists of them and of
+    symmetries that ψ has already. In a group of G elements it costs G times as much.
+
+    Args:
+      log_psi_fn: `[..., L]` to log ψ `[...]`, real or complex.
+      images: the symmetries as permutations of the sites, `[G, L]`.
+      flip: whether to add their products with s → -s.
+    """
+
+    def symmetric(spins: jax.Array) -> jax.Array:
+        seen = spins[..., images]
+        seen = jnp.concatenate([seen, -seen], axis=-2) if flip else seen
+        return _log_mean(log_psi_fn(seen))
+
+    return symmetric
+
+
+def _log_mean(log_psi: jax.Array) -> jax.Array:
+    """Log of the mean of ψ over the last axis, without overflow."""
+    top = jax.lax.stop_gradient(jnp.max(jnp.real(log_psi), axis=-1, keepdims=True))
+    return top[..., 0] + jnp.log(jnp.mean(jnp.exp(log_psi - top), axis=-1))
+
+
+class _LogCosh(nn.Module):
+    """Σ log cosh(W x + b) over features, complex of real parameters if `phase`."""
+
+    dtype: Any
+    phase: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (1 + self.phase, x.shape[-1])
+        dense = nn.DenseGeneral(shape, param_dtype=self.dtype, kernel_init=_SMALL)
+        parts = jnp.moveaxis(dense(x), -2, 0)
+        return log_cosh(jax.lax.complex(*parts) if self.phase else parts[0]).sum(-1)
 
 
 class RestrictedBoltzmann(nn.Module):
@@ -66,10 +116,12 @@ class Perceptron(nn.Module):
     Attributes:
       widths: of the hidden layers.
       dtype: of the parameters.
+      phase: whether log ψ is complex, of real parameters.
     """
 
     widths: Sequence[int]
     dtype: Any
+    phase: bool = False
 
     @nn.compact
     def __call__(self, spins: jax.Array) -> jax.Array:
@@ -77,21 +129,29 @@ class Perceptron(nn.Module):
         x = spins
         for width in self.widths:
             x = jnp.tanh(nn.Dense(width, param_dtype=self.dtype)(x))
+        if self.phase:
+            return _LogCosh(self.dtype, phase=True)(x)
         return nn.Dense(1, param_dtype=self.dtype)(x)[..., 0]
 
 
 class Convolutional(nn.Module):
-    """log ψ by convolutions around the ring, summed: invariant to its rotations.
+    """log ψ by convolutions over a lattice, summed: invariant to its translations.
+
+    If complex, ψ = exp(f) (1 + g) with real f and complex g.
 
     Attributes:
       channels: of the layers.
-      width: number of sites that a convolution sees.
+      width: side of the cube of sites that a convolution sees.
       dtype: of the parameters.
+      lattice: where the spins are; None for a ring.
+      phase: whether log ψ is complex, of real parameters.
     """
 
     channels: Sequence[int]
     width: int
     dtype: Any
+    lattice: Lattice | None = None
+    phase: bool = False
 
     @nn.compact
     def __call__(self, spins: jax.Array) -> jax.Array:
@@ -101,28 +161,35 @@ class Convolutional(nn.Module):
         # float64 XLA has no fast convolutions for CPUs
         # (https://github.com/jax-ml/jax/issues/940), and per-sample gradients, grouped
         # convolutions, took 40 s for 512 samples.
-        sites = jnp.arange(x.shape[-2])
-        window = jnp.arange(self.width) - (self.width - 1) // 2
-        seen = (sites[:, None] + window) % len(sites)
+        seen = (self.lattice or Lattice((x.shape[-2],))).windows(self.width)
         for number, channels in enumerate(self.channels):
             patches = x[..., seen, :].reshape(*x.shape[:-1], -1)
             update = jnp.tanh(nn.Dense(channels, param_dtype=self.dtype)(patches))
             x = x + update if number and channels == x.shape[-1] else update
+        if self.phase:
+            # The phase of a logarithm would have to turn by π to change a sign; a
+            # factor that is linear in the features goes through zero.
+            last = nn.Dense(3, param_dtype=self.dtype, kernel_init=_SMALL)
+            modulus, *factor = jnp.moveaxis(last(x.sum(axis=-2)), -1, 0)
+            return modulus + jnp.log(1 + jax.lax.complex(*factor))
         return nn.Dense(1, param_dtype=self.dtype)(x.sum(axis=-2))[..., 0]
 
 
 class Transformer(nn.Module):
-    """log ψ by attention between the sites of a ring: invariant to its rotations.
+    """log ψ by attention between patches of a lattice: invariant to their translations.
 
     Each layer is x + attention(norm(x)), then x + perceptron(norm(x)). The attention
-    between two sites depends on their distance around the ring, by one learned number
-    for each distance.
+    between two patches depends on their difference on the lattice, by one learned
+    number for each difference.
 
     Attributes:
       num_layers: layers.
-      width: number of features per site; a multiple of `num_heads`.
+      width: number of features per patch; a multiple of `num_heads`.
       dtype: of the parameters.
       num_heads: number of attention heads.
+      lattice: where the spins are; None for a ring.
+      patch: side of a patch; it divides those of the lattice.
+      phase: whether log ψ is complex, of real parameters.
 
     References:
       Viteritti, Rende and Becca, Transformer variational wave functions for frustrated
@@ -133,32 +200,36 @@ class Transformer(nn.Module):
     width: int
     dtype: Any
     num_heads: int = 4
+    lattice: Lattice | None = None
+    patch: int = 1
+    phase: bool = False
 
     @nn.compact
     def __call__(self, spins: jax.Array) -> jax.Array:
         """Returns log ψ, `[N]`."""
-        x = nn.Dense(self.width, param_dtype=self.dtype)(spins[..., None])
+        lattice = self.lattice or Lattice((spins.shape[-1],))
+        patches = spins[..., lattice.patches(self.patch)]
+        differences = lattice.coarse(self.patch).differences()
+        x = nn.Dense(self.width, param_dtype=self.dtype)(patches)
         for number in range(self.num_layers):
-            x = x + self._attention(nn.LayerNorm(param_dtype=self.dtype)(x), number)
+            attended = nn.LayerNorm(param_dtype=self.dtype)(x)
+            x = x + self._attention(attended, number, differences)
             hidden = nn.LayerNorm(param_dtype=self.dtype)(x)
             hidden = nn.Dense(2 * self.width, param_dtype=self.dtype)(hidden)
             x = x + nn.Dense(self.width, param_dtype=self.dtype)(nn.gelu(hidden))
         x = nn.LayerNorm(param_dtype=self.dtype)(x).mean(axis=-2)
-        # Small at first: the sites are normalised, so equal spins add up, and if ψ
-        # starts out concentrated on one configuration, no gradient leads away from it.
-        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-        x = nn.Dense(self.width, param_dtype=self.dtype, kernel_init=small)(x)
-        return log_cosh(x).sum(-1)
+        return _LogCosh(self.dtype, self.phase)(x)
 
-    def _attention(self, x: jax.Array, number: int) -> jax.Array:
-        num_sites, size = x.shape[-2], self.width // self.num_heads
+    def _attention(
+        self, x: jax.Array, number: int, differences: np.ndarray
+    ) -> jax.Array:
+        num_patches, size = x.shape[-2], self.width // self.num_heads
         shape = (3, self.num_heads, size)
         q, k, v = jnp.moveaxis(nn.DenseGeneral(shape, param_dtype=self.dtype)(x), -3, 0)
         zeros = nn.initializers.zeros_init()
-        shape = (self.num_heads, num_sites)
+        shape = (self.num_heads, num_patches)
         by_distance = self.param(f"distance_{number}", zeros, shape, self.dtype)
-        sites = jnp.arange(num_sites)
-        bias = by_distance[:, (sites[:, None] - sites[None]) % num_sites]
+        bias = by_distance[:, differences]
         scores = jnp.einsum("...ihc,...jhc->...hij", q, k) / math.sqrt(size)
         weights = jax.nn.softmax(
             scores + bias.reshape((1,) * (x.ndim - 2) + bias.shape)

@@ -59,11 +59,12 @@ def _check_annealing(optimizer: dict[str, Any], task: WaveFunctionConfig) -> Non
 
 
 def _check_model(model: ModelConfig) -> None:
-    if (model.kernel_size is None) == (model.name == "cnn"):
-        raise ConfigError(
-            f"`task.model.kernel_size` is for model=cnn, and null for the others, got "
-            f"{model.kernel_size} with model={model.name}."
-        )
+    for setting, owner in (("kernel_size", "cnn"), ("patch_size", "transformer")):
+        if (getattr(model, setting) is None) == (model.name == owner):
+            raise ConfigError(
+                f"`task.model.{setting}` is for model={owner}, and null for the "
+                f"others, got {getattr(model, setting)} with model={model.name}."
+            )
     if model.name == "rbm" and len(model.features) != 1:
         raise ConfigError(
             f"`task.model.features` must be one number of hidden units with model=rbm, "
@@ -78,6 +79,11 @@ def _check_model(model: ModelConfig) -> None:
     if model.name != "rbm" and model.complex_parameters:
         raise ConfigError(
             f"`task.model.complex_parameters` is for model=rbm, got model={model.name}."
+        )
+    if model.name == "rbm" and model.phase:
+        raise ConfigError(
+            "`task.model.phase` is not for model=rbm, whose log ψ is complex with "
+            "task.model.complex_parameters=true."
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.tasks.wave_functions.chains import SpinChain, local_energies
+from experiments.tasks.wave_functions.hamiltonians import SpinSystem, local_energies
 
 __all__ = ["energy_batch", "energy_gradient", "output_loss", "reweighted_energy"]
 
@@ -22,20 +22,27 @@ ModelFn = Callable[[PyTree, Batch], jax.Array]
 
 
 def energy_batch(
-    chain: SpinChain, model_fn: ModelFn, params: PyTree, spins: jax.Array
+    system: SpinSystem,
+    model_fn: ModelFn,
+    params: PyTree,
+    spins: jax.Array,
+    batch_size: int | None = None,
 ) -> Batch:
     """Samples, log ψ there, and local energies: `spins`, `log_psi`, `energies`.
 
     Args:
-      chain: H.
+      system: H.
       model_fn: (params, {"spins": `[N, L]`}) -> log ψ `[N]`.
       params: of the model from which the samples were drawn.
       spins: the samples, `[N, L]`.
+      batch_size: see `local_energies`.
     """
-    log_psi = model_fn(params, {"spins": spins})
-    energies = local_energies(
-        chain, lambda spins: model_fn(params, {"spins": spins}), spins, log_psi
-    )
+
+    def log_psi_fn(spins: jax.Array) -> jax.Array:
+        return model_fn(params, {"spins": spins})
+
+    log_psi = log_psi_fn(spins)
+    energies = local_energies(system, log_psi_fn, spins, log_psi, batch_size)
     return {"spins": spins, "log_psi": log_psi, "energies": energies}
 
 
@@ -53,7 +60,11 @@ def energy_gradient(model_fn: ModelFn, params: PyTree, batch: Batch) -> PyTree:
 
 
 def reweighted_energy(
-    chain: SpinChain, model_fn: ModelFn, params: PyTree, batch: Batch
+    system: SpinSystem,
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: Batch,
+    batch_size: int | None = None,
 ) -> jax.Array:
     """The energy of other parameters on the same samples, by reweighting.
 
@@ -61,7 +72,7 @@ def reweighted_energy(
 
     This is the loss for a line search or an adaptive damping. Accurate only near θ.
     """
-    moved = energy_batch(chain, model_fn, params, batch["spins"])
+    moved = energy_batch(system, model_fn, params, batch["spins"], batch_size)
     log_weights = 2 * jnp.real(moved["log_psi"] - batch["log_psi"])
     weights = jax.nn.softmax(log_weights)
     return jnp.sum(weights * jnp.real(moved["energies"]))

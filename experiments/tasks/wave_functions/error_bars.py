@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-__all__ = ["autocorrelation_time", "standard_error"]
+__all__ = ["autocorrelation_time", "standard_error", "v_score"]
 
 # If ρ is exponential, the lags beyond this multiple of τ are e⁻⁶ of its sum.
 WINDOW = 3.0
@@ -20,8 +20,8 @@ WINDOW = 3.0
 def standard_error(draws: jax.Array) -> jax.Array:
     """The standard deviation of the mean, from the spread of the chains' means.
 
-    Valid however the draws of a chain depend on each other; its own relative error is
-    1/√(2(C - 1)).
+    Each chain is one block, so this is valid however the draws of a chain depend on
+    each other; its own relative error is 1/√(2(C - 1)).
 
     Args:
       draws: x, `[N, C]` with C > 1.
@@ -56,3 +56,17 @@ def autocorrelation_time(draws: jax.Array) -> jax.Array:
     # At least three, or the first negative ρ would end an alternating sum.
     is_late = lags >= WINDOW * jnp.maximum(times, 1)
     return times[jnp.where(jnp.any(is_late), jnp.argmax(is_late), num_draws - 1)]
+
+
+def v_score(energy: jax.Array, variance: jax.Array, num_spins: int) -> jax.Array:
+    """L Var H / E²: comparable between systems, and 0 for an eigenstate.
+
+    Args:
+      energy: E of the whole system, of an H without trace.
+      variance: ⟨H²⟩ - E², the mean of |e - E|² over local energies e.
+      num_spins: L.
+
+    References:
+      Wu et al., Variational benchmarks for quantum many-body problems, 2024.
+    """
+    return num_spins * variance / energy**2

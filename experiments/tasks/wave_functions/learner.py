@@ -1,4 +1,4 @@
-"""The learner of the task `vmc`: the ground state of a ring of spins."""
+"""The learner of the task `vmc`: the ground state of spins on a lattice."""
 
 import contextlib
 import functools
@@ -15,24 +15,26 @@ from experiments.running.config import TrainConfig
 from experiments.running.learner import Advance, Records, Rows
 from experiments.running.optimizers import make_optimizer
 from experiments.running.screen import Column
-from experiments.tasks.wave_functions.ansatz import (
-    Convolutional,
-    Perceptron,
-    RestrictedBoltzmann,
-    Transformer,
-)
-from experiments.tasks.wave_functions.chains import SpinChain, make_chain
 from experiments.tasks.wave_functions.checks import check
 from experiments.tasks.wave_functions.energy import energy_batch
-from experiments.tasks.wave_functions.error_bars import standard_error
+from experiments.tasks.wave_functions.error_bars import (
+    autocorrelation_time,
+    standard_error,
+    v_score,
+)
 from experiments.tasks.wave_functions.exact import (
     MAX_SPINS,
     Configurations,
     enumerate_configurations,
     exact_energy,
+    exact_variance,
     ground_energy,
     ising_energy,
+    listed_energies,
+    one_of_each_orbit,
 )
+from experiments.tasks.wave_functions.hamiltonians import SpinSystem, make_system
+from experiments.tasks.wave_functions.models import make_model, symmetries
 from experiments.tasks.wave_functions.pictures import draw_curves
 from experiments.tasks.wave_functions.sampling import (
     move_chains,
@@ -40,7 +42,6 @@ from experiments.tasks.wave_functions.sampling import (
     start_chains,
 )
 from experiments.tasks.wave_functions.settings import (
-    ModelConfig,
     SamplerConfig,
     WaveFunctionConfig,
 )
@@ -77,18 +78,24 @@ class WaveFunctionLearner:
         check(config)
         task: WaveFunctionConfig = config.task
         self._config = config
-        chain = make_chain(task.hamiltonian, task.num_spins, task.field)
+        system = make_system(
+            task.hamiltonian, task.num_spins, task.field, task.coupling
+        )
         can_list = task.num_spins <= MAX_SPINS
-        self._all = enumerate_configurations(chain) if can_list else None
-        self._ground = _ground_energy(task, self._all)
-        self._parts = make_parts(config, chain, self._all)
+        every = enumerate_configurations(system) if can_list else None
+        self._ground = _ground_energy(task, every)
+        if every is not None:
+            images, flip = symmetries(task.model, system.sites)
+            every = one_of_each_orbit(every, images, flip=flip)
+        self._all = every
+        self._parts = make_parts(config, system, self._all)
         self._train_chunk = make_train_chunk(self._parts, config.steps_per_dispatch)
         self._measure = self._make_measure_fn()
         self.first_state = init_state(self._parts, config.seed)
         last = "test_energy" if self._ground is None else "test_energy_error"
         self.columns = (
             Column("std error", "loss_standard_error", ".1e"),
-            Column("variance", "energy_variance", ".2e"),
+            Column("V-score", "v_score", ".2e"),
             *(MARKOV_COLUMNS if task.sampler.name == "metropolis" else ()),
             Column("residual", "solver_residual", ".1e"),
             Column(last.replace("_", " "), last, ".2e"),
@@ -125,7 +132,7 @@ class WaveFunctionLearner:
         del state
         task: WaveFunctionConfig = self._config.task
         ground = None if self._ground is None else self._ground / task.num_spins
-        name = f"{task.hamiltonian} ring of {task.num_spins} spins, {task.model.name}"
+        name = f"{task.hamiltonian}, {task.num_spins} spins, {task.model.name}"
         draw_curves(records, folder / "curves.png", f"{name}; {title}", ground)
 
     def _make_measure_fn(self) -> Any:
@@ -139,62 +146,65 @@ class WaveFunctionLearner:
                 log_psi = _log_psi_of(
                     model_fn, state.params, all_of_them.spins, batch_size
                 )
-                return {"test_energy": exact_energy(all_of_them, log_psi)}
+                energy = exact_energy(all_of_them, log_psi)
+                variance = exact_variance(all_of_them, log_psi)
+                score = v_score(energy, variance, task.num_spins)
+                return {"test_energy": energy, "test_v_score": score}
 
             return measure_all
         sampler: SamplerConfig = task.sampler
         assert sampler.eval_samples is not None
-        samples = _metropolis(parts.chain, model_fn, sampler, sampler.eval_samples)
+        samples = _metropolis(
+            parts.system, model_fn, sampler, sampler.eval_samples, parts.batch_size
+        )
 
         @jax.jit
         def measure_samples(state: WaveFunctionState) -> Records:
             key = jax.random.fold_in(state.key, EVALUATION_STREAM)
             key = jax.random.fold_in(key, state.step)
-            drawn, _, _ = samples(key, state.params, state.chains)
-
-            def energy(spins: jax.Array) -> jax.Array:
-                batch = energy_batch(parts.chain, model_fn, state.params, spins[None])
-                return jnp.real(batch["energies"][0])
-
-            spins = drawn.reshape(-1, task.num_spins)
-            energies = jax.lax.map(energy, spins, batch_size=batch_size)
-            error = standard_error(energies.reshape(drawn.shape[:-1]))
+            _, energies, _, mixing = samples(key, state.params, state.chains)
+            energy, variance = jnp.mean(jnp.real(energies)), jnp.var(energies)
             return {
-                "test_energy": jnp.mean(energies),
-                "test_energy_standard_error": error,
-            }
+                "test_energy": energy,
+                "test_energy_standard_error": standard_error(jnp.real(energies)),
+                "test_v_score": v_score(energy, variance, task.num_spins),
+            } | {f"test_{name}": value for name, value in mixing.items()}
 
         return measure_samples
 
 
 def make_parts(
-    config: TrainConfig, chain: SpinChain, all_of_them: Configurations | None
+    config: TrainConfig, system: SpinSystem, all_of_them: Configurations | None
 ) -> Parts:
     """Assembles the parts of a run."""
     task: WaveFunctionConfig = config.task
     assert config.batch_size is not None
-    init_fn, model_fn = _make_model(task.model, task.num_spins)
+    num_samples, batch_size = config.batch_size, config.eval_batch_size
+    init_fn, model_fn = make_model(task.model, system)
     model = model_task(init_fn, model_fn)
     sampler = task.sampler
     if sampler.name == "exact":
         assert all_of_them is not None
-        spins, num_samples = all_of_them.spins, config.batch_size
-        start = _no_chains
+        listed, start = all_of_them, _no_chains
 
         def sample(key: jax.Array, params: PyTree, chains: tuple[()]) -> Any:
-            log_psi = _log_psi_of(model_fn, params, spins, config.eval_batch_size)
-            drawn = sample_exactly(key, jnp.asarray(spins), log_psi, num_samples)
-            return drawn[None], chains, {}
+            log_psi = _log_psi_of(model_fn, params, listed.spins, batch_size)
+            chosen = sample_exactly(
+                key, jnp.asarray(listed.counts), log_psi, num_samples
+            )
+            energies = listed_energies(listed, log_psi, chosen)
+            return jnp.asarray(listed.spins)[None, chosen], energies[None], chains, {}
     else:
-        start = functools.partial(_burn_in, chain, model_fn, sampler)
-        sample = _metropolis(chain, model_fn, sampler, config.batch_size)
+        start = functools.partial(_burn_in, system, model_fn, sampler)
+        sample = _metropolis(system, model_fn, sampler, num_samples, batch_size)
     return Parts(
-        chain=chain,
+        system=system,
         model=model,
         tx=make_optimizer(annealed(config.optimizer, task, config.steps), model),
         start=start,
         sample=sample,
         measure_kl=config.measure_kl,
+        batch_size=batch_size,
     )
 
 
@@ -207,29 +217,6 @@ def annealed(optimizer: Any, task: WaveFunctionConfig, num_steps: int) -> Any:
             first = optimizer[name]
             schedules[name] = optax.exponential_decay(first, num_steps, last / first)
     return optimizer | schedules
-
-
-def _make_model(config: ModelConfig, num_spins: int) -> tuple[Any, Any]:
-    dtype = jnp.result_type(complex if config.complex_parameters else float)
-    match config.name:
-        case "rbm":
-            (num_hidden,) = config.features
-            module = RestrictedBoltzmann(num_hidden, dtype)
-        case "mlp":
-            module = Perceptron(tuple(config.features), dtype)
-        case "transformer":
-            module = Transformer(len(config.features), config.features[0], dtype)
-        case _:
-            assert config.kernel_size is not None
-            module = Convolutional(tuple(config.features), config.kernel_size, dtype)
-
-    def init_fn(key: jax.Array) -> PyTree:
-        return module.init(key, jnp.ones((1, num_spins)))["params"]
-
-    def model_fn(params: PyTree, batch: PyTree) -> Any:
-        return module.apply({"params": params}, batch["spins"])
-
-    return init_fn, model_fn
 
 
 def _log_psi_of(
@@ -249,7 +236,7 @@ def _no_chains(key: jax.Array, params: PyTree) -> PyTree:
 
 
 def _burn_in(
-    chain: SpinChain,
+    system: SpinSystem,
     model_fn: Any,
     sampler: SamplerConfig,
     key: jax.Array,
@@ -258,35 +245,42 @@ def _burn_in(
     assert sampler.num_chains is not None
     assert sampler.burn_in is not None
     start_key, move_key = jax.random.split(key)
-    spins = start_chains(chain, start_key, sampler.num_chains)
-    num_moves = sampler.burn_in * chain.num_spins
+    spins = start_chains(system, start_key, sampler.num_chains)
+    num_moves = sampler.burn_in * system.num_spins
     spins, _ = move_chains(
-        chain, lambda s: model_fn(params, {"spins": s}), move_key, spins, num_moves
+        system, lambda s: model_fn(params, {"spins": s}), move_key, spins, num_moves
     )
     return spins
 
 
 def _metropolis(
-    chain: SpinChain, model_fn: Any, sampler: SamplerConfig, num_samples: int
+    system: SpinSystem,
+    model_fn: Any,
+    sampler: SamplerConfig,
+    num_samples: int,
+    batch_size: int,
 ) -> Any:
     """`num_samples` from Markov chains that continue from their state; a `Sampler`."""
     assert sampler.num_chains is not None
     assert sampler.sweeps is not None
-    draws, num_moves = (
-        num_samples // sampler.num_chains,
-        sampler.sweeps * chain.num_spins,
-    )
+    draws = num_samples // sampler.num_chains
+    num_moves = sampler.sweeps * system.num_spins
 
     def sample(key: jax.Array, params: PyTree, chains: jax.Array) -> Any:
         def draw(chains: jax.Array, key: jax.Array) -> Any:
             chains, moved = move_chains(
-                chain, lambda s: model_fn(params, {"spins": s}), key, chains, num_moves
+                system, lambda s: model_fn(params, {"spins": s}), key, chains, num_moves
             )
-            return chains, (chains, moved)
+            batch = energy_batch(system, model_fn, params, chains, batch_size)
+            return chains, (chains, batch["energies"], moved)
 
         keys = jax.random.split(key, draws)
-        chains, (drawn, moved) = jax.lax.scan(draw, chains, keys)
-        return drawn, chains, {"moves_taken": jnp.mean(moved)}
+        chains, (drawn, energies, moved) = jax.lax.scan(draw, chains, keys)
+        records = {"moves_taken": jnp.mean(moved)}
+        if draws > 1:
+            time = autocorrelation_time(jnp.real(energies))
+            records["autocorrelation_time"] = time
+        return drawn, energies, chains, records
 
     return sample
 

@@ -14,10 +14,11 @@ from experiments.running.settings import (
     one_of,
     one_of_or_own,
 )
-from experiments.tasks.wave_functions.chains import CHAINS
+from experiments.tasks.wave_functions.hamiltonians import HAMILTONIANS
 
 __all__ = ["ModelConfig", "SamplerConfig", "WaveFunctionConfig"]
 
+SYMMETRIES = ("translations", "point_group", "flip")
 AT_LEAST_TWO = Rule("at least 2", lambda value: value >= 2)
 AT_LEAST_THREE = Rule("at least 3", lambda value: value >= 3)
 
@@ -30,14 +31,24 @@ class ModelConfig:
       name: "rbm", "mlp", "cnn" or "transformer".
       features: number of hidden units; widths of the hidden layers; channels of the
         layers; for "transformer" the width of all layers, repeated once per layer.
-      kernel_size: number of sites that a convolution sees; null for the other networks.
+      kernel_size: side of the cube of sites that a convolution sees; null for the
+        other networks.
+      patch_size: side of the cube of sites that "transformer" takes as one; null for
+        the other networks.
       complex_parameters: for "rbm" only; log ψ is then complex too, and holomorphic.
+      phase: for the others: log ψ is complex, of real parameters.
+      symmetries: ψ is averaged over these, "translations", "point_group" (reflections,
+        and rotations of a square) or "flip" (of all spins). "cnn" has all translations
+        already and "transformer" those by patches, so they average over the rest.
     """
 
     name: Annotated[str, one_of("rbm", "mlp", "cnn", "transformer")]
     features: Annotated[list[int], AT_LEAST_ONE]
     kernel_size: Annotated[int | None, AT_LEAST_ONE]
+    patch_size: Annotated[int | None, AT_LEAST_ONE]
     complex_parameters: bool
+    phase: bool
+    symmetries: Annotated[list[str], one_of(*SYMMETRIES)]
 
 
 @dataclasses.dataclass
@@ -63,15 +74,18 @@ class SamplerConfig:
 
 @dataclasses.dataclass
 class WaveFunctionConfig:
-    """Settings of the ground state of a ring of spins.
+    """Settings of the ground state of spins on a lattice.
 
     Attributes:
       name: "vmc".
-      hamiltonian: "ising", -Σ σᶻσᶻ - h Σ σˣ, or "heisenberg", Σ σ·σ; or, as
-        "module:function", a function (num_spins, field) that returns a `SpinChain`.
-      num_spins: number of spins on the ring.
-      field: h; null for the default of the Hamiltonian, 1 for "ising" and 0 for
-        "heisenberg", which allows no other.
+      hamiltonian: of a ring, "ising", -Σ σᶻσᶻ - h Σ σˣ, or "heisenberg", Σ σ·σ; of a
+        periodic square "square_ising" or "square_heisenberg"; or, as
+        "module:function", a function that returns a `SpinSystem`, of num_spins and of
+        those of the next two that are not null.
+      num_spins: number of spins, for a square the square of an even number.
+      field: h; null for the default of the Hamiltonian: 1 for "ising", 3 for
+        "square_ising", and 0 for the others, which allow no other.
+      coupling: J2 of "square_heisenberg", between second neighbours; null for 0.
       precision: "float32" or "float64", for everything.
       last_max_kl: the radius of the last step, which is reached from `optimizer.max_kl`
         by the same factor in every step; null for a constant radius.
@@ -81,9 +95,10 @@ class WaveFunctionConfig:
     """
 
     name: str
-    hamiltonian: Annotated[str, one_of_or_own(*CHAINS)]
+    hamiltonian: Annotated[str, one_of_or_own(*HAMILTONIANS)]
     num_spins: Annotated[int, AT_LEAST_THREE]
     field: Annotated[float | None, NON_NEGATIVE]
+    coupling: Annotated[float | None, NON_NEGATIVE]
     precision: Annotated[str, one_of("float32", "float64")]
     last_max_kl: Annotated[float | None, POSITIVE]
     last_damping: Annotated[float | None, POSITIVE]

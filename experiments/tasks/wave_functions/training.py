@@ -17,17 +17,16 @@ import ngd_jax as ngd
 from experiments.running.dispatch import fix_types, match_types, take_steps
 from experiments.running.optimizers import read_step_info
 from experiments.tasks import Task
-from experiments.tasks.wave_functions.chains import SpinChain
 from experiments.tasks.wave_functions.energy import (
-    energy_batch,
     energy_gradient,
     output_loss,
     reweighted_energy,
 )
 from experiments.tasks.wave_functions.error_bars import (
-    autocorrelation_time,
     standard_error,
+    v_score,
 )
+from experiments.tasks.wave_functions.hamiltonians import SpinSystem
 
 __all__ = ["Parts", "WaveFunctionState", "init_state", "make_train_chunk", "model_task"]
 
@@ -54,9 +53,11 @@ class WaveFunctionState(NamedTuple):
     opt_state: PyTree
 
 
-# (key, params, chains) -> samples [draws, C, L] of C independent chains, the new state
-# of the chains, and records of the sampler's own.
-Sampler = Callable[[jax.Array, PyTree, PyTree], tuple[jax.Array, PyTree, Records]]
+# (key, params, chains) -> samples [draws, C, L] of C independent chains, their local
+# energies [draws, C], the new state of the chains, and records of the sampler's own.
+Sampler = Callable[
+    [jax.Array, PyTree, PyTree], tuple[jax.Array, jax.Array, PyTree, Records]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +65,22 @@ class Parts:
     """The parts of a run.
 
     Attributes:
-      chain: the Hamiltonian.
+      system: the Hamiltonian.
       model: log ψ in the form that optimizers expect.
       tx: the optimizer.
       start: (key, params) -> chains before the first step.
       sample: draws the configurations of a step.
       measure_kl: whether to measure the KL of a step if `tx` does not.
+      batch_size: number of configurations of a forward pass.
     """
 
-    chain: SpinChain
+    system: SpinSystem
     model: Task
     tx: optax.GradientTransformationExtraArgs
     start: Callable[[jax.Array, PyTree], PyTree]
     sample: Sampler
     measure_kl: bool
+    batch_size: int
 
 
 def model_task(
@@ -102,13 +105,13 @@ def take_step(
     """One step, on samples of the current model."""
     model_fn, params = parts.model.model_fn, state.params
     key = jax.random.fold_in(state.key, state.step)
-    samples, chains, sampled = parts.sample(key, params, state.chains)
-    num_spins = parts.chain.num_spins
-    batch = energy_batch(parts.chain, model_fn, params, samples.reshape(-1, num_spins))
-    energies = jnp.real(batch["energies"]).reshape(samples.shape[:-1])
+    samples, local, chains, sampled = parts.sample(key, params, state.chains)
+    system, batch_size = parts.system, parts.batch_size
+    spins = samples.reshape(-1, system.num_spins)
+    log_psi = model_fn(params, {"spins": spins})
+    batch = {"spins": spins, "log_psi": log_psi, "energies": local.ravel()}
+    energies = jnp.real(local)
     energy = jnp.mean(energies)
-    if len(energies) > 1:
-        sampled = sampled | {"autocorrelation_time": autocorrelation_time(energies)}
     grads = energy_gradient(model_fn, params, batch)
     updates, opt_state = parts.tx.update(
         grads,
@@ -117,13 +120,17 @@ def take_step(
         batch=batch,
         value=energy,
         grad=grads,
-        value_fn=functools.partial(reweighted_energy, parts.chain, model_fn),
+        value_fn=functools.partial(
+            reweighted_energy, system, model_fn, batch_size=batch_size
+        ),
     )
     new_params = optax.apply_updates(params, updates)
+    variance = jnp.var(local)
     record = {
-        "loss": energy / num_spins,
-        "loss_standard_error": standard_error(energies) / num_spins,
-        "energy_variance": jnp.var(energies),
+        "loss": energy / system.num_spins,
+        "loss_standard_error": standard_error(energies) / system.num_spins,
+        "energy_variance": variance,
+        "v_score": v_score(energy, variance, system.num_spins),
         **sampled,
         **read_step_info(opt_state),
     }

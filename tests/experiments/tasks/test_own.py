@@ -15,7 +15,7 @@ from experiments.tasks.equations.learner import PhysicsLearner
 from experiments.tasks.equations.problems import make_problem
 from experiments.tasks.policies.environments import make_environment
 from experiments.tasks.supervised.digits import make_digits
-from experiments.tasks.wave_functions.chains import make_chain, make_ising
+from experiments.tasks.wave_functions.hamiltonians import make_ising, make_system
 from experiments.tasks.wave_functions.learner import WaveFunctionLearner
 from tests.experiments.helpers import SMALL, train_config
 
@@ -39,8 +39,8 @@ def steep():
 
 
 def antiferromagnet(num_spins, field=0.5):
-    chain = make_ising(num_spins, field)
-    return dataclasses.replace(chain, diagonal=lambda s: -chain.diagonal(s))
+    system = make_ising(num_spins, field)
+    return dataclasses.replace(system, diagonal=lambda s: -system.diagonal(s))
 
 
 def slow_pole():
@@ -98,10 +98,10 @@ def test_a_hamiltonian_has_its_own_field_unless_one_is_given():
     name = f"{HERE}:antiferromagnet"
     spins = jnp.ones((1, 4))
     for field, expected in (None, -0.5), (2.0, -2.0):
-        chain = make_chain(name, 4, field)
-        assert chain.diagonal(spins) == 4
-        np.testing.assert_allclose(chain.connected(spins)[1], expected)
-    assert make_chain("heisenberg", 4, None).conserves_magnetisation
+        system = make_system(name, 4, field)
+        assert system.diagonal(spins) == 4
+        np.testing.assert_allclose(system.connected(spins)[1], expected)
+    assert make_system("heisenberg", 4, None).conserves_magnetisation
     config = configure("task=vmc", f"task.hamiltonian={name}", "task.num_spins=4")
     learner = WaveFunctionLearner(config)
     assert learner.evaluate(learner.first_state)["test_energy_error"] > 0
@@ -118,11 +118,11 @@ def test_an_environment_is_made_by_the_function():
     ("make", "message"),
     [
         (make_problem, "must name a function that makes a Problem"),
-        (lambda name: make_chain(name, 4, None), "that makes a SpinChain, but"),
+        (lambda name: make_system(name, 4, None), "that makes a SpinSystem, but"),
         (make_environment, "that makes a gymnax environment and"),
         (lambda name: make_task(configure(f"task={name}").task), "must make an exp"),
     ],
-    ids=["problem", "chain", "environment", "task"],
+    ids=["problem", "system", "environment", "task"],
 )
 def test_what_makes_something_else_is_told(make, message):
     if "gymnax" in message:

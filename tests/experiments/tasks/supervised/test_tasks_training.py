@@ -116,7 +116,7 @@ def first_batch(task, count=7):
 
 def test_every_task_is_tested_here():
     files = (CONFIG_DIR / "task").glob("*.yaml")
-    others = {"digits", "own", "pinn", "trpo", "vmc"}
+    others = {"digits", "j1j2_4x4", "own", "pinn", "trpo", "vmc"}
     assert set(SMALL) | others == {path.stem for path in files}
 
 

@@ -10,7 +10,6 @@ from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from experiments.tasks.wave_functions.ansatz import RestrictedBoltzmann
-from experiments.tasks.wave_functions.chains import make_ising
 from experiments.tasks.wave_functions.energy import (
     energy_batch,
     energy_gradient,
@@ -21,6 +20,7 @@ from experiments.tasks.wave_functions.exact import (
     enumerate_configurations,
     exact_energy,
 )
+from experiments.tasks.wave_functions.hamiltonians import make_ising
 
 # Samples of a restricted Boltzmann machine on the Ising ring of 16 spins, and what
 # NetKet 3 makes of them: local energies, the gradient, and directions at a shift of
@@ -100,8 +100,8 @@ def test_directions_are_netkets(netket, solver):
 @pytest.mark.parametrize("dtype", [float, complex])
 def test_gradient_is_the_derivative_of_the_energy(dtype):
     """On all configurations, where |ψ|² is uniform: that is what the samples say."""
-    chain = make_ising(4, 0.7)
-    all_of_them = enumerate_configurations(chain)
+    system = make_ising(4, 0.7)
+    all_of_them = enumerate_configurations(system)
     spins = jnp.asarray(all_of_them.spins)
     model_fn = model_of(3, dtype)
     # Purely imaginary parts of log ψ alone: |ψ|² is uniform.
@@ -112,7 +112,7 @@ def test_gradient_is_the_derivative_of_the_energy(dtype):
         return 1j * jnp.sum(jnp.sin(batch["spins"] @ kernel + theta), axis=-1)
 
     theta = jnp.asarray(rng.normal(size=3))
-    batch = energy_batch(chain, phases, theta, spins)
+    batch = energy_batch(system, phases, theta, spins)
     found = energy_gradient(phases, theta, batch)
     expected = jax.grad(
         lambda theta: exact_energy(all_of_them, phases(theta, {"spins": spins}))
@@ -130,7 +130,7 @@ def test_gradient_is_the_derivative_of_the_energy(dtype):
         params["visible_bias"] = 1j * jnp.asarray(rng.normal(size=4))
     else:
         params["kernel"] = 0 * params["kernel"]
-    batch = energy_batch(chain, model_fn, params, spins)
+    batch = energy_batch(system, model_fn, params, spins)
     found, unravel = ravel_pytree(energy_gradient(model_fn, params, batch))
 
     def energy(parts):
@@ -143,8 +143,8 @@ def test_gradient_is_the_derivative_of_the_energy(dtype):
 
 
 def test_reweighted_energy_is_the_energy_of_other_parameters():
-    chain = make_ising(4, 0.7)
-    all_of_them = enumerate_configurations(chain)
+    system = make_ising(4, 0.7)
+    all_of_them = enumerate_configurations(system)
     spins = jnp.asarray(all_of_them.spins)
     model_fn = model_of(3)
     start = {
@@ -152,9 +152,9 @@ def test_reweighted_energy_is_the_energy_of_other_parameters():
         "hidden_bias": jnp.zeros(3),
         "kernel": jnp.zeros((4, 3)),
     }  # every configuration is as likely
-    batch = energy_batch(chain, model_fn, start, spins)
+    batch = energy_batch(system, model_fn, start, spins)
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), start)
-    found = reweighted_energy(chain, model_fn, moved, batch)
+    found = reweighted_energy(system, model_fn, moved, batch)
     expected = exact_energy(all_of_them, model_fn(moved, batch))
     assert float(found) == pytest.approx(float(expected), rel=1e-12)

@@ -7,6 +7,7 @@ import pytest
 from experiments.tasks.wave_functions.error_bars import (
     autocorrelation_time,
     standard_error,
+    v_score,
 )
 
 
@@ -38,3 +39,7 @@ def test_error_bars_are_the_spread_of_the_mean(phi, draws):
     assert np.sqrt(np.mean(bars**2)) == pytest.approx(spread, rel=0.1)
     naive = repetitions.std() / np.sqrt(draws * 16)
     assert (naive < 0.6 * spread) == (phi > 0)  # so that the test can fail
+
+
+def test_v_score_is_the_variance_in_units_of_the_energy():
+    assert v_score(-8.0, 3.0, 16) == 0.75

@@ -218,6 +218,17 @@ def test_a_shrinking_radius_is_better_by_a_factor(tmp_path, seed):
         ),
         ((*METROPOLIS, "batch_size=60"), "`batch_size` must be a multiple of the"),
         (("model=cnn", "task.model.kernel_size=null"), "`task.model.kernel_size` is"),
+        (
+            ("model=transformer", "task.model.patch_size=null"),
+            "`task.model.patch_size`",
+        ),
+        (("model=rbm", "task.model.phase=true"), "`task.model.phase` is not for"),
+        (("model=rbm", "task.model.symmetries=[all]"), "one of translations, p"),
+        (("task.coupling=1",), "`task.hamiltonian=ising`: .* 'coupling'"),
+        (
+            ("model=transformer", "task.model.features=[4]", "task.model.patch_size=4"),
+            "`task.model=transformer`: Patches of side 4 do not fill .* \\(6,\\)",
+        ),
         (("model=rbm", "task.model.features=[2,2]"), "must be one number of hidden"),
         (("task.model.complex_parameters=true",), "is for model=rbm, got model=mlp"),
         (

@@ -14,8 +14,12 @@ from experiments.tasks.wave_functions.ansatz import (
     Transformer,
     log_cosh,
 )
-from experiments.tasks.wave_functions.chains import make_heisenberg, make_ising
 from experiments.tasks.wave_functions.exact import enumerate_configurations
+from experiments.tasks.wave_functions.hamiltonians import (
+    make_heisenberg,
+    make_ising,
+    make_square_heisenberg,
+)
 from experiments.tasks.wave_functions.sampling import (
     move_chains,
     sample_exactly,
@@ -29,9 +33,9 @@ def log_psi_fn(spins):
     return jnp.sum((spins @ COUPLINGS) * spins, axis=-1) / 2 + 0.1 * spins[..., 0]
 
 
-def p_value(chain, samples):
+def p_value(system, samples):
     """Of Pearson's χ² between the samples and |ψ|²."""
-    spins = enumerate_configurations(chain).spins
+    spins = enumerate_configurations(system).spins
     p = np.exp(2 * np.asarray(log_psi_fn(spins), float))
     codes = 1 << np.arange(4)
     place = {code: index for index, code in enumerate((spins > 0) @ codes)}
@@ -41,26 +45,36 @@ def p_value(chain, samples):
 
 
 def test_exact_samples_are_as_often_as_they_should_be():
-    chain = make_ising(4, 1.0)
-    spins = jnp.asarray(enumerate_configurations(chain).spins)
-    samples = sample_exactly(jax.random.key(0), spins, log_psi_fn(spins), 20_000)
-    assert p_value(chain, samples) > 1e-3
+    system = make_ising(4, 1.0)
+    spins = jnp.asarray(enumerate_configurations(system).spins)
+    ones = jnp.ones(len(spins))
+    chosen = sample_exactly(jax.random.key(0), ones, log_psi_fn(spins), 20_000)
+    assert p_value(system, spins[chosen]) > 1e-3
+
+
+def test_exact_samples_come_in_proportion_to_the_counts():
+    counts = jnp.array([1.0, 3.0, 4.0])
+    chosen = sample_exactly(jax.random.key(0), counts, jnp.zeros(3), 20_000)
+    expected = 20_000 * np.array([1, 3, 4]) / 8
+    assert scipy.stats.chisquare(np.bincount(chosen), expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
-    "chain", [make_ising(4, 1.0), make_heisenberg(4, 0.0)], ids=lambda chain: chain.name
+    "system",
+    [make_ising(4, 1.0), make_heisenberg(4, 0.0), make_square_heisenberg(4)],
+    ids=lambda system: system.name,
 )
-def test_markov_chains_come_to_the_distribution(chain):
+def test_markov_chains_come_to_the_distribution(system):
     """The last positions of very many chains, which are independent."""
     start_key, move_key = jax.random.split(jax.random.key(1))
-    start = start_chains(chain, start_key, 20_000)
+    start = start_chains(system, start_key, 20_000)
     assert set(np.unique(start)) == {-1.0, 1.0}
     samples, taken = jax.jit(
-        lambda key, spins: move_chains(chain, log_psi_fn, key, spins, 60)
+        lambda key, spins: move_chains(system, log_psi_fn, key, spins, 200)
     )(move_key, start)
     assert 0.05 < float(taken) < 1.0
-    assert p_value(chain, samples) > 1e-3
-    assert p_value(chain, start) < 1e-6  # so that the test can fail
+    assert p_value(system, samples) > 1e-3
+    assert p_value(system, start) < 1e-6  # so that the test can fail
 
 
 @pytest.mark.long
