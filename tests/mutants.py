@@ -157,8 +157,8 @@ MUTANTS = [
     ),
     Mutant(
         "microbatches.py",
-        "if chunks.leading % chunks.size:\n        total, _ = add(total, rest)",
-        "if False:\n        total, _ = add(total, rest)",
+        "return total if last is None else jax.tree.map(jnp.add, total, fn(last))",
+        "return total",
         FISHER,
     ),
     Mutant(
@@ -777,7 +777,7 @@ def is_found(mutant, folder, seconds):
     if not is_planted(mutant, package):
         return None
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow"]
+    command += ["-m", "not slow and not long"]  # the set of the README
     environment = os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
     try:
         done = subprocess.run(
