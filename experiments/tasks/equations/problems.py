@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,9 @@ from experiments.running.settings import ConfigError
 from experiments.tasks.equations.derivatives import (
     Jet,
     Params,
+    affine,
     forward_operator,
+    jet_of,
     network,
 )
 
@@ -35,6 +37,7 @@ __all__ = [
     "Sizes",
     "burgers_solution",
     "make_problem",
+    "periodic",
 ]
 
 Points = dict[str, Any]
@@ -54,6 +57,10 @@ class Problem:
       solution: points `[N, d]` -> exact u `[N]`.
       faces: (axis, end) of the sides of the box on which u is given; end 0 is low.
       weights: w of both blocks, "interior" and "boundary".
+      features: point -> `[F]`, inputs of the network in place of the point: with
+        cos(πx) and sin(πx), u is periodic whatever the parameters are.
+      hard: point -> (a, b), and u = a + b × network: where b vanishes, u is a whatever
+        the parameters are. A problem that needs no boundary then has no `faces`.
       stretch: k > 0 if u has a layer in the middle of the first axis: points lie at x =
         sinh(k s) / sinh(k) for evenly spread s in [-1, 1], and residuals are weighted
         in proportion to the spacing dx/ds, so that the layer does not drown out the
@@ -68,12 +75,42 @@ class Problem:
     solution: Callable[[jax.Array], jax.Array]
     faces: tuple[tuple[int, int], ...]
     weights: dict[str, float]
+    features: Callable[[jax.Array], jax.Array] | None = None
+    hard: Callable[[jax.Array], tuple[jax.Array, jax.Array]] | None = None
     stretch: float = 0.0
 
     @property
     def dimension(self) -> int:
         """Number of inputs, including time."""
         return len(self.low)
+
+    @property
+    def num_features(self) -> int:
+        """Number of inputs of the network."""
+        if self.features is None:
+            return self.dimension
+        point = jax.ShapeDtypeStruct((self.dimension,), jnp.float32)
+        return jax.eval_shape(self.features, point).size
+
+    def value(self, params: Params, x: jax.Array) -> jax.Array:
+        """u_θ(x), a scalar, at one point `[d]`."""
+        inside = network(params, x if self.features is None else self.features(x))
+        if self.hard is None:
+            return inside
+        a, b = self.hard(x)
+        return a + b * inside
+
+    def jet(self, params: Params, x: jax.Array) -> Jet:
+        """u_θ with its derivatives, at one point `[d]`."""
+        c = jnp.asarray(self.operator, x.dtype)
+        inputs = None if self.features is None else jet_of(self.features, x, c)
+        inside = forward_operator(params, x, c, inputs)
+        hard = self.hard
+        if hard is None:
+            return inside
+        both = jet_of(lambda x: jnp.stack(hard(x)), x, c)
+        a, b = (Jet(*(part[..., i] for part in both)) for i in (0, 1))
+        return affine(a, b, inside, c)
 
     @functools.cached_property
     def likelihood(self) -> ngd.Likelihood:
@@ -83,17 +120,15 @@ class Problem:
 
     def residuals(self, params: Params, points: Points) -> dict[str, jax.Array]:
         """The residuals of every block at its points: the outputs of the model."""
-        operator = jnp.asarray(self.operator)
 
         def inside(x: jax.Array) -> jax.Array:
-            at = forward_operator(params, x, operator.astype(x.dtype))
-            return self._spacing(x) * self.equation(x, at)
+            return self._spacing(x) * self.equation(x, self.jet(params, x))
 
-        boundary = jax.vmap(functools.partial(network, params))(points["boundary"])
-        return {
-            "interior": jax.vmap(inside)(points["interior"]),
-            "boundary": boundary - points["boundary_values"],
-        }
+        residuals = {"interior": jax.vmap(inside)(points["interior"])}
+        if self.faces:
+            values = jax.vmap(functools.partial(self.value, params))(points["boundary"])
+            residuals["boundary"] = values - points["boundary_values"]
+        return residuals
 
     def loss(self, residuals: dict[str, jax.Array], points: Points) -> jax.Array:
         """½ Σ w mean r²: the negative log-likelihood up to a constant."""
@@ -102,7 +137,7 @@ class Problem:
         return sum(total[1:], start=total[0]) / 2
 
     def draw_points(self, key: jax.Array, sizes: "Sizes") -> Points:
-        """Points of both blocks, and the values prescribed on the boundary."""
+        """Points of all blocks, and the values prescribed on the boundary, if any."""
         match sizes.layout:
             case "grid":
                 interior, boundary = self._grid(sizes.interior, sizes.boundary)
@@ -115,9 +150,12 @@ class Problem:
                     f"`layout` must be one of {', '.join(LAYOUTS)}, got "
                     f"{sizes.layout!r}."
                 )
-        interior, boundary = self._stretched(interior), self._stretched(boundary)
-        values = self.solution(boundary)
-        return {"interior": interior, "boundary": boundary, "boundary_values": values}
+        points = {"interior": self._stretched(interior)}
+        if self.faces:
+            boundary = self._stretched(boundary)
+            values = self.solution(boundary)
+            points |= {"boundary": boundary, "boundary_values": values}
+        return points
 
     def test_points(self, num_points: int) -> jax.Array:
         """A grid in two dimensions, otherwise random points from a separate key."""
@@ -158,6 +196,8 @@ class Problem:
     ) -> tuple[jax.Array, jax.Array]:
         """Uniform points inside, and on all faces in turn."""
         keys = jax.random.split(key)
+        if not self.faces:
+            return self._uniform(keys[0], interior), jnp.zeros((0, self.dimension))
         faces = np.asarray(self.faces)[np.arange(boundary) % len(self.faces)]
         ends = np.asarray((self.low, self.high))[faces[:, 1], faces[:, 0]]
         is_fixed = faces[:, :1] == np.arange(self.dimension)
@@ -173,9 +213,9 @@ class Problem:
         """
         low, high = np.asarray(self.low), np.asarray(self.high)
         inside = low + (high - low) * _halton(self.dimension, interior)
+        edges = [np.zeros((0, self.dimension))]
         along = _halton(self.dimension - 1, boundary)
-        edges = []
-        parts = np.split(along, len(self.faces))
+        parts = np.split(along, len(self.faces)) if self.faces else []
         for (axis, end), part in zip(self.faces, parts, strict=True):
             edges.append(low + (high - low) * np.insert(part, axis, end, axis=1))
         return jnp.asarray(inside), jnp.asarray(np.concatenate(edges))
@@ -187,8 +227,8 @@ class Problem:
             np.linspace(lo, hi, side + 2)[1:-1]
             for lo, hi in zip(self.low, self.high, strict=True)
         ]
-        per_face = boundary // len(self.faces)
-        edges = []
+        per_face = boundary // max(1, len(self.faces))
+        edges = [np.zeros((0, 2))]
         for axis, end in self.faces:
             points = np.empty((per_face, 2))
             along = 1 - axis
@@ -320,21 +360,68 @@ def _helmholtz2d() -> Problem:
 VISCOSITY = 0.01 / math.pi
 
 
-def _burgers1d() -> Problem:
+def _burgers(viscosity: float, **options: Any) -> Problem:
     return Problem(
-        name="burgers1d",
         low=(-1.0, 0.0),
         high=(1.0, 1.0),
-        operator=(VISCOSITY, 0.0),
+        operator=(viscosity, 0.0),
         equation=lambda _, at: at.gradient[1] + at.value * at.gradient[0] - at.second,
-        solution=burgers_solution,
+        solution=functools.partial(burgers_solution, viscosity=viscosity),
+        **options,
+    )
+
+
+def _burgers1d() -> Problem:
+    return _burgers(
+        VISCOSITY,
+        name="burgers1d",
         faces=PARABOLIC_FACES,
         weights=_BOUNDARY_FIRST,
         stretch=4.0,  # 27 times as dense in the middle as at the ends
     )
 
 
-def burgers_solution(points: jax.Array, num_nodes: int = 200) -> jax.Array:
+def _burgers_periodic() -> Problem:
+    """With ν = 0.01; periodic, and right at t = 0, for all parameters."""
+
+    def hard(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return -jnp.sin(jnp.pi * x[0]), x[1]
+
+    return _burgers(
+        0.01,
+        name="burgers_periodic",
+        faces=(),
+        weights={"interior": 1.0},
+        features=periodic((2.0, None)),
+        hard=hard,
+        stretch=2.5,
+    )
+
+
+def periodic(periods: Sequence[float | None]) -> Callable[[jax.Array], jax.Array]:
+    """Features of a point that make u periodic, for `Problem.features`.
+
+    Args:
+      periods: for every input its period, for which cos(2πx/L) and sin(2πx/L) stand in
+        its place; None for an input that stays.
+    """
+
+    def features(x: jax.Array) -> jax.Array:
+        parts = []
+        for value, period in zip(x, periods, strict=True):
+            if period is None:
+                parts.append(value)
+            else:
+                angle = value * (2 * math.pi / period)
+                parts += [jnp.cos(angle), jnp.sin(angle)]
+        return jnp.stack(parts)
+
+    return features
+
+
+def burgers_solution(
+    points: jax.Array, num_nodes: int = 200, viscosity: float = VISCOSITY
+) -> jax.Array:
     """u(x, t) of u_t + u uₓ = ν uₓₓ from u(x, 0) = -sin πx, by the Cole-Hopf transform.
 
     u = -∫ sin π(x-η) f(x-η) e^(-η²/4νt) dη / ∫ f(x-η) e^(-η²/4νt) dη with
@@ -346,8 +433,8 @@ def burgers_solution(points: jax.Array, num_nodes: int = 200) -> jax.Array:
     """
     nodes, weights = np.polynomial.hermite.hermgauss(num_nodes)
     x, t = points[:, :1], points[:, 1:]
-    y = x - jnp.sqrt(4 * VISCOSITY * t) * nodes
-    exponent = -jnp.cos(jnp.pi * y) / (2 * jnp.pi * VISCOSITY)
+    y = x - jnp.sqrt(4 * viscosity * t) * nodes
+    exponent = -jnp.cos(jnp.pi * y) / (2 * jnp.pi * viscosity)
     # Only the ratio matters: divide out the largest exponential to avoid overflow.
     factor = weights * jnp.exp(exponent - exponent.max(axis=1, keepdims=True))
     return -(factor * jnp.sin(jnp.pi * y)).sum(axis=1) / factor.sum(axis=1)
@@ -360,6 +447,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "poisson20d": _poisson20d,
     "helmholtz2d": _helmholtz2d,
     "burgers1d": _burgers1d,
+    "burgers_periodic": _burgers_periodic,
 }
 
 

@@ -29,6 +29,7 @@ CONFIG = TableConfig(
     seconds=[0.02, 1.5],
     target=1.0,
     iterations=[5, 100],
+    sketch_size=None,
     peers=["Levenberg-Marquardt", "BFGS, dense (SciPy)"],
     output="",
 )
