@@ -24,7 +24,8 @@ from experiments.running.screen import Column
 from experiments.running.settings import ConfigError
 from experiments.tasks.equations.derivatives import init_network
 from experiments.tasks.equations.pictures import draw_curves, draw_solution
-from experiments.tasks.equations.problems import Points, Problem, Sizes, make_problem
+from experiments.tasks.equations.problem import Points, Problem, Sizes
+from experiments.tasks.equations.problems import make_problem
 from experiments.tasks.equations.settings import PhysicsConfig
 from experiments.tasks.supervised.task import Task
 

@@ -18,7 +18,7 @@ import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
-from experiments.tasks.equations.problems import Points, Problem
+from experiments.tasks.equations.problem import Points, Problem
 from ngd_jax import contrib
 
 __all__ = ["OURS", "PEERS", "Equation", "iterate"]
@@ -291,7 +291,7 @@ def _iterate_ssbroyden(chunk: int, equation: Equation) -> Iterator[PyTree]:
             s, last = length * p, value
             value, new = fun(theta + s)
             y, theta, grad_before, grad = new - grad, theta + s, grad, new
-            inverse = _broyden_update(inverse, s, y, -length * (s @ grad_before))
+            inverse = _broyden_update(inverse, s, y, float(-length * (s @ grad_before)))
 
 
 def _broyden_update(

@@ -20,7 +20,7 @@ from experiments.running.plots import (
     series,
     write_figure,
 )
-from experiments.tasks.equations.problems import Problem
+from experiments.tasks.equations.problem import Problem
 
 __all__ = ["draw_curves", "draw_solution"]
 

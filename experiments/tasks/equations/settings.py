@@ -13,7 +13,8 @@ from experiments.running.settings import (
     one_of,
     one_of_or_own,
 )
-from experiments.tasks.equations.problems import LAYOUTS, PROBLEMS
+from experiments.tasks.equations.problem import LAYOUTS
+from experiments.tasks.equations.problems import PROBLEMS
 
 __all__ = ["PhysicsConfig"]
 

@@ -31,7 +31,8 @@ from experiments.running.settings import AT_LEAST_ONE, POSITIVE, ConfigError  # 
 from experiments.tasks.equations.derivatives import init_network  # noqa: E402
 from experiments.tasks.equations.learner import POINTS_STREAM, l2_error  # noqa: E402
 from experiments.tasks.equations.peers import PEERS, Equation, iterate  # noqa: E402
-from experiments.tasks.equations.problems import Sizes, make_problem  # noqa: E402
+from experiments.tasks.equations.problem import Sizes  # noqa: E402
+from experiments.tasks.equations.problems import make_problem  # noqa: E402
 from experiments.tasks.equations.settings import PhysicsConfig  # noqa: E402
 
 __all__ = ["Course", "TableConfig", "measure", "read_table", "render"]

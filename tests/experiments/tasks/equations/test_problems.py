@@ -15,7 +15,8 @@ from experiments.tasks.equations.derivatives import (
     init_network,
     network,
 )
-from experiments.tasks.equations.problems import PROBLEMS, Sizes, make_problem
+from experiments.tasks.equations.problem import Sizes
+from experiments.tasks.equations.problems import PROBLEMS, make_problem
 
 NAMES = list(PROBLEMS)
 

@@ -7,7 +7,8 @@ import pytest
 
 from experiments.tasks.equations.derivatives import init_network
 from experiments.tasks.equations.peers import Equation
-from experiments.tasks.equations.problems import Sizes, make_problem
+from experiments.tasks.equations.problem import Sizes
+from experiments.tasks.equations.problems import make_problem
 from experiments.tasks.equations.settings import PhysicsConfig
 from experiments.tasks.equations.table import Course, TableConfig, measure, render
 
