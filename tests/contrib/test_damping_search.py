@@ -110,13 +110,17 @@ def test_a_sketch_adds_rows_with_signs(x64, rng):
     def blocks(params, batch):
         return {name: model_fn(params, x) for name, x in batch.items()}
 
-    fisher = ngd.linearize_fisher(blocks, params, batch, likelihood)
-    matrix = dense_root(fisher)
     buckets = jnp.asarray(rng.integers(0, 5, 19))
     signs = jnp.asarray(rng.choice([-1.0, 1.0], 19))
     sketch = np.zeros((5, 19))
     sketch[np.asarray(buckets), np.arange(19)] = signs
-    found = jax.jit(lambda: sketched_root(fisher, buckets, signs, 5))()
+
+    @jax.jit
+    def both(params):
+        fisher = ngd.linearize_fisher(blocks, params, batch, likelihood)
+        return dense_root(fisher), sketched_root(fisher, buckets, signs, 5)
+
+    matrix, found = both(params)
     assert_close(found, sketch @ np.asarray(matrix), 1e-13)
 
 
@@ -127,12 +131,17 @@ def test_a_sketch_of_a_model_that_mixes_its_examples_is_right(x64, rng):
         outputs = model_fn(params, x)
         return outputs - outputs.mean()
 
-    fisher = ngd.linearize_fisher(mixing, params, x, GAUSSIAN)
-    unravel = ravel_pytree(params)[1]
-    columns = jax.vmap(lambda e: fisher.sqrt_matvec(unravel(e)))(jnp.eye(9))
-    buckets = jnp.arange(12) % 4
-    found = jax.jit(lambda: sketched_root(fisher, buckets, jnp.ones(12), 4))()
-    assert_close(found, columns.T.reshape(3, 4, 9).sum(0), 1e-13)
+    theta, unravel = ravel_pytree(params)
+
+    @jax.jit
+    def both(theta):
+        fisher = ngd.linearize_fisher(mixing, unravel(theta), x, GAUSSIAN)
+        jacobian = jax.jacobian(lambda theta: mixing(unravel(theta), x))(theta)
+        return jacobian, sketched_root(fisher, jnp.arange(12) % 4, jnp.ones(12), 4)
+
+    jacobian, found = both(theta)
+    expected = jacobian.reshape(3, 4, 9).sum(0) / 12**0.5
+    assert_close(found, expected, 1e-13)
 
 
 def test_a_sketched_search_takes_the_step_of_the_sketched_system(x64, rng):
@@ -152,8 +161,12 @@ def test_a_sketched_search_takes_the_step_of_the_sketched_system(x64, rng):
     second = search(solver, params, x, state._replace(num_sketches=jnp.int32(1)))
     assert int(first.state.num_sketches) == 1
     assert int(second.state.num_sketches) == 2
-    fisher = ngd.linearize_fisher(model_fn, params, x, GAUSSIAN)
-    matrix, w = np.asarray(dense_root(fisher)), np.asarray(fisher.outputs) / 30**0.5
+    theta, unravel = ravel_pytree(params)
+    outputs_fn = jax.jit(lambda theta: model_fn(unravel(theta), x) / 30**0.5)
+    matrix, w = (
+        np.asarray(jax.jacobian(outputs_fn)(theta)),
+        np.asarray(outputs_fn(theta)),
+    )
     steps = []
     for count, found in enumerate((first, second)):
         keys = jax.random.split(jax.random.fold_in(key, count))

@@ -21,7 +21,7 @@ import ngd_jax as ngd
 from experiments.tasks.equations.problem import Points, Problem
 from ngd_jax import contrib
 
-__all__ = ["OURS", "PEERS", "Equation", "iterate"]
+__all__ = ["OURS", "PEERS", "Equation", "broyden_update", "iterate"]
 
 PyTree = Any
 
@@ -291,10 +291,10 @@ def _iterate_ssbroyden(chunk: int, equation: Equation) -> Iterator[PyTree]:
             s, last = length * p, value
             value, new = fun(theta + s)
             y, theta, grad_before, grad = new - grad, theta + s, grad, new
-            inverse = _broyden_update(inverse, s, y, float(-length * (s @ grad_before)))
+            inverse = broyden_update(inverse, s, y, float(-length * (s @ grad_before)))
 
 
-def _broyden_update(
+def broyden_update(
     inverse: np.ndarray, s: np.ndarray, y: np.ndarray, curved: float
 ) -> np.ndarray:
     """The next H for a step s, the change y of the gradient, and sᵀ H⁻¹ s."""
