@@ -30,6 +30,7 @@ __all__ = [
     "precision",
     "ravel_real",
     "real_size",
+    "sketched_root",
     "trace",
     "unravel_real",
 ]
@@ -65,6 +66,47 @@ def dense_root(fisher: Fisher) -> Float[Array, "M P"]:
         otherwise=lambda: _map_basis(fisher, fisher.sqrt_matvec).T,
         finish=per_example.permuted,
     )
+
+
+def sketched_root(
+    fisher: Fisher, buckets: Array, signs: Array, num_rows: int
+) -> Float[Array, "R P"]:
+    """S A for the sparse sketch (S c)ᵢ = Σ signsⱼ cⱼ over all j with bucketsⱼ = i.
+
+    With independent random signs, E[Sᵀ S] = I: the sketch is right on average. A itself
+    is never in memory.
+
+    Args:
+      fisher: the Fisher.
+      buckets: `[M]`, for each of the coefficients of `ravel_real(A v)` the row of S A
+        that its row of A is added to.
+      signs: `[M]`, ±1.
+      num_rows: R.
+    """
+
+    def add(matrix: Array, rows: Array, place: Array, is_new: Array) -> Array:
+        num_new, size = is_new.size * rows.shape[1], num_params
+        rows = jnp.where(is_new[:, None, None], rows, 0).reshape(num_new, size)
+        into, sign = (jax.lax.dynamic_slice(x, (place,), (num_new,)) for x in by_group)
+        return matrix.at[into].add(sign[:, None] * rows)
+
+    def from_columns() -> Array:
+        columns = _map_basis(fisher, fisher.sqrt_matvec)
+        return jnp.zeros_like(total).at[buckets].add(signs[:, None] * columns.T)
+
+    dtype, num_params = per_example.working_dtype(fisher), real_size(fisher.params)
+    signs = signs.astype(dtype)
+    total = jnp.zeros((num_rows, num_params), dtype)
+    try:
+        groups = per_example.groups_of(fisher)
+    except per_example.NoRowsError:
+        return from_columns()
+    sizes = [group.blocks(None)[0] for group in groups]
+    order = per_example.order_of(fisher, groups, sizes)
+    # Rows come by group and block, coefficients in the order of the outputs.
+    back = np.argsort(order)
+    by_group = buckets[back], signs[back]
+    return _from_rows(fisher, _all_rows, add, total, otherwise=from_columns)
 
 
 def dense(fisher: Fisher) -> Float[Array, "P P"]:

@@ -18,7 +18,10 @@ import optax
 
 from ngd_jax import tree
 from ngd_jax.contrib.svd import SingularRoot, decompose, known_coefficients, negligible
-from ngd_jax.dense import dense_root, ravel_real
+from ngd_jax.dense import dense_root, ravel_real, real_size, sketched_root
+from ngd_jax.metric import check_count
+from ngd_jax.per_example import coefficient_shapes
+from ngd_jax.solvers.preconditioner import check_key
 from ngd_jax.solvers.protocol import (
     RightHandSide,
     Solution,
@@ -26,7 +29,7 @@ from ngd_jax.solvers.protocol import (
     SolverInfo,
     SolverStatus,
 )
-from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
+from ngd_jax.types import Array, ArrayLike, KeyArray, PyTree, Scalar
 
 __all__ = ["DampingSearch", "DampingSearchState"]
 
@@ -40,13 +43,15 @@ class DampingSearchState(NamedTuple):
     Attributes:
       damping: λ of the last step, in units of F; 0 before the first.
       lowest: the lowest loss so far.
+      num_sketches: int32, sketches drawn so far; None without a sketch.
     """
 
     damping: Array
     lowest: Array
+    num_sketches: Array | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DampingSearch(Solver):
     """Levenberg-Marquardt with many λ at once: for zero-residual problems.
 
@@ -69,9 +74,16 @@ class DampingSearch(Solver):
     lower if few of the parameters can be told apart at first, and otherwise costs
     steps.
 
-    Dense, by singular values as in `SVD`: O(M P²) operations and M·P memory for M real
-    outputs of all examples and P parameters. The loss must be positive and tend to
+    By singular values as in `SVD`: O(M P min(M, P)) operations and M·P memory for M
+    real outputs of all examples and P parameters. The loss must be positive and tend to
     zero: ½ mean r² with `Gaussian`, or the like.
+
+    With a sketch, A and w are replaced by S A and S w, of `sketch_size` rows R: each
+    is a sum of rows of A with random signs, new in every step. That costs O(R P min(R,
+    P)) operations and R·P memory. The damped direction is nearly that of all outputs
+    where R is a few times the effective dimension tr(F (F + λI)⁻¹), which the search
+    sees to: losses of trials are those of all outputs, and a λ for which R is too small
+    does not lower them.
 
     Args:
       power: the exponent of λ in the score of a trial, at least 0.
@@ -86,12 +98,15 @@ class DampingSearch(Solver):
         step at λ/27 beats a whole step at λ: λ falls to 1e-25, where the search creeps
         for a hundred steps or more until it breaks through, at a step that depends on
         the last digits. If it does, it may end some decades lower.
+      sketch_size: R, or None for no sketch. With R ≥ M there is none either.
+      key: for the sketch, a typed key, as from `jax.random.key`.
 
     The `damping` of `solve` is the least λ. In any case, no λ below (ε max σ)², which
     cannot be told from zero, is tried.
 
     Raises:
-      ValueError: for values outside these ranges.
+      ValueError: for values outside these ranges, or a key without a sketch.
+      TypeError: for a sketch without a typed key, or a size that is no int.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -109,12 +124,14 @@ class DampingSearch(Solver):
       Marquardt, An algorithm for least-squares estimation of nonlinear parameters,
       1963 (several λ in each step); Transtrum and Sethna, Improvements to the
       Levenberg-Marquardt algorithm for nonlinear least-squares minimization, 2012,
-      section 3 (q, the geodesic acceleration, and the bound on it).
+      section 3 (q, the geodesic acceleration, and the bound on it); Clarkson and
+      Woodruff, Low-rank approximation and regression in input sparsity time, 2013 (the
+      sketch).
 
     Note:
       The solution carries λ and s as `damping` and `length`; s is 0 for no step.
       `num_steps` counts rounds, and `relative_residual` is ‖g - F d‖ / ‖g‖: what
-      damping, length and bending together leave of an undamped step.
+      damping, length, bending and sketch together leave of an undamped step.
     """
 
     power: float = 0.4
@@ -124,6 +141,8 @@ class DampingSearch(Solver):
     max_curvature: float = 0.75
     initial: float = 1e-2
     length_power: float = 0.5
+    sketch_size: int | None = None
+    key: KeyArray | None = None
 
     uses_coefficients: ClassVar[bool] = True
     uses_objective: ClassVar[bool] = True
@@ -146,11 +165,18 @@ class DampingSearch(Solver):
             )
         if not (self.initial > 0 and math.isfinite(self.initial)):
             raise ValueError(f"`initial` must be positive, got {self.initial}.")
+        if self.sketch_size is not None:
+            check_count("sketch_size", self.sketch_size)
+            check_key(self.key, "A sketch")
+        elif self.key is not None:
+            raise ValueError("`key` must be None without `sketch_size`.")
 
     def init(self, params: PyTree) -> DampingSearchState:
         """No λ yet."""
         dtype = tree.accumulator_dtype(params)
-        return DampingSearchState(jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype))
+        count = None if self.sketch_size is None else jnp.zeros((), jnp.int32)
+        none = jnp.zeros((), dtype)
+        return DampingSearchState(none, jnp.asarray(jnp.inf, dtype), count)
 
     def solve(
         self, fisher: Any, rhs: RightHandSide, *, damping: ArrayLike, state: PyTree = ()
@@ -158,8 +184,8 @@ class DampingSearch(Solver):
         """Searches for d; see `Solver.solve`.
 
         Raises:
-          ValueError: without `rhs.objective`; for coefficients unlike what
-            `fisher.sqrt_matvec` returns.
+          ValueError: without `rhs.objective`; for a sketch without `rhs.coefficients`;
+            for coefficients unlike what `fisher.sqrt_matvec` returns.
         """
         objective = rhs.objective
         if objective is None:
@@ -170,13 +196,14 @@ class DampingSearch(Solver):
                 "objective(d) the loss after a step of -d."
             )
         gradient, unravel = ravel_real(rhs.gradient)
-        system = _make_system(fisher, rhs)
+        known = state or self.init(rhs.gradient)
+        sketch = self._draw_sketch(fisher, rhs, known.num_sketches)
+        system = _make_system(fisher, rhs, sketch)
         # Below the square of round-off no λ can be told from zero.
         dtype = system.rest.dtype
         largest = jnp.max(system.root.values, initial=0.0)
         eps = float(jnp.finfo(dtype).eps)
         least = jnp.maximum(jnp.asarray(damping).astype(dtype), (eps * largest) ** 2)
-        known = state or self.init(rhs.gradient)
         first = self.initial * largest**2
         last = jnp.where(known.damping > 0, known.damping.astype(dtype), first)
 
@@ -205,6 +232,9 @@ class DampingSearch(Solver):
             new = DampingSearchState(
                 damping=jnp.where(search.found, search.damping, state.damping),
                 lowest=jnp.where(jnp.isfinite(lowest), lowest, state.lowest),
+                num_sketches=(
+                    state.num_sketches if sketch is None else state.num_sketches + 1
+                ),
             )
             state = optax.tree.cast_like(new, state)
         used = jnp.where(search.found, search.damping, last)
@@ -212,6 +242,24 @@ class DampingSearch(Solver):
         nothing = jnp.where(system.is_finite, 0.0, jnp.nan)
         direction = jax.tree.map(lambda x: x + nothing.astype(x.dtype), direction)
         return Solution(direction, pushed, info, state, used, search.length)
+
+    def _draw_sketch(
+        self, fisher: Any, rhs: RightHandSide, count: Array | None
+    ) -> "_Sketch | None":
+        num_outputs = real_size(coefficient_shapes(fisher))
+        if self.sketch_size is None or self.sketch_size >= num_outputs:
+            return None
+        if rhs.coefficients is None:
+            raise ValueError(
+                "DampingSearch needs the gradient in the space of outputs for a "
+                "sketch: give `loss_fn` to natural_gradient, or set sketch_size=None."
+            )
+        assert self.key is not None
+        assert count is not None
+        keys = jax.random.split(jax.random.fold_in(self.key, count))
+        buckets = jax.random.randint(keys[0], (num_outputs,), 0, self.sketch_size)
+        signs = jax.random.rademacher(keys[1], (num_outputs,), jnp.float32)
+        return _Sketch(buckets, signs, self.sketch_size)
 
     def _search(
         self,
@@ -272,8 +320,22 @@ class _Search(NamedTuple):
     num_rounds: Array
 
 
+class _Sketch(NamedTuple):
+    """S: (S c)ᵢ = Σ signsⱼ cⱼ over all j with bucketsⱼ = i, for i below `size`."""
+
+    buckets: Array
+    signs: Array
+    size: int
+
+    def __call__(self, coefficients: Array) -> Array:
+        signed = self.signs.astype(coefficients.dtype) * coefficients
+        return jnp.zeros(self.size, signed.dtype).at[self.buckets].add(signed)
+
+
 class _System(NamedTuple):
     """The systems (F + λI) v = g and (F + λI) q = Aᵀ b(v) for any λ.
+
+    With a sketch, A, w and b are S A, S w and S b.
 
     Attributes:
       matrix: A, `[M, P]`.
@@ -306,18 +368,22 @@ class _System(NamedTuple):
         return jnp.outer(lengths, v) + jnp.outer(is_small * lengths**2 / 2, q)
 
 
-def _make_system(fisher: Any, rhs: RightHandSide) -> _System:
-    matrix, w = dense_root(fisher), known_coefficients(fisher, rhs)
+def _make_system(fisher: Any, rhs: RightHandSide, sketch: _Sketch | None) -> _System:
+    w = known_coefficients(fisher, rhs)
     g, unravel = ravel_real(rhs.gradient)
+    matrix = dense_root(fisher) if sketch is None else sketched_root(fisher, *sketch)
     is_finite = jnp.isfinite(tree.max_abs(matrix))
     matrix = jnp.where(is_finite, matrix, 0.0)
     rest = g.astype(matrix.dtype)
     w = None if w is None else w.astype(matrix.dtype)
-    root = decompose(matrix, w)
+    root = decompose(matrix, w if sketch is None or w is None else sketch(w))
     if w is not None:
         largest = jnp.max(root.values, initial=0.0)
         size = jnp.linalg.norm(rest) + largest * jnp.linalg.norm(w)
-        rest = rest - matrix.T @ w
+        if sketch is None:
+            rest = rest - matrix.T @ w
+        else:
+            rest = rest - ravel_real(fisher.sqrt_rmatvec(rhs.coefficients))[0]
         rest = jnp.where(negligible(rest, size), 0.0, rest)
     # v is in units of the right-hand side, but its square is not.
     unit = jnp.asarray(rhs.unit).astype(matrix.dtype)
@@ -334,6 +400,7 @@ def _make_system(fisher: Any, rhs: RightHandSide) -> _System:
 
         zero = jnp.zeros((), v.dtype)
         second = jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
-        return ravel_real(fisher.metric.sqrt_matvec(second))[0].astype(v.dtype) / unit
+        b = ravel_real(fisher.metric.sqrt_matvec(second))[0].astype(v.dtype) / unit
+        return b if sketch is None else sketch(b)
 
     return _System(matrix, root, rest, bend, is_finite)

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 import ngd_jax as ngd
 from ngd_jax.contrib import DampingSearch
 from ngd_jax.contrib.damping_search import DampingSearchState
+from ngd_jax.dense import dense_root, sketched_root
 from tests.fisher_cases import assert_close
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
@@ -98,6 +99,98 @@ def test_the_trial_of_least_loss_and_damping_is_taken(
         assert int(found.info.num_steps) == 1
         assert int(found.info.status) == Status.CONVERGED
         np.testing.assert_allclose(found.state.lowest, min(before, lowest), rtol=1e-12)
+
+
+def test_a_sketch_adds_rows_with_signs(x64, rng):
+    """S A and S w by hand, for two blocks of outputs with batches of their own."""
+    params, x = make(rng, 12)
+    batch = {"a": x, "b": 2 * x[:7]}
+    likelihood = ngd.Product(dict.fromkeys(batch, GAUSSIAN))
+
+    def blocks(params, batch):
+        return {name: model_fn(params, x) for name, x in batch.items()}
+
+    buckets = jnp.asarray(rng.integers(0, 5, 19))
+    signs = jnp.asarray(rng.choice([-1.0, 1.0], 19))
+    sketch = np.zeros((5, 19))
+    sketch[np.asarray(buckets), np.arange(19)] = signs
+
+    @jax.jit
+    def both(params):
+        fisher = ngd.linearize_fisher(blocks, params, batch, likelihood)
+        return dense_root(fisher), sketched_root(fisher, buckets, signs, 5)
+
+    matrix, found = both(params)
+    assert_close(found, sketch @ np.asarray(matrix), 1e-13)
+
+
+def test_a_sketch_of_a_model_that_mixes_its_examples_is_right(x64, rng):
+    params, x = make(rng, 12)
+
+    def mixing(params, x):
+        outputs = model_fn(params, x)
+        return outputs - outputs.mean()
+
+    theta, unravel = ravel_pytree(params)
+
+    @jax.jit
+    def both(theta):
+        fisher = ngd.linearize_fisher(mixing, unravel(theta), x, GAUSSIAN)
+        jacobian = jax.jacobian(lambda theta: mixing(unravel(theta), x))(theta)
+        return jacobian, sketched_root(fisher, jnp.arange(12) % 4, jnp.ones(12), 4)
+
+    jacobian, found = both(theta)
+    expected = jacobian.reshape(3, 4, 9).sum(0) / 12**0.5
+    assert_close(found, expected, 1e-13)
+
+
+def test_a_sketched_search_takes_the_step_of_the_sketched_system(x64, rng):
+    """Without bending, and for one λ and length: d = (F' + λI)⁻¹ A'ᵀ w', A' = S A."""
+    params, x = make(rng, 30)
+    key = jax.random.key(3)
+    solver = DampingSearch(
+        power=0.0,
+        factors=(1.0, 2.0),
+        lengths=(1.0,),
+        max_curvature=0.0,
+        sketch_size=6,
+        key=key,
+    )
+    state = solver.init(params)._replace(damping=jnp.float64(1e-3))
+    first = search(solver, params, x, state)
+    second = search(solver, params, x, state._replace(num_sketches=jnp.int32(1)))
+    assert int(first.state.num_sketches) == 1
+    assert int(second.state.num_sketches) == 2
+    theta, unravel = ravel_pytree(params)
+    outputs_fn = jax.jit(lambda theta: model_fn(unravel(theta), x) / 30**0.5)
+    matrix, w = (
+        np.asarray(jax.jacobian(outputs_fn)(theta)),
+        np.asarray(outputs_fn(theta)),
+    )
+    steps = []
+    for count, found in enumerate((first, second)):
+        keys = jax.random.split(jax.random.fold_in(key, count))
+        sketch = np.zeros((6, 30))
+        buckets = np.asarray(jax.random.randint(keys[0], (30,), 0, 6))
+        sketch[buckets, np.arange(30)] = jax.random.rademacher(keys[1], (30,))
+        root = sketch @ matrix
+        damped = root.T @ root + float(found.damping) * np.eye(9)
+        steps.append(np.linalg.solve(damped, root.T @ sketch @ w))
+        assert_close(ravel_pytree(found.direction)[0], steps[-1], 1e-8)
+        # The report is about the whole system.
+        left = matrix.T @ (w - matrix @ steps[-1])
+        expected = np.linalg.norm(left) / np.linalg.norm(matrix.T @ w)
+        np.testing.assert_allclose(found.info.relative_residual, expected, rtol=1e-6)
+    assert np.linalg.norm(steps[0] - steps[1]) > 0.1 * np.linalg.norm(steps[0])
+
+
+def test_a_sketch_that_is_not_smaller_changes_nothing(x64, rng):
+    params, x = make(rng, 20)
+    plain = DampingSearch()
+    sketched = DampingSearch(sketch_size=20, key=jax.random.key(0))
+    found, same = (search(s, params, x, s.init(params)) for s in (plain, sketched))
+    assert_close(same.direction["w"], found.direction["w"], 1e-14)
+    assert int(same.state.num_sketches) == 0
 
 
 @pytest.mark.parametrize(
@@ -273,11 +366,22 @@ def test_short_steps_do_not_drive_the_damping_down(start, x64):
         ({"max_curvature": np.inf}, "`max_curvature` must be at least 0"),
         ({"initial": 0.0}, "`initial` must be positive"),
         ({"length_power": -0.5}, "`length_power` must be at least 0"),
+        ({"sketch_size": 0, "key": jax.random.key(0)}, "`sketch_size` must be at"),
+        ({"key": jax.random.key(0)}, "`key` must be None without `sketch_size`"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         DampingSearch(**options)
+
+
+def test_a_sketch_without_a_key_or_coefficients_is_refused(rng):
+    with pytest.raises(TypeError, match="A sketch needs `key`, a typed key"):
+        DampingSearch(sketch_size=5)
+    params, x = make(rng, 8, "float32")
+    solver = DampingSearch(sketch_size=5, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="needs the gradient in the space of outputs"):
+        search(solver, params, x, solver.init(params), in_output_space=False)
 
 
 def test_a_search_without_a_loss_is_refused(rng):

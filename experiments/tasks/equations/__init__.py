@@ -7,7 +7,8 @@ that loss, and natural gradient descent is known as energy natural gradient.
 
 * `settings`: the settings of a configuration;
 * `derivatives`: networks with their first and second derivatives in one pass;
-* `problems`: equations, domains, points, exact solutions;
+* `problem`: what a problem is, its points, and forms such as periodic features;
+* `problems`: equations, domains, exact solutions;
 * `learner`: the learner for the loop of `experiments.train`;
 * `pictures`: solution, error and residual;
 * `peers`, `table`: other methods, compared at equal CPU time.

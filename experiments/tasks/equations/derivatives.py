@@ -4,7 +4,8 @@
     h = tanh(z):        ∂h = h' ∂z,         D h = h' D z + h'' Σᵢ cᵢ (∂ᵢz)²
 
 with D = Σᵢ cᵢ ∂ᵢᵢ. This is the forward Laplacian (for c = 1): d + 2 forward passes, no
-Hessian. Also has the same operator for any function, by Taylor mode or a dense Hessian.
+Hessian. The same for features of x as inputs, and for what a `Problem` makes of the
+output. Also has the operator for any function, by Taylor mode or a dense Hessian.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +18,13 @@ from jax.experimental import jet
 __all__ = [
     "METHODS",
     "Jet",
+    "affine",
     "by_hessian",
     "by_nested_jvp",
     "by_taylor",
     "forward_operator",
     "init_network",
+    "jet_of",
     "network",
 ]
 
@@ -29,11 +32,11 @@ Params = list[tuple[jax.Array, jax.Array]]
 
 
 class Jet(NamedTuple):
-    """A scalar function at one point.
+    """A function at one point, a scalar one or with values `[...]`.
 
     Attributes:
       value: u.
-      gradient: ∂u, `[d]`.
+      gradient: ∂u, `[d, ...]`.
       second: D u = Σᵢ cᵢ ∂ᵢᵢ u.
     """
 
@@ -76,20 +79,25 @@ def network(params: Params, x: jax.Array) -> jax.Array:
     return (x @ weights + biases)[0]
 
 
-def forward_operator(params: Params, x: jax.Array, coefficients: jax.Array) -> Jet:
+def forward_operator(
+    params: Params, x: jax.Array, coefficients: jax.Array, inputs: Jet | None = None
+) -> Jet:
     """u, ∂u and D u of the network at one point, in one pass.
 
     Args:
       params: as from `init_network`.
       x: the point, `[d]`.
       coefficients: c of D, `[d]`.
+      inputs: features of x as `jet_of` gives them, the inputs of the network; None for
+        x itself.
 
     References:
       Li et al., A computational framework for neural network-based variational Monte
       Carlo with Forward Laplacian, 2024.
     """
-    value, gradient = x, jnp.eye(x.size, dtype=x.dtype)
-    second = jnp.zeros_like(x)
+    if inputs is None:
+        inputs = Jet(x, jnp.eye(x.size, dtype=x.dtype), jnp.zeros_like(x))
+    value, gradient, second = inputs
     for index, (weights, biases) in enumerate(params):
         value = value @ weights + biases
         gradient, second = gradient @ weights, second @ weights
@@ -100,6 +108,22 @@ def forward_operator(params: Params, x: jax.Array, coefficients: jax.Array) -> J
             second = slope * second - 2 * value * slope * squares
             gradient = slope * gradient
     return Jet(value[0], gradient[:, 0], second[0])
+
+
+def jet_of(fn: "Function", x: jax.Array, coefficients: jax.Array) -> Jet:
+    """Any function of x with its derivatives, by forward mode."""
+    gradient = jnp.moveaxis(jax.jacfwd(fn)(x), -1, 0)
+    return Jet(fn(x), gradient, by_nested_jvp(fn, x, coefficients))
+
+
+def affine(a: Jet, b: Jet, u: Jet, coefficients: jax.Array) -> Jet:
+    """The jet of a + b u: D (b u) = u D b + 2 Σᵢ cᵢ ∂ᵢb ∂ᵢu + b D u."""
+    across = jnp.sum(coefficients * b.gradient * u.gradient)
+    return Jet(
+        a.value + b.value * u.value,
+        a.gradient + b.gradient * u.value + b.value * u.gradient,
+        a.second + b.second * u.value + 2 * across + b.value * u.second,
+    )
 
 
 Function = Callable[[jax.Array], jax.Array]

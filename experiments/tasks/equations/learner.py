@@ -22,9 +22,10 @@ from experiments.running.learner import Advance, Records, Rows
 from experiments.running.optimizers import make_optimizer, read_step_info
 from experiments.running.screen import Column
 from experiments.running.settings import ConfigError
-from experiments.tasks.equations.derivatives import init_network, network
+from experiments.tasks.equations.derivatives import init_network
 from experiments.tasks.equations.pictures import draw_curves, draw_solution
-from experiments.tasks.equations.problems import Points, Problem, Sizes, make_problem
+from experiments.tasks.equations.problem import Points, Problem, Sizes
+from experiments.tasks.equations.problems import make_problem
 from experiments.tasks.equations.settings import PhysicsConfig
 from experiments.tasks.supervised.task import Task
 
@@ -87,7 +88,7 @@ class PhysicsLearner:
             measure_kl=config.measure_kl,
         )
         test_points = self.problem.test_points(task.test_points)
-        self._error = jax.jit(functools.partial(l2_error, self.problem, test_points))
+        self._error = l2_error(self.problem, test_points)
 
         def init(key: jax.Array) -> PhysicsState:
             params, _ = self._task.init_fn(key)
@@ -134,7 +135,7 @@ class PhysicsLearner:
 
 def physics_task(problem: Problem, config: PhysicsConfig) -> Task:
     """The equation in the form that optimizers expect: a task whose data are points."""
-    widths = (problem.dimension, *config.hidden_sizes, 1)
+    widths = (problem.num_features, *config.hidden_sizes, 1)
     return Task(
         name="pinn",
         train={},
@@ -147,13 +148,24 @@ def physics_task(problem: Problem, config: PhysicsConfig) -> Task:
 
 
 def l2_error(
-    problem: Problem, points: jax.Array, params: PyTree
-) -> tuple[jax.Array, jax.Array]:
-    """The root of the mean squared error, absolute and relative to the solution."""
-    exact = problem.solution(points)
-    values = jax.vmap(functools.partial(network, params))(points)
-    error = jnp.sqrt(jnp.mean((values - exact) ** 2))
-    return error, error / jnp.sqrt(jnp.mean(exact**2))
+    problem: Problem, points: jax.Array
+) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
+    """A function from parameters to the root of the mean squared error at some points.
+
+    Returns:
+      A compiled function whose results are absolute, and relative to the solution. The
+      exact solution is computed in float64, whatever dtype the points have.
+    """
+    with jax.enable_x64(True):
+        exact = np.asarray(problem.solution(jnp.asarray(points, jnp.float64)))
+
+    @jax.jit
+    def error_of(params: PyTree) -> tuple[jax.Array, jax.Array]:
+        values = jax.vmap(functools.partial(problem.value, params))(points)
+        error = jnp.sqrt(jnp.mean((values - exact.astype(points.dtype)) ** 2))
+        return error, error / np.sqrt(np.mean(exact**2))
+
+    return error_of
 
 
 def _make_train_chunk(
@@ -219,7 +231,13 @@ def _check(config: TrainConfig) -> None:
                 f"{task.interior}."
             )
     faces = len(problem.faces)
-    if task.layout != "random" and task.boundary % faces:
+    if (faces == 0) != (task.boundary == 0):
+        raise ConfigError(
+            f"`task.boundary` must be {'positive' if faces else 0} for "
+            f"task.problem={task.problem}, which has {faces or 'no'} faces with a "
+            f"boundary condition; got {task.boundary}."
+        )
+    if task.layout != "random" and faces and task.boundary % faces:
         raise ConfigError(
             f"`task.boundary` must be a multiple of {faces} for "
             f"task.layout={task.layout}, got {task.boundary}."

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
-from experiments.tasks.equations.problems import Points, Problem
+from experiments.tasks.equations.problem import Points, Problem
 from ngd_jax import contrib
 
-__all__ = ["OURS", "PEERS", "Equation", "iterate"]
+__all__ = ["OURS", "PEERS", "Equation", "broyden_update", "iterate"]
 
 PyTree = Any
 
@@ -36,11 +37,13 @@ class Equation(NamedTuple):
       problem: the equation.
       points: all of them.
       params: the initial parameters, a tree.
+      sketch_size: of our search; None for no sketch.
     """
 
     problem: Problem
     points: Points
     params: PyTree
+    sketch_size: int | None = None
 
     def unravel(self, theta: jax.Array) -> PyTree:
         """Converts a vector of parameters into a tree."""
@@ -177,7 +180,10 @@ def _ours(equation: Equation) -> tuple[PyTree, Step]:
         problem.residuals,
         problem.likelihood,
         damping=0.0,
-        solver=contrib.DampingSearch(),
+        solver=contrib.DampingSearch(
+            sketch_size=equation.sketch_size,
+            key=None if equation.sketch_size is None else jax.random.key(0),
+        ),
         loss_fn=problem.loss,
     )
     return _optax(tx, equation, batch=equation.points)
@@ -192,19 +198,6 @@ def _lbfgs(equation: Equation) -> tuple[PyTree, Step]:
     return _optax(optax.lbfgs(memory_size=50), equation)
 
 
-PEERS: dict[str, Callable[[Equation], tuple[PyTree, Step]] | None] = {
-    OURS: _ours,
-    "energy natural gradient, published": _published,
-    "SVD least squares, line search": _least_squares,
-    "Levenberg-Marquardt": _levenberg_marquardt,
-    "BFGS, dense (SciPy)": None,
-    "L-BFGS (Optax)": _lbfgs,
-    "Adam (Optax), 1e-3": functools.partial(_adam, 1e-3),
-    "Adam (Optax), 3e-3": functools.partial(_adam, 3e-3),
-    "Adam (Optax), 1e-2": functools.partial(_adam, 1e-2),
-}
-
-
 def iterate(name: str, chunk: int) -> Callable[[Equation], Iterator[PyTree]]:
     """Iterates over the parameters after every `chunk` steps of the peer `name`.
 
@@ -212,8 +205,8 @@ def iterate(name: str, chunk: int) -> Callable[[Equation], Iterator[PyTree]]:
     once; its iterators yield the initial parameters first.
     """
     make = PEERS[name]
-    if make is None:
-        return functools.partial(_iterate_scipy, chunk)
+    if make in (_iterate_bfgs, _iterate_ssbroyden):
+        return functools.partial(make, chunk)
     compiled: dict[str, Any] = {}
 
     def run(equation: Equation) -> Iterator[PyTree]:
@@ -233,25 +226,31 @@ def iterate(name: str, chunk: int) -> Callable[[Equation], Iterator[PyTree]]:
     return run
 
 
-def _iterate_scipy(chunk: int, equation: Equation) -> Iterator[PyTree]:
+def _value_and_grad(
+    equation: Equation,
+) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """The compiled loss and gradient, for arrays of NumPy."""
+    compiled = jax.jit(jax.value_and_grad(equation.loss))
+
+    def fun(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        value, grad = compiled(jnp.asarray(theta))
+        return float(value), np.asarray(grad)
+
+    fun(np.asarray(ravel_pytree(equation.params)[0]))
+    return fun
+
+
+def _iterate_bfgs(chunk: int, equation: Equation) -> Iterator[PyTree]:
     """SciPy's BFGS with compiled gradients, `chunk` iterations at a time.
 
     SciPy calls back and cannot be asked for the next step, so each chunk continues from
     the inverse Hessian of the last one.
     """
-    import scipy.optimize
-
-    value_and_grad = jax.jit(jax.value_and_grad(equation.loss))
+    fun = _value_and_grad(equation)
     theta = np.asarray(ravel_pytree(equation.params)[0])
     options: dict[str, Any] = {"maxiter": chunk, "gtol": 0.0}
-    value_and_grad(jnp.asarray(theta))
     while True:
         yield equation.unravel(jnp.asarray(theta))
-
-        def fun(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            value, grad = value_and_grad(jnp.asarray(theta))
-            return float(value), np.asarray(grad)
-
         result = scipy.optimize.minimize(
             fun, theta, jac=True, method="BFGS", options=options
         )
@@ -261,3 +260,75 @@ def _iterate_scipy(chunk: int, equation: Equation) -> Iterator[PyTree]:
             options["hess_inv0"] = inverse
         else:
             options.pop("hess_inv0", None)
+
+
+def _iterate_ssbroyden(chunk: int, equation: Equation) -> Iterator[PyTree]:
+    """Self-scaled Broyden with SciPy's strong Wolfe line search.
+
+        H ← (H - H y yᵀ H / yᵀHy + φ yᵀHy v vᵀ) / τ + s sᵀ / yᵀs
+
+    References:
+      Al-Baali and Khalfan, A combined class of self-scaling and modified quasi-Newton
+      methods, 2012; Urbán, Stefanou and Pons, Unveiling the optimization process of
+      physics informed neural networks, 2025.
+    """
+    fun = _value_and_grad(equation)
+    theta = np.asarray(ravel_pytree(equation.params)[0], np.float64)
+    value, grad = fun(theta)
+    inverse, last = np.eye(theta.size), None
+    while True:
+        yield equation.unravel(jnp.asarray(theta))
+        for _ in range(chunk):
+            p = -inverse @ grad
+            found = scipy.optimize.line_search(
+                lambda x: fun(x)[0], lambda x: fun(x)[1], theta, p, grad, value, last
+            )
+            length = found[0]
+            if length is None:
+                # No progress along p: begin anew with the steepest descent.
+                inverse, last = np.eye(theta.size), None
+                continue
+            s, last = length * p, value
+            value, new = fun(theta + s)
+            y, theta, grad_before, grad = new - grad, theta + s, grad, new
+            inverse = broyden_update(inverse, s, y, float(-length * (s @ grad_before)))
+
+
+def broyden_update(
+    inverse: np.ndarray, s: np.ndarray, y: np.ndarray, curved: float
+) -> np.ndarray:
+    """The next H for a step s, the change y of the gradient, and sᵀ H⁻¹ s."""
+    image = inverse @ y
+    across, along = y @ image, y @ s
+    if not (along > 0 and across > 0):
+        return inverse
+    h, b = across / along, curved / along
+    a = h * b - 1
+    if not a > 0:
+        return inverse
+    lowest = min(1.0, h * (1 - np.sqrt(a / (1 + a))))
+    theta = max((lowest - 1) / a, min(1 / lowest, (1 - b) / b))
+    sigma = 1 + a * theta
+    power = sigma ** (-1 / (len(s) - 1))
+    if theta > 0:
+        tau = min(1.0, 1 / b) * min(power, 1 / theta)
+    else:
+        tau = min(min(1.0, 1 / b) * power, sigma)
+    v = s / along - image / across
+    changed = inverse - np.outer(image, image) / across
+    changed += (1 - theta) / sigma * across * np.outer(v, v)
+    return changed / tau + np.outer(s, s) / along
+
+
+PEERS: dict[str, Callable[..., Any]] = {
+    OURS: _ours,
+    "energy natural gradient, published": _published,
+    "SVD least squares, line search": _least_squares,
+    "Levenberg-Marquardt": _levenberg_marquardt,
+    "BFGS, dense (SciPy)": _iterate_bfgs,
+    "SSBroyden, dense": _iterate_ssbroyden,
+    "L-BFGS (Optax)": _lbfgs,
+    "Adam (Optax), 1e-3": functools.partial(_adam, 1e-3),
+    "Adam (Optax), 3e-3": functools.partial(_adam, 3e-3),
+    "Adam (Optax), 1e-2": functools.partial(_adam, 1e-2),
+}

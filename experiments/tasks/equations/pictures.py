@@ -20,8 +20,7 @@ from experiments.running.plots import (
     series,
     write_figure,
 )
-from experiments.tasks.equations.derivatives import network
-from experiments.tasks.equations.problems import Problem
+from experiments.tasks.equations.problem import Problem
 
 __all__ = ["draw_curves", "draw_solution"]
 
@@ -92,13 +91,11 @@ def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> N
 def _fields(
     problem: Problem, params: PyTree, points: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    values = jax.vmap(functools.partial(network, params))(points)
+    values = jax.vmap(functools.partial(problem.value, params))(points)
     exact = problem.solution(points)
-    batch = {
-        "interior": points,
-        "boundary": points[:1],
-        "boundary_values": exact[:1],
-    }
+    batch = {"interior": points}
+    if problem.faces:
+        batch |= {"boundary": points[:1], "boundary_values": exact[:1]}
     return values, exact, problem.residuals(params, batch)["interior"]
 
 

@@ -1,11 +1,9 @@
-"""Equations as residuals, with their domains, points and exact solutions.
+"""The equations, with their domains and exact solutions.
 
-    residual_fn(params, points) -> {block: residuals [N_b]},    loss = Σ_b w_b mean r_b²
-
-A problem knows no optimizer, and no network except the one that gives it derivatives.
+Each is a function without arguments that makes a `Problem`; `make_problem` finds them
+by name.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -15,214 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import qmc
 
-import ngd_jax as ngd
 from experiments.running.build import locate
 from experiments.running.settings import ConfigError
-from experiments.tasks.equations.derivatives import (
-    Jet,
-    Params,
-    forward_operator,
-    network,
-)
+from experiments.tasks.equations.derivatives import Jet
+from experiments.tasks.equations.problem import Problem, periodic
 
-__all__ = [
-    "LAYOUTS",
-    "PROBLEMS",
-    "Points",
-    "Problem",
-    "Sizes",
-    "burgers_solution",
-    "make_problem",
-]
-
-Points = dict[str, Any]
-LAYOUTS = ("grid", "halton", "random")
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """An equation on a box.
-
-    Attributes:
-      name: as in the configuration.
-      low: lower corner of the box.
-      high: upper corner.
-      operator: coefficients c of the second-order operator Σ cᵢ ∂ᵢᵢ.
-      equation: (point, Jet) -> residual inside.
-      solution: points `[N, d]` -> exact u `[N]`.
-      faces: (axis, end) of the sides of the box on which u is given; end 0 is low.
-      weights: w of both blocks, "interior" and "boundary".
-      stretch: k > 0 if u has a layer in the middle of the first axis: points lie at x =
-        sinh(k s) / sinh(k) for evenly spread s in [-1, 1], and residuals are weighted
-        in proportion to the spacing dx/ds, so that the layer does not drown out the
-        rest.
-    """
-
-    name: str
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    operator: tuple[float, ...]
-    equation: Callable[[jax.Array, Jet], jax.Array]
-    solution: Callable[[jax.Array], jax.Array]
-    faces: tuple[tuple[int, int], ...]
-    weights: dict[str, float]
-    stretch: float = 0.0
-
-    @property
-    def dimension(self) -> int:
-        """Number of inputs, including time."""
-        return len(self.low)
-
-    @functools.cached_property
-    def likelihood(self) -> ngd.Likelihood:
-        """The likelihood whose Fisher is the Gauss-Newton matrix of ½ loss."""
-        blocks = {name: ngd.Gaussian(event_ndims=0) for name in self.weights}
-        return ngd.Product(blocks, weights=self.weights)
-
-    def residuals(self, params: Params, points: Points) -> dict[str, jax.Array]:
-        """The residuals of every block at its points: the outputs of the model."""
-        operator = jnp.asarray(self.operator)
-
-        def inside(x: jax.Array) -> jax.Array:
-            at = forward_operator(params, x, operator.astype(x.dtype))
-            return self._spacing(x) * self.equation(x, at)
-
-        boundary = jax.vmap(functools.partial(network, params))(points["boundary"])
-        return {
-            "interior": jax.vmap(inside)(points["interior"]),
-            "boundary": boundary - points["boundary_values"],
-        }
-
-    def loss(self, residuals: dict[str, jax.Array], points: Points) -> jax.Array:
-        """½ Σ w mean r²: the negative log-likelihood up to a constant."""
-        del points
-        total = [w * jnp.mean(residuals[name] ** 2) for name, w in self.weights.items()]
-        return sum(total[1:], start=total[0]) / 2
-
-    def draw_points(self, key: jax.Array, sizes: "Sizes") -> Points:
-        """Points of both blocks, and the values prescribed on the boundary."""
-        match sizes.layout:
-            case "grid":
-                interior, boundary = self._grid(sizes.interior, sizes.boundary)
-            case "halton":
-                interior, boundary = self._halton(sizes.interior, sizes.boundary)
-            case "random":
-                interior, boundary = self._random(key, sizes.interior, sizes.boundary)
-            case _:
-                raise ValueError(
-                    f"`layout` must be one of {', '.join(LAYOUTS)}, got "
-                    f"{sizes.layout!r}."
-                )
-        interior, boundary = self._stretched(interior), self._stretched(boundary)
-        values = self.solution(boundary)
-        return {"interior": interior, "boundary": boundary, "boundary_values": values}
-
-    def test_points(self, num_points: int) -> jax.Array:
-        """A grid in two dimensions, otherwise random points from a separate key."""
-        if self.dimension == 2:
-            side = round(num_points**0.5)
-            axes = [
-                np.linspace(lo, hi, side)
-                for lo, hi in zip(self.low, self.high, strict=True)
-            ]
-            return jnp.asarray(list(itertools.product(*axes)))
-        return self._uniform(jax.random.key(2024), num_points)
-
-    def _spacing(self, x: jax.Array) -> jax.Array | float:
-        """Spacing of points at x along the first axis, relative to the widest."""
-        if not self.stretch:
-            return 1.0
-        narrowest = 1 / math.sinh(self.stretch)
-        relative = (2 * x[0] - self.low[0] - self.high[0]) / (
-            self.high[0] - self.low[0]
-        )
-        return jnp.sqrt((narrowest**2 + relative**2) / (narrowest**2 + 1))
-
-    def _stretched(self, points: jax.Array) -> jax.Array:
-        if not self.stretch:
-            return points
-        middle = (self.low[0] + self.high[0]) / 2
-        half = (self.high[0] - self.low[0]) / 2
-        even = (points[:, 0] - middle) / half
-        moved = jnp.sinh(self.stretch * even) / math.sinh(self.stretch)
-        return points.at[:, 0].set(middle + half * moved)
-
-    def _uniform(self, key: jax.Array, count: int) -> jax.Array:
-        low, high = jnp.asarray(self.low), jnp.asarray(self.high)
-        return jax.random.uniform(key, (count, self.dimension), minval=low, maxval=high)
-
-    def _random(
-        self, key: jax.Array, interior: int, boundary: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """Uniform points inside, and on all faces in turn."""
-        keys = jax.random.split(key)
-        faces = np.asarray(self.faces)[np.arange(boundary) % len(self.faces)]
-        ends = np.asarray((self.low, self.high))[faces[:, 1], faces[:, 0]]
-        is_fixed = faces[:, :1] == np.arange(self.dimension)
-        points = self._uniform(keys[1], boundary)
-        points = jnp.where(is_fixed, jnp.asarray(ends)[:, None], points)
-        return self._uniform(keys[0], interior), points
-
-    def _halton(self, interior: int, boundary: int) -> tuple[jax.Array, jax.Array]:
-        """Halton points inside, and lower-dimensional ones on the faces in turn.
-
-        No two points share a coordinate, so they detect a jump of u along an axis,
-        which could hide between the lines of a grid.
-        """
-        low, high = np.asarray(self.low), np.asarray(self.high)
-        inside = low + (high - low) * _halton(self.dimension, interior)
-        along = _halton(self.dimension - 1, boundary)
-        edges = []
-        parts = np.split(along, len(self.faces))
-        for (axis, end), part in zip(self.faces, parts, strict=True):
-            edges.append(low + (high - low) * np.insert(part, axis, end, axis=1))
-        return jnp.asarray(inside), jnp.asarray(np.concatenate(edges))
-
-    def _grid(self, interior: int, boundary: int) -> tuple[jax.Array, jax.Array]:
-        """Interior points of a square grid, and points along the faces."""
-        side = round(interior ** (1 / self.dimension))
-        axes = [
-            np.linspace(lo, hi, side + 2)[1:-1]
-            for lo, hi in zip(self.low, self.high, strict=True)
-        ]
-        per_face = boundary // len(self.faces)
-        edges = []
-        for axis, end in self.faces:
-            points = np.empty((per_face, 2))
-            along = 1 - axis
-            # Count each corner once: a face begins where the last one ends.
-            is_backwards = (axis == 0) != (end == 0)
-            start, stop = self.low[along], self.high[along]
-            if is_backwards:
-                start, stop = stop, start
-            points[:, along] = np.linspace(start, stop, per_face, endpoint=False)
-            points[:, axis] = (self.low, self.high)[end][axis]
-            edges.append(points)
-        inside = jnp.asarray(list(itertools.product(*axes)))
-        return inside, jnp.asarray(np.concatenate(edges))
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How many points there are, and how they are laid out.
-
-    Attributes:
-      interior: points inside.
-      boundary: points on the boundary, all faces together.
-      layout: "grid", in two dimensions; "halton", Halton's sequence; or "random".
-    """
-
-    interior: int
-    boundary: int
-    layout: str
-
-
-def _halton(dimension: int, count: int) -> np.ndarray:
-    """Points in (0, 1)^d, without the first point of the sequence, which is zero."""
-    return qmc.Halton(dimension, scramble=False).random(count + 1)[1:]
-
+__all__ = ["PROBLEMS", "burgers_solution", "make_problem"]
 
 ALL_FACES = ((1, 0), (0, 1), (1, 1), (0, 0))
 # Faces of a box in space (the first input) and time: the start and both ends.
@@ -320,21 +117,47 @@ def _helmholtz2d() -> Problem:
 VISCOSITY = 0.01 / math.pi
 
 
-def _burgers1d() -> Problem:
+def _burgers(viscosity: float, **options: Any) -> Problem:
     return Problem(
-        name="burgers1d",
         low=(-1.0, 0.0),
         high=(1.0, 1.0),
-        operator=(VISCOSITY, 0.0),
+        operator=(viscosity, 0.0),
         equation=lambda _, at: at.gradient[1] + at.value * at.gradient[0] - at.second,
-        solution=burgers_solution,
+        solution=functools.partial(burgers_solution, viscosity=viscosity),
+        **options,
+    )
+
+
+def _burgers1d() -> Problem:
+    return _burgers(
+        VISCOSITY,
+        name="burgers1d",
         faces=PARABOLIC_FACES,
         weights=_BOUNDARY_FIRST,
         stretch=4.0,  # 27 times as dense in the middle as at the ends
     )
 
 
-def burgers_solution(points: jax.Array, num_nodes: int = 200) -> jax.Array:
+def _burgers_periodic() -> Problem:
+    """With ν = 0.01; periodic, and right at t = 0, for all parameters."""
+
+    def hard(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return -jnp.sin(jnp.pi * x[0]), x[1]
+
+    return _burgers(
+        0.01,
+        name="burgers_periodic",
+        faces=(),
+        weights={"interior": 1.0},
+        features=periodic((2.0, None)),
+        hard=hard,
+        stretch=2.5,
+    )
+
+
+def burgers_solution(
+    points: jax.Array, num_nodes: int = 200, viscosity: float = VISCOSITY
+) -> jax.Array:
     """u(x, t) of u_t + u uₓ = ν uₓₓ from u(x, 0) = -sin πx, by the Cole-Hopf transform.
 
     u = -∫ sin π(x-η) f(x-η) e^(-η²/4νt) dη / ∫ f(x-η) e^(-η²/4νt) dη with
@@ -346,8 +169,8 @@ def burgers_solution(points: jax.Array, num_nodes: int = 200) -> jax.Array:
     """
     nodes, weights = np.polynomial.hermite.hermgauss(num_nodes)
     x, t = points[:, :1], points[:, 1:]
-    y = x - jnp.sqrt(4 * VISCOSITY * t) * nodes
-    exponent = -jnp.cos(jnp.pi * y) / (2 * jnp.pi * VISCOSITY)
+    y = x - jnp.sqrt(4 * viscosity * t) * nodes
+    exponent = -jnp.cos(jnp.pi * y) / (2 * jnp.pi * viscosity)
     # Only the ratio matters: divide out the largest exponential to avoid overflow.
     factor = weights * jnp.exp(exponent - exponent.max(axis=1, keepdims=True))
     return -(factor * jnp.sin(jnp.pi * y)).sum(axis=1) / factor.sum(axis=1)
@@ -360,6 +183,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "poisson20d": _poisson20d,
     "helmholtz2d": _helmholtz2d,
     "burgers1d": _burgers1d,
+    "burgers_periodic": _burgers_periodic,
 }
 
 

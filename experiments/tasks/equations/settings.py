@@ -6,8 +6,15 @@
 import dataclasses
 from typing import Annotated
 
-from experiments.running.settings import AT_LEAST_ONE, POSITIVE, one_of, one_of_or_own
-from experiments.tasks.equations.problems import LAYOUTS, PROBLEMS
+from experiments.running.settings import (
+    AT_LEAST_ONE,
+    NON_NEGATIVE,
+    POSITIVE,
+    one_of,
+    one_of_or_own,
+)
+from experiments.tasks.equations.problem import LAYOUTS
+from experiments.tasks.equations.problems import PROBLEMS
 
 __all__ = ["PhysicsConfig"]
 
@@ -25,7 +32,8 @@ class PhysicsConfig:
       initial_scale: standard deviation of weights and biases; null for weights of
         1/√inputs and biases of 1.
       interior: number of points inside the domain.
-      boundary: number of points on its boundary, including the initial time.
+      boundary: number of points on its boundary, including the initial time; 0 for a
+        problem that needs none.
       layout: "grid", in two dimensions; "halton", evenly scattered; or "random".
       fresh_points: whether every step draws new points.
       test_points: number of evaluation points, on a grid in two dimensions.
@@ -37,7 +45,7 @@ class PhysicsConfig:
     hidden_sizes: Annotated[list[int], AT_LEAST_ONE]
     initial_scale: Annotated[float | None, POSITIVE]
     interior: Annotated[int, AT_LEAST_ONE]
-    boundary: Annotated[int, AT_LEAST_ONE]
+    boundary: Annotated[int, NON_NEGATIVE]
     layout: Annotated[str, one_of(*LAYOUTS)]
     fresh_points: bool
     test_points: Annotated[int, AT_LEAST_ONE]

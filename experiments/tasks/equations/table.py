@@ -31,10 +31,11 @@ from experiments.running.settings import AT_LEAST_ONE, POSITIVE, ConfigError  # 
 from experiments.tasks.equations.derivatives import init_network  # noqa: E402
 from experiments.tasks.equations.learner import POINTS_STREAM, l2_error  # noqa: E402
 from experiments.tasks.equations.peers import PEERS, Equation, iterate  # noqa: E402
-from experiments.tasks.equations.problems import Sizes, make_problem  # noqa: E402
+from experiments.tasks.equations.problem import Sizes  # noqa: E402
+from experiments.tasks.equations.problems import make_problem  # noqa: E402
 from experiments.tasks.equations.settings import PhysicsConfig  # noqa: E402
 
-__all__ = ["Course", "TableConfig", "measure", "render"]
+__all__ = ["Course", "TableConfig", "measure", "read_table", "render"]
 
 
 @dataclasses.dataclass
@@ -47,6 +48,7 @@ class TableConfig:
       seconds: CPU seconds after which errors are reported; a run lasts for the largest.
       target: L2 error to reach; the time it takes is reported.
       iterations: numbers of steps after which errors are reported.
+      sketch_size: residuals that ours sketches all of them to; null for no sketch.
       peers: which peers to run; null for all.
       output: folder for the table, the error curves and the picture.
     """
@@ -56,6 +58,7 @@ class TableConfig:
     seconds: Annotated[list[float], POSITIVE]
     target: Annotated[float, POSITIVE]
     iterations: Annotated[list[int], AT_LEAST_ONE]
+    sketch_size: Annotated[int | None, AT_LEAST_ONE]
     peers: list[str] | None
     output: str
 
@@ -78,6 +81,7 @@ class Course(NamedTuple):
 _CHUNKS = {
     "L-BFGS (Optax)": 50,
     "BFGS, dense (SciPy)": 50,
+    "SSBroyden, dense": 50,
     **{name: 200 for name in PEERS if name.startswith("Adam")},
 }
 _CHUNK = 5
@@ -94,8 +98,8 @@ def measure(config: TableConfig, say: Any = print) -> dict[str, list[Course]]:
                 f"`peers` must be some of {', '.join(PEERS)}, got {name!r}."
             )
     test_points = problem.test_points(task.test_points)
-    error_of = jax.jit(lambda params: l2_error(problem, test_points, params)[0])
-    widths = (problem.dimension, *task.hidden_sizes, 1)
+    error_of = l2_error(problem, test_points)
+    widths = (problem.num_features, *task.hidden_sizes, 1)
     sizes = Sizes(task.interior, task.boundary, task.layout)
     paths: dict[str, list[Course]] = {name: [] for name in names}
     runs = {name: iterate(name, _CHUNKS.get(name, _CHUNK)) for name in names}
@@ -104,7 +108,7 @@ def measure(config: TableConfig, say: Any = print) -> dict[str, list[Course]]:
     )
     for seed in range(config.seeds):
         params = init_network(jax.random.key(seed), widths, task.initial_scale)
-        equation = Equation(problem, points, params)
+        equation = Equation(problem, points, params, config.sketch_size)
         for name in names:
             path = _follow(
                 runs[name](equation),
@@ -126,7 +130,7 @@ def _follow(run: Any, error_of: Any, chunk: int, budget: float) -> Course:
     while True:
         path.iterations.append(chunk * len(path.iterations))
         path.seconds.append(seconds)
-        path.errors.append(float(error_of(params)))
+        path.errors.append(float(error_of(params)[0]))
         if seconds >= budget:
             return path
         # Nothing is compiled here: iterators compile before their first element.
@@ -221,6 +225,20 @@ def draw(config: TableConfig, paths: dict[str, list[Course]], file: Path) -> Non
     figure.savefig(file, dpi=120)
 
 
+def read_table(tree: DictConfig) -> TableConfig:
+    """The settings of the table, from a problem's file without what is about training.
+
+    Raises:
+      ConfigError: see `read_as`.
+    """
+    own = [field.name for field in dataclasses.fields(TableConfig)]
+    tree = OmegaConf.masked_copy(tree, own)
+    # The program has one task, whose constructor it knows.
+    task = [name for name in tree.task if name != "_target_"]
+    tree.task = OmegaConf.masked_copy(tree.task, task)
+    return read_as(OmegaConf.structured(TableConfig), tree)
+
+
 @hydra.main(
     version_base="1.3", config_path=str(CONFIG_DIR), config_name="physics_table"
 )
@@ -228,10 +246,7 @@ def table(tree: DictConfig) -> None:
     """Measures, prints and writes the table that `tree` describes."""
     console = Terminal(highlight=False, markup=False, soft_wrap=True)
     try:
-        # From the problem's file, everything except the number of steps.
-        own = [field.name for field in dataclasses.fields(TableConfig)]
-        tree = OmegaConf.masked_copy(tree, own)
-        config = read_as(OmegaConf.structured(TableConfig), tree)
+        config = read_table(tree)
         with (
             jax.enable_x64(config.task.precision == "float64"),
             threadpoolctl.threadpool_limits(1, user_api="blas"),

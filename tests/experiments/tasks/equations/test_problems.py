@@ -15,7 +15,8 @@ from experiments.tasks.equations.derivatives import (
     init_network,
     network,
 )
-from experiments.tasks.equations.problems import PROBLEMS, Sizes, make_problem
+from experiments.tasks.equations.problem import Sizes
+from experiments.tasks.equations.problems import PROBLEMS, make_problem
 
 NAMES = list(PROBLEMS)
 
@@ -74,7 +75,7 @@ _LINEAR = [[(jnp.zeros((1, 1)), jnp.zeros(1))]]
 
 
 @pytest.mark.parametrize("layout", ["halton", "random"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if make_problem(n).faces])
 def test_points_lie_where_they_should(name, layout):
     problem = make_problem(name)
     points = problem.draw_points(jax.random.key(0), Sizes(50, 240, layout))
@@ -91,6 +92,76 @@ def test_points_lie_where_they_should(name, layout):
     np.testing.assert_allclose(
         points["boundary_values"], problem.solution(points["boundary"])
     )
+
+
+@pytest.mark.parametrize("layout", ["grid", "halton", "random"])
+def test_a_problem_without_a_boundary_has_points_inside_only(layout):
+    problem = make_problem("burgers_periodic")
+    points = problem.draw_points(jax.random.key(0), Sizes(49, 0, layout))
+    assert {name: x.shape for name, x in points.items()} == {"interior": (49, 2)}
+    params = init_network(jax.random.key(1), (3, 4, 1), None)
+    residuals = problem.residuals(params, points)
+    assert set(residuals) == set(problem.weights)
+
+
+def test_periods_and_hard_values_hold_for_any_parameters(rng):
+    problem = make_problem("burgers_periodic")
+    params = init_network(jax.random.key(1), (problem.num_features, 4, 1), None)
+    value = jax.vmap(functools.partial(problem.value, params))
+    points = rng.uniform(-1, 1, (5, 2))
+    moved = points + np.asarray([2.0, 0.0])
+    np.testing.assert_allclose(value(points), value(moved), atol=1e-13)
+    start = points * np.asarray([1.0, 0.0])
+    expected = -np.sin(np.pi * points[:, 0])
+    np.testing.assert_allclose(value(start), expected, rtol=1e-14)
+    assert np.abs(value(points) - expected).max() > 0.1
+
+
+def test_jets_of_features_and_hard_values_are_those_of_autodiff(rng):
+    problem = make_problem("burgers_periodic")
+    params = init_network(jax.random.key(1), (3, 5, 4, 1), None)
+    x = jnp.asarray(rng.uniform(-1, 1, 2))
+
+    @jax.jit
+    def both(x):
+        fn = functools.partial(problem.value, params)
+        operator = jnp.asarray(problem.operator)
+        second = operator @ jnp.diagonal(jax.hessian(fn)(x))
+        return problem.jet(params, x), (fn(x), jax.grad(fn)(x), second)
+
+    at, expected = both(x)
+    for got, value in zip(at, expected, strict=True):
+        np.testing.assert_allclose(got, value, rtol=1e-11)
+
+
+def spectral_burgers(viscosity, x, t, num_modes, num_steps):
+    """u(x, t) by a Fourier series in space and Runge-Kutta steps in time."""
+    k = np.pi * np.arange(num_modes)  # of sin kx: u is odd
+    is_kept = np.arange(num_modes) < num_modes * 2 // 3  # no aliases of u²
+
+    def slope(b):
+        spectrum = np.concatenate([-1j * b, [0]]) * num_modes
+        u = np.fft.irfft(spectrum)
+        flux = np.fft.rfft(u**2 / 2)[:-1] * is_kept
+        return -viscosity * k**2 * b + k * flux.real / num_modes
+
+    b, h = np.zeros(num_modes), t / num_steps
+    b[1] = -1.0
+    for _ in range(num_steps):
+        k1 = slope(b)
+        k2 = slope(b + h / 2 * k1)
+        k3 = slope(b + h / 2 * k2)
+        b = b + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(b + h * k3))
+    return np.sin(np.outer(x, k)) @ b
+
+
+def test_the_solution_of_burgers_is_that_of_a_spectral_solver():
+    x = np.linspace(-1, 1, 41)
+    for t in (0.4, 1.0):
+        points = jnp.asarray(np.stack([x, np.full_like(x, t)], axis=1))
+        exact = make_problem("burgers_periodic").solution(points)
+        found = spectral_burgers(0.01, x, t, 320, round(2000 * t))
+        np.testing.assert_allclose(exact, found, atol=1e-11)
 
 
 def test_a_grid_has_every_corner_once():

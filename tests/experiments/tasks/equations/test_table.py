@@ -4,12 +4,21 @@ import jax
 import jax.flatten_util
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
+from experiments.running.config import CONFIG_DIR
 from experiments.tasks.equations.derivatives import init_network
-from experiments.tasks.equations.peers import Equation
-from experiments.tasks.equations.problems import Sizes, make_problem
+from experiments.tasks.equations.peers import Equation, broyden_update, iterate
+from experiments.tasks.equations.problem import Sizes
+from experiments.tasks.equations.problems import make_problem
 from experiments.tasks.equations.settings import PhysicsConfig
-from experiments.tasks.equations.table import Course, TableConfig, measure, render
+from experiments.tasks.equations.table import (
+    Course,
+    TableConfig,
+    measure,
+    read_table,
+    render,
+)
 
 TASK = PhysicsConfig(
     name="pinn",
@@ -29,6 +38,7 @@ CONFIG = TableConfig(
     seconds=[0.02, 1.5],
     target=1.0,
     iterations=[5, 100],
+    sketch_size=None,
     peers=["Levenberg-Marquardt", "BFGS, dense (SciPy)"],
     output="",
 )
@@ -38,6 +48,46 @@ CONFIG = TableConfig(
 def _x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.mark.parametrize("problem", ["burgers_periodic", "poisson2d"])
+def test_the_settings_of_a_problem_are_those_of_its_table(problem):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        tree = compose("physics_table", [f"problem={problem}", "sketch_size=700"])
+    config = read_table(tree)
+    assert config.task.problem == problem
+    assert config.sketch_size == 700
+
+
+def test_the_update_of_broyden_is_a_secant_and_that_of_bfgs_if_it_is_exact(rng):
+    root = rng.normal(size=(5, 5))
+    inverse, s = root @ root.T + np.eye(5), rng.normal(size=5)
+    across = np.linalg.solve(inverse, s)
+    for scale in (0.3, 1.0, 4.0):
+        y = scale * across + 0.1 * rng.normal(size=5)
+        new = broyden_update(inverse, s, y, s @ across)
+        np.testing.assert_allclose(new @ y, s, rtol=1e-10)
+        np.testing.assert_allclose(new, new.T, rtol=1e-10)
+        assert np.linalg.eigvalsh(new)[0] > 0
+    # With s B s = y s neither scale nor family differs from BFGS.
+    other = rng.normal(size=5)
+    y = across + other - (other @ s) / (s @ s) * s
+    shift = np.eye(5) - np.outer(s, y) / (y @ s)
+    expected = shift @ inverse @ shift.T + np.outer(s, s) / (y @ s)
+    found = broyden_update(inverse, s, y, s @ across)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_self_scaled_broyden_lowers_the_loss():
+    problem = make_problem("poisson2d")
+    points = problem.draw_points(jax.random.key(0), Sizes(9, 8, "grid"))
+    params = init_network(jax.random.key(1), (2, 4, 1), 0.5)
+    equation = Equation(problem, points, params)
+    path = iterate("SSBroyden, dense", 40)(equation)
+    before, after = (
+        equation.loss(jax.flatten_util.ravel_pytree(next(path))[0]) for _ in range(2)
+    )
+    assert after < 0.1 * before
 
 
 def test_the_jacobian_by_points_is_that_of_all_residuals():
