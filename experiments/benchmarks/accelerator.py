@@ -23,7 +23,7 @@ from experiments.benchmarks.price import OPTIMIZERS
 from experiments.benchmarks.settings import AcceleratorSettings
 from experiments.benchmarks.space import planned_memory
 
-__all__ = ["accelerator_tables"]
+__all__ = ["accelerator_tables", "step_table"]
 
 _MIB = 2**20
 
@@ -43,7 +43,12 @@ _MAKERS = {**OPTIMIZERS, "SampleSpace": _sample_space}
 
 
 def accelerator_tables(settings: AcceleratorSettings) -> list[Table]:
-    """Steps by network, precision and optimizer; and the digits of their parts."""
+    """Steps, and the digits of their parts."""
+    return [step_table(settings), _digits(settings)]
+
+
+def step_table(settings: AcceleratorSettings) -> Table:
+    """Steps by network, precision and optimizer."""
     start, rows, left = time.monotonic(), [], []
     for network in settings.networks:
         problem = NETWORKS[network]()
@@ -65,7 +70,7 @@ def accelerator_tables(settings: AcceleratorSettings) -> list[Table]:
     head = ("network", "products in", "optimizer", "first step, s", "a step, ms")
     head += ("gradients", "memory, MiB", "× P", "KL / radius")
     title = f"Steps on {jax.devices()[0].device_kind}, elapsed time"
-    return [Table(title, head, rows, notes=notes), _digits(settings)]
+    return Table(title, head, rows, notes=notes)
 
 
 def _measure(

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments.benchmarks.accelerator import accelerator_tables
+from experiments.benchmarks.accelerator import accelerator_tables, step_table
 from experiments.benchmarks.settings import AcceleratorSettings
 
 SMALL = AcceleratorSettings(
@@ -35,6 +35,6 @@ def test_steps_are_measured_and_digits_compared_with_float64():
 
 def test_what_takes_too_long_or_is_too_large_is_told():
     settings = dataclasses.replace(SMALL, optimizers=["SampleSpace"])
-    steps, _ = accelerator_tables(settings)
+    steps = step_table(settings)
     assert steps.rows == []
     assert "mlp_small float32 SampleSpace" in steps.notes[-1]
