@@ -281,6 +281,7 @@ def test_program_refuses_a_claim_that_there_is_not():
     assert "free_lunch" in output
 
 
+@pytest.mark.long
 def test_program_writes_the_report_and_says_where(tmp_path):
     folder = tmp_path / "report"
     status, output = run_program(

@@ -63,7 +63,14 @@ def is_invariant(log_psi_fn, spins, permutations):
         ("cnn", ("point_group",), True, True, False),
         ("transformer", (), False, False, False),
         ("transformer", ("translations",), True, False, False),
-        ("transformer", ("translations", "point_group", "flip"), True, True, True),
+        pytest.param(
+            "transformer",
+            ("translations", "point_group", "flip"),
+            True,
+            True,
+            True,
+            marks=pytest.mark.long,
+        ),
         ("mlp", ("flip",), False, False, True),
     ],
 )
