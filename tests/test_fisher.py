@@ -382,6 +382,19 @@ def test_leaves_without_entries_and_empty_trees_are_parameters():
     assert float(fisher.quadratic({})) == 0.0
 
 
+def test_a_quadratic_form_is_never_below_zero_by_round_off():
+    # The norm of ψ does not matter: F v = 0 for a constant v, up to round-off, which
+    # is of either sign.
+    keys = jax.random.split(jax.random.key(0), 3)
+    log_psi = jax.random.normal(keys[0], (16,))
+    constants = 1e3 * jax.random.normal(keys[1], (40_000, 1))
+    vectors = constants + 1e-4 * jax.random.normal(keys[2], (40_000, 16))
+    fisher = ngd.linearize_fisher(
+        lambda log_psi, _: log_psi * 1.0, log_psi, jnp.zeros(16), ngd.LogAmplitude()
+    )
+    assert jnp.min(jax.vmap(fisher.quadratic)(vectors)) >= 0
+
+
 # --- Transformations.
 
 
