@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from experiments.claims import autoencoder
 from tests.experiments.claims.helpers import run
 
 
+@pytest.mark.long
 def test_gradient_descent_in_the_place_of_ours_is_found_out(monkeypatch):
     monkeypatch.setattr(autoencoder, "_natural_gradient", lambda: optax.sgd(0.3))
     failed = [c.name for c in run(autoencoder.AUTOENCODER).checks if not c.holds]

@@ -6,7 +6,8 @@ from experiments.claims.catalog import CLAIMS
 from tests.experiments.claims.helpers import assert_as_expected, run
 
 MARKS = {
-    **dict.fromkeys(("empirical_fisher", "invariance", "outliers", "spaces"), "long"),
+    **dict.fromkeys(("deep_linear", "empirical_fisher", "fisher_efficiency"), "long"),
+    **dict.fromkeys(("flow", "invariance", "outliers", "spaces"), "long"),
     **dict.fromkeys(("autoencoder", "cost", "order", "step_size"), "slow"),
 }
 PICTURES = {

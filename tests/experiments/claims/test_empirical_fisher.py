@@ -9,6 +9,7 @@ from experiments.claims import empirical_fisher
 from tests.experiments.claims.helpers import run
 
 
+@pytest.mark.long
 def test_the_exact_fisher_in_its_place_is_found_out(monkeypatch):
     monkeypatch.setattr(empirical_fisher, "_OTHER_KIND", "exact")
     checks = run(empirical_fisher.EMPIRICAL_FISHER).checks

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 
 from experiments.claims import twins
 from experiments.claims.invariance import INVARIANCE
@@ -14,6 +15,7 @@ def failed_figures():
     return [check.name for check in run(INVARIANCE).checks if not check.holds]
 
 
+@pytest.mark.long
 def test_gradient_in_place_of_the_natural_gradient_is_found_out(monkeypatch):
     monkeypatch.setattr(twins, "natural_gradient", lambda _: optax.sgd(0.1))
     failed = " ".join(failed_figures())
