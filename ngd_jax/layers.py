@@ -236,7 +236,7 @@ def _of_product(
 
     def matrix(factor: Array, side: int) -> Array:
         order = (*contracted[side], *free[side])
-        return _wide_matrix(factor.transpose(order), sizes[side])
+        return _wide_matrix(factor.transpose(order), len(contracted[side]))
 
     def rows(a: Array, delta: Array) -> tuple[Array, Array]:
         return matrix(a, still), matrix(delta, 1 - still)
@@ -297,7 +297,8 @@ def _of_convolution(
 
     def rows(images: Array, delta: Array) -> tuple[Array, Array]:
         delta = delta.transpose(*numbers.rhs_spec[1:], numbers.rhs_spec[0])
-        return _wide_matrix(patches(images), m), _wide_matrix(delta, n)
+        first = 1 + len(positions)
+        return _wide_matrix(patches(images), first), _wide_matrix(delta, first)
 
     split = len(shape) - 1 if inputs_first else 1
     layer = Layer(place, None, inputs_first, split, m, n, is_convolution=True)
@@ -317,8 +318,13 @@ def _permutation(
     return axes if len(axes) == len(layout) == len(shape) else None
 
 
-def _wide_matrix(values: Array, columns: int) -> Array:
-    return values.reshape(-1, columns).astype(tree.wide_dtype(values))
+def _wide_matrix(values: Array, num_leading: int) -> Array:
+    """The leading axes as rows, the others as columns."""
+    columns = values.shape[num_leading:]
+    # In two steps: JAX 0.10 cannot merge both groups at once over explicit mesh axes.
+    values = values.reshape(math.prod(values.shape[:num_leading]), *columns)
+    values = values.reshape(len(values), math.prod(columns))
+    return values.astype(tree.wide_dtype(values))
 
 
 # --- Programs: what is computed from what, and where its numbers lie

@@ -13,6 +13,7 @@ from experiments.running.settings import (
 )
 
 __all__ = [
+    "ACCELERATED",
     "NETWORKS",
     "TABLES",
     "AcceleratorSettings",
@@ -37,6 +38,9 @@ NETWORKS = (
     "transformer_4",
     "transformer_8",
 )
+
+# The optimizers of the table `accelerator`, all but Adam to a radius of 0.1.
+ACCELERATED = ("Adam", "default", "KFAC, momentum", "CG(10)", "SampleSpace")
 
 TABLE = Rule(
     f"all or one of {', '.join(TABLES)}", lambda name: name in (*TABLES, "all")
@@ -130,7 +134,7 @@ class AcceleratorSettings:
     Attributes:
       networks: see `NETWORKS`.
       precisions: of matrix products, as `jax.default_matmul_precision` names them.
-      optimizers: as the table names them.
+      optimizers: see `ACCELERATED`.
       exact_network: the network whose digits are checked.
       steps: in a turn.
       repeats: number of turns.
@@ -140,7 +144,7 @@ class AcceleratorSettings:
 
     networks: Annotated[list[str], one_of(*NETWORKS)]
     precisions: Annotated[list[str], one_of("float32", "tensorfloat32", "bfloat16")]
-    optimizers: list[str]
+    optimizers: Annotated[list[str], one_of(*ACCELERATED)]
     exact_network: Annotated[str, one_of(*NETWORKS)]
     steps: Annotated[int, AT_LEAST_ONE]
     repeats: Annotated[int, AT_LEAST_ONE]

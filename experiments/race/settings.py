@@ -72,8 +72,9 @@ class CompareConfig:
       eval_batch_size: examples per forward pass in evaluation.
       eval_train_examples: the loss is evaluated on this many examples at the start of
         the training set; null for all.
-      schedule: "cosine", each learning rate rises and falls with the part of the budget
-        that is spent, or "constant".
+      schedule: "cosine", each number that is a learning rate rises and falls with the
+        part of the budget that is spent, or "constant". Rules and searches that choose
+        their rates themselves (L-BFGS, kfac_jax, `quadratic_model`) are left alone.
       turns: number of turns into which a budget is cut; the entrants alternate.
       max_dispatch: largest number of steps between returns to Python.
       output: the folder of the results.

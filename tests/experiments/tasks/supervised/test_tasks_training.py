@@ -3,7 +3,6 @@
 import math
 import shutil
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,73 +14,22 @@ from experiments.running.optimizers import make_optimizer
 from experiments.running.run_folder import read_json_lines
 from experiments.running.settings import ConfigError
 from experiments.tasks import make_task
-from experiments.tasks.data import fashion_mnist, mnist5k
 from experiments.tasks.supervised import charlm, regression
 from experiments.tasks.supervised.images import to_unit_interval
 from experiments.tasks.supervised.imbalance import load_imbalanced
 from experiments.tasks.supervised.training import init_state, make_evaluate_fn
-from tests.experiments.data_files import sum_of, write_fashion_mnist, write_mnist5k
 from tests.experiments.helpers import assert_same_bits, train_config
+from tests.experiments.tasks.supervised.small_tasks import (
+    DOCUMENTS,
+    SMALL,
+    concrete_like,
+    configure,
+    first_batch,
+)
 
-# A few neurons for each.
-SMALL = {
-    "charlm": (
-        "task.num_layers=1",
-        "task.width=8",
-        "task.num_heads=2",
-        "task.context=12",
-        "batch_size=8",
-    ),
-    "fashion_cnn": (
-        "task.channels=[2,3]",
-        "task.hidden_size=4",
-        "task.data_dir={data}",
-        "batch_size=16",
-    ),
-    "fashion_mlp": ("task.hidden_sizes=[6]", "task.data_dir={data}", "batch_size=16"),
-    "autoencoder": (
-        "task.data=mnist5k",
-        "task.widths=[5,3]",
-        "task.data_dir={data}",
-        "batch_size=16",
-    ),
-    "imbalance": ("task.hidden_sizes=[4]",),
-    "regression": ("task.hidden_sizes=[4]", "task.data_dir={data}", "batch_size=16"),
-    "gru": ("task.width=4", "task.data_dir={data}", "batch_size=16"),
-    "row_transformer": (
-        "task.num_layers=1",
-        "task.width=8",
-        "task.num_heads=2",
-        "task.data_dir={data}",
-        "batch_size=16",
-    ),
-    "vae": ("task.hidden=6", "task.code=3", "task.data_dir={data}", "batch_size=16"),
-}
-DOCUMENTS = ["abcab cab. " * 30, "b", "ab", "cabbac" * 20]
 # Their steps take long to compile.
 LARGE = {"autoencoder", "charlm", "fashion_cnn", "row_transformer"}
 RUN = ("steps=3", "steps_per_dispatch=2", "eval_every=3", "checkpoint_every=2")
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """A folder with small data in place of the real one, under its known sums."""
-    folder = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fashion_mnist, "SUMS", write_fashion_mnist(folder, 40, 20))
-        patch.setattr(mnist5k, "SUM", sum_of(write_mnist5k(folder, 50)))
-        patch.setattr(charlm, "load_text", lambda *_: DOCUMENTS)
-        patch.setattr(regression, "load_concrete", lambda _: concrete_like(60))
-        yield folder
-
-
-def configure(name, data_dir, *overrides):
-    small = [override.format(data=data_dir) for override in SMALL[name]]
-    return read_config(
-        compose_config(
-            [f"task={name}", "optimizer.solver.max_steps=3", *small, *overrides]
-        )
-    )
 
 
 def names_of(*names):
@@ -97,21 +45,11 @@ def config(request, data_dir):
     return configure(request.param, data_dir, *RUN)
 
 
-def concrete_like(count):
-    """Features and strengths in about their units; the reader is tested by itself."""
-    features = np.random.default_rng(0).normal(200.0, 100.0, (count, 8))
-    return features, 30.0 + features[:, 0] / 20.0
-
-
 def targets(batch):
     """The labels, the next characters, or the images themselves."""
     if "tokens" in batch:
         return batch["tokens"][:, 1:]
     return batch["y"] if "y" in batch else to_unit_interval(batch["x"])
-
-
-def first_batch(task, count=7):
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf[:count]), task.train)
 
 
 def test_every_task_is_tested_here():
@@ -121,7 +59,7 @@ def test_every_task_is_tested_here():
 
 
 class TestEveryTask:
-    # The loss of the VAE has another term; see below.
+    # The loss of the VAE has another term; see `test_vae`.
     @pytest.mark.parametrize("config", sorted(SMALL.keys() - {"vae"}), indirect=True)
     def test_loss_is_minus_the_mean_log_likelihood(self, config):
         task = make_task(config.task)
@@ -156,89 +94,6 @@ class TestEveryTask:
         shutil.copytree(tmp_path / "run", resumed)
         (resumed / "checkpoints" / "3.sha256").unlink()
         assert_same_bits(train_config(config, resumed).state, result.state)
-
-
-class TestVAE:
-    def test_loss_is_the_negative_elbo_of_the_stored_noise(self, data_dir):
-        task = make_task(configure("vae", data_dir).task)
-        params, _ = task.init_fn(jax.random.key(0))
-        batch = first_batch(task)
-        outputs = task.model_fn(params, batch)
-        code = jax.tree.map(np.asarray, outputs["code"])
-        mean, log_scale = code["mean"], code["log_scale"]
-        x = np.asarray(batch["x"]) / 255
-        p = 1 / (1 + np.exp(-np.asarray(outputs["pixels"], float)))
-        pixels = -np.sum(x * np.log(p) + (1 - x) * np.log(1 - p), 1)
-        kl = np.sum((np.exp(2 * log_scale) + mean**2 - 1) / 2 - log_scale, 1)
-        np.testing.assert_allclose(
-            task.loss_fn(params, batch), np.mean(pixels + kl), rtol=1e-5
-        )
-        metrics = task.metrics_fn(outputs, batch)
-        np.testing.assert_allclose(metrics["code_kl"], np.mean(kl), rtol=1e-4)
-
-    def test_every_step_draws_noise_of_its_own(self, data_dir):
-        task = make_task(configure("vae", data_dir).task)
-        batch = first_batch(task)
-        drawn = [task.draw_fn(jax.random.key(k), batch)["noise"] for k in (0, 1)]
-        assert drawn[0].shape == batch["noise"].shape
-        assert not np.allclose(drawn[0], drawn[1])
-        assert not np.allclose(drawn[0], batch["noise"])
-
-    def test_a_radius_holds_for_code_and_pixels_together(self, data_dir):
-        task = make_task(configure("vae", data_dir).task)
-        params, _ = task.init_fn(jax.random.key(0))
-        batch = first_batch(task)
-        before = task.model_fn(params, batch)
-        code = jax.tree.map(lambda leaf: leaf + 0.1, before["code"])
-        moved = task.likelihood.kl(before, {**before, "code": code})
-        np.testing.assert_allclose(
-            moved, ngd.DiagonalGaussian().kl(before["code"], code), rtol=1e-5
-        )
-        assert jnp.all(moved > 0)
-
-
-class TestRows:
-    @pytest.mark.parametrize("name", ["gru", "row_transformer"])
-    def test_rows_that_are_not_there_change_nothing(self, name, data_dir):
-        task = make_task(configure(name, data_dir).task)
-        params, _ = task.init_fn(jax.random.key(0))
-        batch = first_batch(task)
-        rows = jnp.arange(28) < batch["length"][:, None]
-        is_there = jnp.repeat(rows, 28, axis=1)
-        outputs = task.model_fn(params, batch)
-        other = batch | {"x": jnp.where(is_there, batch["x"], 255 - batch["x"])}
-        np.testing.assert_array_equal(task.model_fn(params, other), outputs)
-        other = batch | {"x": jnp.where(is_there, 255 - batch["x"], batch["x"])}
-        assert jnp.all(jnp.any(task.model_fn(params, other) != outputs, axis=1))
-
-    def test_the_recurrent_network_is_its_cell_row_by_row(self, data_dir):
-        task = make_task(configure("gru", data_dir).task)
-        params, _ = task.init_fn(jax.random.key(0))
-        batch = first_batch(task, 2)
-        (cell,) = (value for name, value in params.items() if "GRU" in name)
-        (dense,) = (value for name, value in params.items() if "Dense" in name)
-        step = jax.jit(
-            lambda carry, row: nn.GRUCell(4).apply({"params": cell}, carry, row)
-        )
-        outputs = task.model_fn(params, batch)
-        for k in range(2):
-            carry = jnp.zeros((4,))
-            rows = to_unit_interval(batch["x"][k]).reshape(28, 28)
-            for row in rows[: int(batch["length"][k])]:
-                carry, _ = step(carry, row)
-            expected = carry @ dense["kernel"] + dense["bias"]
-            np.testing.assert_allclose(outputs[k], expected, rtol=1e-4, atol=1e-6)
-
-    def test_lengths_are_half_to_all_of_the_rows(self, data_dir):
-        lengths = make_task(configure("gru", data_dir).task).train["length"]
-        assert lengths.min() >= 14
-        assert lengths.max() <= 28
-        assert len(set(lengths.tolist())) > 5
-
-    def test_heads_must_divide_the_width(self, data_dir):
-        config = configure("row_transformer", data_dir, "task.num_heads=3")
-        with pytest.raises(ConfigError, match=r"num_heads.*must divide"):
-            make_task(config.task)
 
 
 class TestImbalance:
