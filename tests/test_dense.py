@@ -13,6 +13,7 @@ from ngd_jax.gram import gram as gram_matrix
 from tests import dense_models, reference
 from tests.conftest import unchecked
 from tests.fisher_cases import CASES, assert_close, random_like
+from tests.marks import long_unless
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 # The blocks of "product" share one leaf of the batch, of which one takes a part: it is
@@ -141,6 +142,7 @@ def test_functions_equal_the_definition_in_float32(rng):
     assert matrix.dtype == diagonal.dtype == jnp.float32
 
 
+@pytest.mark.long
 def test_a_single_array_and_a_scalar_are_parameter_trees():
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     matrix = ngd.dense_fisher(lambda w, x: x @ w, jnp.ones((2, 1)), x, ngd.Gaussian())
@@ -164,6 +166,7 @@ def test_real_coordinates_keep_inner_products_and_come_back(seed):
 # --- Kinds, weights, microbatches, coordinates.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sampled", "empirical"])
 def test_the_other_kinds_have_one_row_for_each_example(kind, x64, rng):
     case = CASES["categorical"]
@@ -407,7 +410,9 @@ def test_models_that_mix_examples_are_found_out_in_float32(name, rng):
 
 
 @pytest.mark.parametrize("name", dense_models.SEPARABLE)
-@pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
+@pytest.mark.parametrize(
+    "dtype", long_unless(["float32"], ["float32", "float64"]), indirect=True
+)
 def test_models_that_do_not_mix_are_made_of_rows(name, dtype, rng, monkeypatch):
     model_fn = dense_models.SEPARABLE[name]
     params, batch = dense_models.make(rng, dtype)
@@ -502,6 +507,7 @@ def test_narrow_parameters_have_wide_forms(rng):
     assert_close(diagonal, np.sum(root**2, axis=0), 1e-5)
 
 
+@pytest.mark.long
 def test_vmap_over_parameters_equals_a_loop(x64, rng):
     case = CASES["categorical"]
     members = [case.make(rng, "float64")[0] for _ in range(2)]

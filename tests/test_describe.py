@@ -246,8 +246,8 @@ def test_a_loss_of_the_parameters_is_refused(problem):
 @pytest.mark.parametrize(
     ("likelihood", "remedy"),
     [
-        (ngd.Gaussian(), "give it event_ndims=0"),
-        (ngd.Bernoulli(), "give it event_ndims=0"),
+        pytest.param(ngd.Gaussian(), "give it event_ndims=0", marks=pytest.mark.long),
+        pytest.param(ngd.Bernoulli(), "give it event_ndims=0", marks=pytest.mark.long),
         (ngd.Categorical(), r"are a Bernoulli\(event_ndims=0\)"),
     ],
 )
@@ -266,6 +266,7 @@ def test_a_batch_that_counts_as_one_example_is_noticed(likelihood, remedy):
     assert not any("note" in line for line in found.summary)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_masked_logits_and_narrow_outputs_are_no_fault(dtype):
     batch = {"x": jnp.ones((6, 2)), "y": jnp.arange(6) % 3}

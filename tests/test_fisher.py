@@ -16,6 +16,7 @@ from ngd_jax.tree import random_like as draw_like
 from tests import reference
 from tests.conftest import unchecked
 from tests.fisher_cases import CASES, assert_close, matvec, random_like
+from tests.marks import long_unless
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -502,10 +503,12 @@ VARIANTS = {
         3,
     ),
 }
+QUICK_VARIANTS = ("exact", "one at a time", "covariance", "weighted tokens", "sampled")
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "num_examples", "size"), VARIANTS.values(), ids=VARIANTS
+    ("name", "options", "num_examples", "size"),
+    long_unless(QUICK_VARIANTS, VARIANTS),
 )
 def test_microbatches_equal_the_whole_batch(name, options, num_examples, size, rng):
     case = CASES[name]
@@ -643,9 +646,10 @@ ROOTS = [(name, "exact") for name in CASES] + [
     ("log density", "weighted"),
     ("complex amplitude", "by microbatches"),
 ]
+QUICK_ROOTS = [*ROOTS[-4:], ("gaussian", "exact"), ("product", "exact")]
 
 
-@pytest.mark.parametrize(("name", "kind"), ROOTS)
+@pytest.mark.parametrize(("name", "kind"), long_unless(QUICK_ROOTS, ROOTS))
 def test_square_root_is_one_and_its_parts_agree(name, kind, x64, rng):
     case = CASES[name]
     params, x = case.make(rng, "float64")
@@ -729,6 +733,7 @@ def test_fisher_in_coordinates_is_the_transformed_one(microbatch_size, x64, rng)
         assert_close(reference.flat(actual), reference.flat(expected), 1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inner", ["scales", "any"])
 def test_scales_of_scales_multiply_and_of_anything_else_are_none(inner, x64, rng):
     case = CASES["categorical"]

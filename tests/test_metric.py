@@ -11,6 +11,7 @@ from ngd_jax.metric import join, leading_size, output_metric, split, terms
 from tests import reference
 from tests.conftest import unchecked
 from tests.fisher_cases import CASES, assert_close, matvec, random_like
+from tests.marks import long_unless
 
 WEIGHTED = {
     "example weights": ("categorical", (7,)),
@@ -23,7 +24,10 @@ WEIGHTED = {
 }
 
 
-@pytest.mark.parametrize(("name", "shape"), WEIGHTED.values(), ids=WEIGHTED)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    long_unless(("token weights", "complex amplitude", "one weight"), WEIGHTED),
+)
 def test_weighted_means_equal_dense_definition(name, shape, x64, rng):
     case = CASES[name]
     params, x = case.make(rng, "float64")

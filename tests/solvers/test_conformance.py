@@ -160,6 +160,7 @@ def test_non_finite_input_is_reported_and_never_returned(solver, bad, rng):
     assert np.isfinite(info.relative_residual)
 
 
+@pytest.mark.long
 @every_own_solver
 def test_mixed_dtypes_are_kept_and_solved_wide(solver, rng):
     matrix = systems.matrices(rng)["dense"]
@@ -186,6 +187,7 @@ def test_mixed_dtypes_are_kept_and_solved_wide(solver, rng):
     )
 
 
+@pytest.mark.long
 @every_own_solver
 def test_vmap_over_systems_equals_a_loop(solver, rng):
     if isinstance(solver, ngd.CG):  # round-off decides the status at ten ε

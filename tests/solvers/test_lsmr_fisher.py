@@ -47,15 +47,13 @@ def solve_with(solver, fisher, g, w, damping, x0=None):
 
 
 # One for each way to average and to factor; the others take their time.
-QUICK = {"categorical", "product", "complex amplitude"}
+MARKS = {"categorical": pytest.mark.long, "product": pytest.mark.long}
+MARKS |= {"complex amplitude": []}
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK))
-        for name in CASES
-    ],
+    [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in CASES],
 )
 def test_solution_is_that_of_the_dense_system_for_every_likelihood(name, x64, rng):
     case = CASES[name]
@@ -148,6 +146,7 @@ def relative_error(x, expected):
     return np.linalg.norm(x - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damping", [0.0, 1e-12, 1e-4, 1.0])
 @pytest.mark.parametrize("rest", [0.0, 1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("knows", ["w", "half of w", "nothing"])
@@ -266,6 +265,7 @@ def test_the_solution_as_a_guess_takes_no_step(knows_w, x64, rng):
         np.testing.assert_allclose(d, expected, rtol=1e-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("knows_w", [True, False])
 @pytest.mark.parametrize("damping", [0.0, 1e-6, 1e-2])
 def test_no_guess_hurts(damping, knows_w, rng):
@@ -342,6 +342,7 @@ def test_kinds_weights_and_microbatches_in_float32(
     assert int(info.status) in (Status.CONVERGED, Status.STAGNATED)
 
 
+@pytest.mark.long
 def test_bfloat16_parameters_are_solved_for(rng):
     case = CASES["gaussian"]
     params, batch = case.make(rng, "bfloat16")

@@ -131,6 +131,7 @@ def test_a_solution_too_large_for_its_dtype_is_reported():
 # --- Under the transformations of JAX.
 
 
+@pytest.mark.long
 def test_jit_vmap_and_scan_agree_with_one_by_one(rng):
     matrix = matrix_of(rng, 30, 30, np.geomspace(1, 0.1, 30))
     matrix = jnp.asarray(matrix, jnp.float32)

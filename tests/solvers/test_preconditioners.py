@@ -40,6 +40,7 @@ def abstract(fn, *args):
     )
 
 
+@pytest.mark.long
 @EVERY_KIND
 @pytest.mark.parametrize("params_dtype", ["bfloat16", "mixed"])
 def test_states_keep_their_structure_and_dtypes(make, params_dtype, rng):
@@ -166,6 +167,7 @@ def test_each_build_has_its_own_random_numbers_and_the_same_key_the_same(rng):
     assert np.abs(first - second).max() > 1e-3 * first.max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make", [Jacobi, functools.partial(Nystrom, 4, KEY)], ids=["Jacobi", "Nys"]
 )

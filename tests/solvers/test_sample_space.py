@@ -319,6 +319,7 @@ def solve_line(x, rhs, damping):
     return ngd.SampleSpace()(fisher, rhs, damping=damping)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exponent", [-100, -60, 0, 60, 100])
 def test_powers_of_two_in_the_right_hand_side_pass_through(exponent):
     x, rhs = line()
@@ -380,6 +381,7 @@ def test_non_finite_input_is_reported_and_never_returned(where, bad):
 # --- Transformations of JAX, and memory.
 
 
+@pytest.mark.long
 def test_vmap_over_damping_equals_a_loop():
     x, rhs = line()
     dampings = jnp.asarray([0.0, 1e-6, 1e-3, 1.0])
@@ -406,6 +408,7 @@ def test_scan_equals_a_loop():
     assert not np.asarray(statuses).any()
 
 
+@pytest.mark.long
 def test_memory_is_set_by_the_block_and_not_by_all_rows():
     num_examples, width = 256, 512
     x = jnp.ones((num_examples, 32))

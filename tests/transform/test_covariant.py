@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import ngd_jax as ngd
+from tests.marks import long_unless
 from tests.transform.problems import (
     dense_fisher,
     flat,
@@ -32,7 +33,7 @@ EXACT = {"cg": ngd.CG(300, rtol=1e-13), "cholesky": ngd.Cholesky()}
 
 
 @pytest.mark.parametrize("solver", EXACT)
-@pytest.mark.parametrize("given", ["tree", "function"])
+@pytest.mark.parametrize("given", long_unless(["function"], ["tree", "function"]))
 def test_direction_solves_the_system_with_the_metric(solver, given, x64):
     params, batch = make_problem(dtype=jnp.float64)
     scales = _scales(params)

@@ -178,6 +178,7 @@ def test_a_refused_step_keeps_parameters_and_state_to_the_bit():
         assert refused.solver_state.age == state.solver_state.age + 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 3])
 def test_damping_is_adapted_at_every_so_many_steps(every):
     rule = ngd.LevenbergMarquardt(initial=100.0, every=every)

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import ngd_jax as ngd
+from tests.marks import long_unless
 from tests.transform.problems import flat, loss_fn, make_problem, model_fn
 
 PARAMS, BATCH = make_problem()
@@ -61,11 +62,7 @@ def assert_bitwise_equal(actual, expected):
 
 
 @pytest.mark.parametrize(
-    "damping",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name == "schedule"))
-        for name in DAMPINGS
-    ],
+    "damping", long_unless({"levenberg-marquardt"}, DAMPINGS.keys())
 )
 def test_bad_batches_at_random_change_nothing_and_training_goes_on(damping):
     state, step = make_step(DAMPINGS[damping])

@@ -178,6 +178,7 @@ def test_momentum_is_proximal_to_the_last_direction(solver, x64):
         params, previous = optax.apply_updates(params, updates), expected
 
 
+@pytest.mark.long
 def test_warm_start_changes_the_way_and_not_the_solution(x64):
     params, batch = make_problem(dtype=jnp.float64)
     steps = {}
@@ -199,6 +200,7 @@ def test_warm_start_changes_the_way_and_not_the_solution(x64):
 # --- Kinds, weights, microbatches.
 
 
+@pytest.mark.long
 def test_sampled_kind_draws_anew_in_every_step_from_its_key():
     params, batch = make_problem()
     grads = grad_fn(params, batch)
@@ -353,6 +355,7 @@ def test_schedules_are_evaluated_at_the_number_of_steps_taken(name):
 # --- Parameters without entries.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver",
     [

@@ -12,6 +12,7 @@ from experiments.running.optimizers import (
 from experiments.running.settings import ConfigError
 from experiments.tasks import make_task
 from tests.experiments.helpers import make_config
+from tests.marks import long_unless
 
 
 def test_natural_gradient_without_any_length_of_step_is_an_error():
@@ -50,7 +51,11 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("name", WORDS)
+# The others name solvers whose own tests take their arguments.
+QUICK = ("kronecker", "kfac", "levenberg_marquardt in output space", "acceptance")
+
+
+@pytest.mark.parametrize("name", long_unless(QUICK, WORDS.keys()))
 def test_a_word_changes_the_solver(name):
     overrides = [f"optimizer{word}" for word in WORDS[name]]
     config = make_config("task.hidden_sizes=[2]", *overrides)
