@@ -379,15 +379,22 @@ def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
 def _error_of_layers(fisher: Fisher) -> Array:
     """How far the sums of a ⊗ δ are from the gradients that they should be."""
     cotangents = _random(2, fisher.outputs)
-    found, values, gradients = layers.backward_pass(
-        fisher.pullback, cotangents, fisher.params
+    backward = layers.read_backward(fisher.pullback, cotangents, fisher.params)
+    leaves, worst = jax.tree.leaves(fisher.params), jnp.zeros(())
+
+    def product(values: layers.LayerValues) -> Array:
+        return tree.contract(values.inputs, values.cotangents, (0,), (0,))
+
+    found = backward.layers
+    results = backward.evaluate(
+        [layers.Wanted(one.weight, one, product) for one in found]
+        + [layers.Wanted(one.weight, None, lambda gradient: gradient) for one in found]
     )
-    leaves, worst = jax.tree.leaves(gradients), jnp.zeros(())
-    for layer, (inputs, deltas) in zip(found, values, strict=True):
-        claimed = tree.contract(inputs, deltas, (0,), (0,))
-        claimed = claimed if layer.inputs_first else claimed.T
-        gradient = leaves[layer.weight]
-        error = tree.norm(claimed.reshape(gradient.shape) - gradient)
+    products, gradients = results[: len(found)], results[len(found) :]
+    for layer, claimed, gradient in zip(found, products, gradients, strict=True):
+        if not layer.inputs_first:
+            claimed = jnp.swapaxes(claimed, -1, -2)
+        error = tree.norm(claimed.reshape(jnp.shape(leaves[layer.weight])) - gradient)
         worst = jnp.maximum(worst, error / jnp.maximum(tree.norm(gradient), 1e-30))
     return worst
 
