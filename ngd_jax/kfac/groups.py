@@ -238,14 +238,11 @@ def rooms_of(leaves: list[Any], max_size: int) -> list[list[Room]]:
                 if shape[0] * _numbers(shape[1:], split, max_size) <= limit:
                     own.append(Room(split + 1, True))
                     lengths.add(shape[0])
+        if not own and 0 not in shape:
+            own = [Room(None, False)]
         rooms.append(own)
-    for own, leaf, shape in zip(rooms, leaves, shapes, strict=True):
-        if (
-            own
-            and len(shape) == 2
-            and shape[0] in lengths
-            and not jnp.iscomplexobj(leaf)
-        ):
+    for own, shape in zip(rooms, shapes, strict=True):
+        if own == [Room(1, False)] and len(shape) == 2 and shape[0] in lengths:
             own.append(Room(None, True))
     return rooms
 

@@ -227,7 +227,8 @@ class Program:
             values |= dict(zip(equation.outvars, computed, strict=True))
         for number, request in enumerate(requests):
             if not request.loops:
-                results[number] = request.fn(*map(read, request.variables))
+                values_of = [jnp.asarray(read(x)) for x in request.variables]
+                results[number] = request.fn(*values_of)
         return [read(x) for x in outputs], results
 
     def _body(self, equation: Any) -> "Program":
