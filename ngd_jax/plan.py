@@ -61,15 +61,16 @@ def memory_of(
       compiled: whether to compile the step, for its peak.
     """
     state = jax.eval_shape(step.init, params)
-    sizes = [_num_bytes(values) for values in (params, state)]
+    memory = Memory(_num_bytes(params), _num_bytes(state), None)
     if not compiled:
-        return Memory(*sizes, None)
+        return memory
 
     def loss_of(params: Params, batch: Batch) -> Scalar:
         outputs = model_fn(params, batch)
         if loss_fn is not None:
             return loss_fn(outputs, batch)
-        return sum(jnp.sum(jnp.real(x)) for x in jax.tree.leaves(tree.widen(outputs)))
+        leaves = jax.tree.leaves(tree.widen(outputs))
+        return sum((jnp.sum(jnp.real(x)) for x in leaves), jnp.zeros(()))
 
     def training_step(
         params: Params, state: PyTree, batch: Batch
@@ -82,10 +83,10 @@ def memory_of(
     jitted = jax.jit(training_step, donate_argnums=(0, 1))
     plan = jitted.lower(params, state, batch).compile().memory_analysis()
     if plan is None:
-        return Memory(*sizes, None)
+        return memory
     peak = plan.argument_size_in_bytes + plan.output_size_in_bytes
     peak += plan.temp_size_in_bytes - plan.alias_size_in_bytes
-    return Memory(*sizes, peak)
+    return memory._replace(peak=peak)
 
 
 def _num_bytes(values: PyTree) -> int:

@@ -662,7 +662,7 @@ def test_the_layers_of_a_stack_are_divided_among_devices(num_devices, parts):
     leaves = [jnp.zeros((25, 16, 64)), jnp.zeros((25, 64))]
     groups = [x for x in groups_of(leaves, 2048, num_devices) if x.shape == (16, 64)]
     assert [group.num_places for group in groups] == parts
-    layers = [range(m.first, m.first + m.count) for g in groups for m in g.members]
+    layers = [range(m.first, m.first + m.num_layers) for g in groups for m in g.members]
     assert list(itertools.chain(*layers)) == list(range(25))
 
 

@@ -58,13 +58,13 @@ class Member(NamedTuple):
       leaf: the index among the leaves; -1 for a place that is left empty.
       room: what the leaf is taken for here.
       first: the first of its layers that is a member; 0 if it is no stack.
-      count: the number of its layers that are members; 1 if it is no stack.
+      num_layers: the number of its layers that are members; 1 if it is no stack.
     """
 
     leaf: int
     room: Room
     first: int
-    count: int
+    num_layers: int
 
 
 class Block(NamedTuple):
@@ -115,7 +115,9 @@ class Group(NamedTuple):
 
     def repeated(self, values: Sequence[Any]) -> np.ndarray:
         """A value for every place from one for every member."""
-        return np.repeat(np.array(values), [member.count for member in self.members])
+        return np.repeat(
+            np.array(values), [member.num_layers for member in self.members]
+        )
 
     @property
     def real_dtype(self) -> Any:
@@ -172,19 +174,19 @@ def groups_of(leaves: list[Any], max_size: int, num_devices: int = 1) -> list[Gr
 
 
 def _number(members: Sequence[Member]) -> int:
-    return sum(member.count for member in members)
+    return sum(member.num_layers for member in members)
 
 
 def _cut(members: list[Member], number: int) -> tuple[list[Member], list[Member]]:
     """The first places, and the rest; a stack may have layers in both."""
     first, rest = [], []
     for member in members:
-        count = min(member.count, number - _number(first))
+        count = min(member.num_layers, number - _number(first))
         if count:
-            first.append(member._replace(count=count))
-        if count < member.count:
-            left = member.count - count
-            rest.append(member._replace(first=member.first + count, count=left))
+            first.append(member._replace(num_layers=count))
+        if count < member.num_layers:
+            left = member.num_layers - count
+            rest.append(member._replace(first=member.first + count, num_layers=left))
     return first, rest
 
 
@@ -225,22 +227,35 @@ def rooms_of(leaves: list[Any], max_size: int) -> list[list[Room]]:
     heads. Where it would cost little, or another leaf looks like the biases or scales
     of the same layers, there is room for a stack too.
     """
-    shapes = [jnp.shape(leaf) for leaf in leaves]
+    shapes: list[tuple[int, ...]] = [jnp.shape(leaf) for leaf in leaves]
     vectors = {shape[0] for shape in shapes if len(shape) == 2}
-    rooms, lengths = [], set()
+    rooms: list[list[Room]] = []
+    lengths: set[int] = set()
     for leaf, shape in zip(leaves, shapes, strict=True):
-        own = [Room(split, False) for split in splits_of(leaf, max_size)]
-        if own and len(shape) > 2:
+        splits = splits_of(leaf, max_size)
+        stacks: list[Room] = []
+        if splits and len(shape) > 2:
             limit = _SPARE_NUMBERS
             if shape[0] in vectors:
                 limit = max(limit, _STACK_SHARE * math.prod(shape))
-            for split in _splits(shape[1:]):
-                if shape[0] * _numbers(shape[1:], split, max_size) <= limit:
-                    own.append(Room(split + 1, True))
-                    lengths.add(shape[0])
+            stacks = [
+                Room(split + 1, True)
+                for split in _splits(shape[1:])
+                if shape[0] * _numbers(shape[1:], split, max_size) <= limit
+            ]
+            if stacks:
+                lengths.add(shape[0])
+                # What is probably a stack needs no second split of another kind.
+                best = _squarest(shape)
+                splits = [
+                    k
+                    for k in splits
+                    if k == best or _numbers(shape, k, max_size) <= _SPARE_NUMBERS
+                ]
+        own = [Room(split, False) for split in splits]
         if not own and 0 not in shape:
             own = [Room(None, False)]
-        rooms.append(own)
+        rooms.append(own + stacks)
     for own, shape in zip(rooms, shapes, strict=True):
         if own == [Room(1, False)] and len(shape) == 2 and shape[0] in lengths:
             own.append(Room(None, True))
@@ -258,14 +273,18 @@ def splits_of(leaf: ArrayLike, max_size: int) -> list[int]:
     shape = jnp.shape(leaf)
     if jnp.iscomplexobj(leaf) or len(shape) < 2 or 0 in shape:
         return []
-    candidates = _splits(shape)
-    best = min(candidates, key=lambda k: sum(n**2 for n in sides_of(shape, k)))
-    limit = max(_SPARE_NUMBERS, 4 * math.prod(shape))
-    return [k for k in candidates if k == best or _numbers(shape, k, max_size) <= limit]
+    best, limit = _squarest(shape), max(_SPARE_NUMBERS, 4 * math.prod(shape))
+    return [
+        k for k in _splits(shape) if k == best or _numbers(shape, k, max_size) <= limit
+    ]
 
 
 def _splits(shape: tuple[int, ...]) -> list[int]:
     return sorted({1, len(shape) - 1})
+
+
+def _squarest(shape: tuple[int, ...]) -> int:
+    return min(_splits(shape), key=lambda k: sum(n**2 for n in sides_of(shape, k)))
 
 
 def _numbers(shape: tuple[int, ...], split: int, max_size: int) -> int:

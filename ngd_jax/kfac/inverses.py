@@ -107,14 +107,14 @@ def _mean_weights(group: Group, weights: list[ArrayLike]) -> Array:
 
     def means(member: Member, block: Block | None) -> Array:
         if block is None:
-            return jnp.ones(member.count)
+            return jnp.ones(member.num_layers)
         own = [weights[x] for x in (block.weight, block.bias) if x is not None]
         if not member.room.is_stack or all(jnp.ndim(x) == 0 for x in own):
             mean = sum(map(jnp.sum, own)) / sum(map(jnp.size, own))
-            return jnp.full(member.count, mean)
+            return jnp.full(member.num_layers, mean)
         own = [_layers_of(member, jnp.asarray(x)) for x in own]
-        total = sum(jnp.sum(x.reshape(member.count, -1), 1) for x in own)
-        return total / sum(x.size // member.count for x in own)
+        total = sum(jnp.sum(x.reshape(member.num_layers, -1), 1) for x in own)
+        return jnp.asarray(total) / sum(x.size // member.num_layers for x in own)
 
     return jnp.concatenate(list(map(means, group.members, group.blocks)))
 
@@ -123,9 +123,9 @@ def _layers_of(member: Member, leaf: Array) -> Array:
     """`[count, ...]`: the layers of a leaf that are a member."""
     if not member.room.is_stack:
         return leaf[None]
-    if len(leaf) == member.count:
+    if len(leaf) == member.num_layers:
         return leaf
-    return jax.lax.slice_in_dim(leaf, member.first, member.first + member.count)
+    return jax.lax.slice_in_dim(leaf, member.first, member.first + member.num_layers)
 
 
 def _times(factors: Array, values: Array) -> Array:
@@ -225,7 +225,9 @@ def inverse_matvec(
                 solved = division.gather(solved)
             else:
                 own = [
-                    _layers_of(member, leaves[block.weight]).reshape(member.count, -1)
+                    _layers_of(member, leaves[block.weight]).reshape(
+                        member.num_layers, -1
+                    )
                     for member, block in zip(group.members, group.blocks, strict=True)
                     if block is not None
                 ]
@@ -243,7 +245,7 @@ def _bordered(group: Group, leaves: list[Array]) -> Array:
     """`[K, rows + 1, columns + 1]`: matrices, with a bias next to its inputs."""
 
     def some(member: Member, block: Block | None) -> Array:
-        count = member.count
+        count = member.num_layers
         if block is None:
             return jnp.zeros([count, *(n + 1 for n in group.shape)], group.dtype)
         matrices = _layers_of(member, leaves[block.weight])
@@ -269,10 +271,10 @@ def _spread(group: Group, solved: Array, results: list[Array]) -> None:
     for member, block in zip(group.members, group.blocks, strict=True):
         if block is None:
             # Vectors without a block were left out.
-            start += member.count * group.is_matrices
+            start += member.num_layers * group.is_matrices
             continue
-        values = jax.lax.slice_in_dim(solved, start, start + member.count)
-        start += member.count
+        values = jax.lax.slice_in_dim(solved, start, start + member.num_layers)
+        start += member.num_layers
         if not group.is_matrices:
             _write(member, block.weight, values, results)
             continue
@@ -285,8 +287,8 @@ def _spread(group: Group, solved: Array, results: list[Array]) -> None:
 def _write(member: Member, leaf: int, values: Array, results: list[Array]) -> None:
     """Writes the layers of a leaf that are a member."""
     old = results[leaf]
-    if member.room.is_stack and member.count < len(old):
-        values = values.reshape(member.count, *old.shape[1:])
+    if member.room.is_stack and member.num_layers < len(old):
+        values = values.reshape(member.num_layers, *old.shape[1:])
         results[leaf] = jax.lax.dynamic_update_slice_in_dim(
             old, values, member.first, axis=0
         )
@@ -301,13 +303,13 @@ def _diagonals(
     diagonals, own_weights, start = [], [], 0
     for member, block in zip(group.members, group.blocks, strict=True):
         if block is not None:
-            diagonals.append(averages[start : start + member.count])
+            diagonals.append(averages[start : start + member.num_layers])
             weight = weights[block.weight]
             if jnp.ndim(weight):
                 weight = _layers_of(member, jnp.asarray(weight))
-                weight = weight.reshape(member.count, -1)
+                weight = weight.reshape(member.num_layers, -1)
             own_weights.append(jnp.broadcast_to(weight, diagonals[-1].shape))
-        start += member.count
+        start += member.num_layers
     diagonal, weight = jnp.concatenate(diagonals), jnp.concatenate(own_weights)
     mean = jnp.mean(diagonal, 1, keepdims=True)
     damped = jnp.maximum(diagonal, _SMALLEST_SHARE * mean)

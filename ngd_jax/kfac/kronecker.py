@@ -243,14 +243,14 @@ class Kronecker:
 
 def _placed(new: Array | None, member: Member, old: Array) -> Array:
     """What a batch has for a member, in the shape of its places in the averages."""
-    shape = (member.count, *old.shape[1:])
+    shape = (member.num_layers, *old.shape[1:])
     if new is None:
         return jnp.zeros(shape, old.dtype)
     new = new.astype(old.dtype)
     if not member.room.is_stack:
         new = new[None]
-    elif len(new) != member.count:
-        new = jax.lax.slice_in_dim(new, member.first, member.first + member.count)
+    elif len(new) != member.num_layers:
+        new = jax.lax.slice_in_dim(new, member.first, member.first + member.num_layers)
     padding = [(0, stop - size) for size, stop in zip(new.shape, shape, strict=True)]
     return jnp.pad(new, padding)
 

@@ -288,7 +288,7 @@ def _run_loop(
 
     totals: list[PyTree] = []
     if not all(is_stack):
-        shapes = jax.eval_shape(lambda *args: iteration(*args)[1], carry, _first_of(xs))
+        shapes = jax.eval_shape(lambda xs: iteration(carry, _first_of(xs))[1], xs)
         totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (carry, totals), (ys, stacked) = jax.lax.scan(
         step,
@@ -303,7 +303,7 @@ def _run_loop(
 
 
 def _first_of(xs: list[Array]) -> list[Array]:
-    """The inputs of an iteration; only their shapes are used."""
+    """The inputs of an iteration."""
     return [jax.lax.index_in_dim(x, 0, keepdims=False) for x in xs]
 
 
