@@ -17,10 +17,12 @@ from flax import nnx
 import ngd_jax as ngd
 from experiments.tasks.supervised.rows import RowGRU
 from ngd_jax import tree
+from ngd_jax.gram import gram
 from ngd_jax.jacobian import linearize
 from ngd_jax.kfac import Kronecker, claims
 from ngd_jax.kfac.groups import Member, Room, groups_of, rooms_of
 from ngd_jax.layers import Wanted, backward_pass, read_backward
+from tests.test_dense import columns
 
 DEPTH, WIDTH, HIDDEN, COUNT, DAMPING = 3, 4, 6, 7, 0.1
 
@@ -284,17 +286,17 @@ def test_the_block_of_a_recurrent_weight_is_of_all_times_together(options, x64):
     found, values, _ = backward_pass(
         other.pullback, other.sqrt_cotangents(signs), copies
     )
-    for block_, (rows, columns) in zip(blocks[1:], factors[1:], strict=True):
+    for one, (inputs, outputs) in zip(blocks[1:], factors[1:], strict=True):
         times = [
-            one
-            for layer, one in zip(found, values, strict=True)
-            if layer.weight % 3 == block_.weight
+            value
+            for layer, value in zip(found, values, strict=True)
+            if layer.weight % 3 == one.weight
         ]
-        a = np.concatenate([one.inputs for one in times])
-        delta = np.concatenate([one.cotangents for one in times])
+        a = np.concatenate([x.inputs for x in times])
+        delta = np.concatenate([x.cotangents for x in times])
         assert len(a) == COUNT * 5
-        np.testing.assert_allclose(rows, a.T @ a / len(a), rtol=1e-10)
-        np.testing.assert_allclose(columns, delta.T @ delta, rtol=1e-10)
+        np.testing.assert_allclose(inputs, a.T @ a / len(a), rtol=1e-10)
+        np.testing.assert_allclose(outputs, delta.T @ delta, rtol=1e-10)
 
 
 def test_a_linear_recurrent_layer_without_a_loop_has_the_same_solution(x64):
@@ -311,6 +313,14 @@ def test_a_linear_recurrent_layer_without_a_loop_has_the_same_solution(x64):
     found, expected = (solved(fn, params, x, vector)["w"] for fn in (looped, whole))
     assert claims(fisher_of(looped, params, x)) == ["dense 3 → 4 in a loop"]
     np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["plain", "nested calls"])
+def test_the_gram_matrix_leaves_loops_to_the_rows(name, x64):
+    model_fn, params, x = STACKS[name][0], stack_params(), normal(0, COUNT, WIDTH)
+    fisher = fisher_of(model_fn, params, x)
+    root = columns(model_fn, params, x, ngd.Categorical())
+    np.testing.assert_allclose(gram(fisher), root @ root.T, rtol=1e-9, atol=1e-12)
 
 
 # --- Loops in loops

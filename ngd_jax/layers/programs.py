@@ -208,27 +208,22 @@ class Program:
                 place = id(request.loops[0].equation)
                 numbers.setdefault(place, []).append(number)
         results: list[PyTree] = [None] * len(requests)
-        values = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
-        values |= dict(zip(self.jaxpr.invars, arguments, strict=True))
 
-        def read(variable: Any) -> Any:
-            return values[variable] if _is_variable(variable) else variable.val
-
-        for equation in self.jaxpr.eqns:
-            inputs = list(map(read, equation.invars))
+        def apply(equation: Any, inputs: list[Any]) -> list[Any]:
             own = numbers.get(id(equation))
             if own is None:
-                computed = _apply(equation, inputs)
-            else:
-                asked = [requests[number] for number in own]
-                computed, found = _run_loop(equation, inputs, asked)
-                for number, result in zip(own, found, strict=True):
-                    results[number] = result
-            values |= dict(zip(equation.outvars, computed, strict=True))
+                return _apply(equation, inputs)
+            asked = [requests[number] for number in own]
+            computed, found = _run_loop(equation, inputs, asked)
+            for number, result in zip(own, found, strict=True):
+                results[number] = result
+            return computed
+
+        read = _interpret(self.jaxpr, self.consts, arguments, apply)
         for number, request in enumerate(requests):
             if not request.loops:
-                values_of = [jnp.asarray(read(x)) for x in request.variables]
-                results[number] = request.fn(*values_of)
+                values = [jnp.asarray(read(x)) for x in request.variables]
+                results[number] = request.fn(*values)
         return [read(x) for x in outputs], results
 
     def _body(self, equation: Any) -> "Program":
@@ -260,51 +255,100 @@ class Program:
         return is_copy and self._is_zero(equation.invars[0])
 
 
-def _run_loop(
-    equation: Any, inputs: list[Any], requests: Sequence[Request]
-) -> tuple[list[Array], list[PyTree]]:
-    """The results of a `scan`, and what is computed in its iterations."""
-    body, options = requests[0].loops[0].body, equation.params
+# From an operation and its inputs to its results.
+_Apply = Callable[[Any, list[Any]], list[Any]]
+
+
+def _interpret(
+    jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], apply: _Apply
+) -> Callable[[Any], Any]:
+    """Runs a program; returns the function from its variables to their values."""
+    values = dict(zip(jaxpr.constvars, consts, strict=True))
+    values |= dict(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(variable: Any) -> Any:
+        return values[variable] if _is_variable(variable) else variable.val
+
+    for equation in jaxpr.eqns:
+        results = apply(equation, list(map(read, equation.invars)))
+        values |= dict(zip(equation.outvars, results, strict=True))
+    return read
+
+
+def _apply(equation: Any, inputs: list[Any]) -> list[Any]:
+    """The results of one operation."""
+    bound = equation.primitive.get_bind_params(equation.params)
+    # Before jax 0.10: the functions that it calls come separately.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    outputs = equation.primitive.bind(*functions, *inputs, **params)
+    return outputs if equation.primitive.multiple_results else [outputs]
+
+
+def _scan(
+    equation: Any,
+    inputs: list[Any],
+    run: Callable[[list[Any]], tuple[list[Any], PyTree, PyTree]],
+    *,
+    has_sum: bool,
+) -> tuple[list[Any], PyTree, PyTree]:
+    """A `scan` with another body.
+
+    Args:
+      equation: the `scan`.
+      inputs: those of the equation.
+      run: from the inputs of an iteration to its results, something to be summed over
+        all iterations, and something to be stacked.
+      has_sum: whether there is anything to be summed.
+
+    Returns:
+      The results, the sum, and the stack.
+    """
+    options = equation.params
     first, stop = options["num_consts"], options["num_consts"] + options["num_carry"]
     consts, carry, xs = inputs[:first], inputs[first:stop], inputs[stop:]
-    is_stack = [request.loops[0].is_stack for request in requests]
-    inner = [request._replace(loops=request.loops[1:]) for request in requests]
 
-    def iteration(
-        carry: list[Array], xs: list[Array]
-    ) -> tuple[list[Array], list, list]:
-        arguments = [*consts, *carry, *xs]
-        outputs, found = body.evaluate(arguments, body.jaxpr.outvars, inner)
-        pairs = list(zip(found, is_stack, strict=True))
-        sums = tree.replicate([one for one, is_so in pairs if not is_so])
-        return outputs, sums, [one for one, is_so in pairs if is_so]
-
-    def step(state: Any, xs: list[Array]) -> tuple[Any, Any]:
+    def step(state: Any, xs: list[Any]) -> tuple[Any, Any]:
         carry, totals = state
-        outputs, sums, stacked = iteration(carry, xs)
-        totals = jax.tree.map(jnp.add, totals, sums)
-        number = options["num_carry"]
+        outputs, summed, stacked = run([*consts, *carry, *xs])
+        number = len(carry)
+        totals = jax.tree.map(jnp.add, totals, summed)
         return (outputs[:number], totals), (outputs[number:], stacked)
 
-    totals: list[PyTree] = []
-    if not all(is_stack):
-        shapes = jax.eval_shape(lambda xs: iteration(carry, _first_of(xs))[1], xs)
-        totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    def sums_of_one(xs: list[Any]) -> PyTree:
+        one = [jax.lax.index_in_dim(x, 0, keepdims=False) for x in xs]
+        return run([*consts, *carry, *one])[1]
+
+    shapes = jax.eval_shape(sums_of_one, xs) if has_sum else []
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (carry, totals), (ys, stacked) = jax.lax.scan(
         step,
-        (carry, totals),
+        (carry, zeros),
         xs,
         length=options["length"],
         reverse=options["reverse"],
         unroll=options["unroll"],
     )
-    parts = iter(stacked), iter(totals)
-    return [*carry, *ys], [next(parts[0] if is_so else parts[1]) for is_so in is_stack]
+    return [*carry, *ys], totals, stacked
 
 
-def _first_of(xs: list[Array]) -> list[Array]:
-    """The inputs of an iteration."""
-    return [jax.lax.index_in_dim(x, 0, keepdims=False) for x in xs]
+def _run_loop(
+    equation: Any, inputs: list[Any], requests: Sequence[Request]
+) -> tuple[list[Array], list[PyTree]]:
+    """The results of a `scan`, and what is computed in its iterations."""
+    body = requests[0].loops[0].body
+    is_stack = [request.loops[0].is_stack for request in requests]
+    inner = [request._replace(loops=request.loops[1:]) for request in requests]
+
+    def run(arguments: list[Array]) -> tuple[list[Array], PyTree, PyTree]:
+        outputs, found = body.evaluate(arguments, body.jaxpr.outvars, inner)
+        pairs = list(zip(found, is_stack, strict=True))
+        sums = tree.replicate([one for one, is_so in pairs if not is_so])
+        return outputs, sums, [one for one, is_so in pairs if is_so]
+
+    has_sum = not all(is_stack)
+    outputs, sums, stacks = _scan(equation, inputs, run, has_sum=has_sum)
+    parts = {True: iter(stacks), False: iter(sums)}
+    return outputs, [next(parts[is_so]) for is_so in is_stack]
 
 
 def read_program(fn: Callable[..., list[Any]], *arguments: Any) -> Program:
@@ -330,52 +374,29 @@ def _inner(equation: Any) -> core.Jaxpr:
 def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
     """The same function, with the functions that it calls in their place."""
 
+    def apply(equation: Any, inputs: list[Any]) -> list[Any]:
+        name = equation.primitive.name
+        if name == "scan" and _has_calls(_inner(equation)):
+            run = _written_out(equation.params["jaxpr"])
+
+            def body(values: list[Any]) -> tuple[list[Any], list, list]:
+                return run(*values), [], []
+
+            return _scan(equation, inputs, body, has_sum=False)[0]
+        if name not in _CALLS:
+            return _apply(equation, inputs)
+        called = equation.params[_CALLS[name]]
+        if isinstance(called, core.Jaxpr):
+            called = core.ClosedJaxpr(called, ())
+        if name == "remat2" and _is_kept_apart(equation):
+            inputs = jax.lax.optimization_barrier(inputs)
+        return _written_out(called)(*inputs)
+
     def run(*arguments: Any) -> list[Any]:
-        jaxpr = program.jaxpr
-        values = dict(zip(jaxpr.constvars, program.consts, strict=True))
-        values |= dict(zip(jaxpr.invars, arguments, strict=True))
-
-        def read(variable: Any) -> Any:
-            return values[variable] if _is_variable(variable) else variable.val
-
-        for equation in jaxpr.eqns:
-            inputs = list(map(read, equation.invars))
-            name = equation.primitive.name
-            if name == "scan" and _has_calls(_inner(equation)):
-                outputs = _written_out_loop(equation, inputs)
-            elif name in _CALLS:
-                called = equation.params[_CALLS[name]]
-                if isinstance(called, core.Jaxpr):
-                    called = core.ClosedJaxpr(called, ())
-                if name == "remat2" and _is_kept_apart(equation):
-                    inputs = jax.lax.optimization_barrier(inputs)
-                outputs = _written_out(called)(*inputs)
-            else:
-                outputs = _apply(equation, inputs)
-            values |= dict(zip(equation.outvars, outputs, strict=True))
-        return [read(x) for x in jaxpr.outvars]
+        read = _interpret(program.jaxpr, program.consts, arguments, apply)
+        return [read(x) for x in program.jaxpr.outvars]
 
     return run
-
-
-def _written_out_loop(equation: Any, inputs: list[Any]) -> list[Any]:
-    """The results of a `scan` whose body is written out."""
-    options, run = equation.params, _written_out(equation.params["jaxpr"])
-    first, stop = options["num_consts"], options["num_consts"] + options["num_carry"]
-
-    def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs = run(*inputs[:first], *carry, *xs)
-        return outputs[: stop - first], outputs[stop - first :]
-
-    carry, ys = jax.lax.scan(
-        step,
-        inputs[first:stop],
-        inputs[stop:],
-        length=options["length"],
-        reverse=options["reverse"],
-        unroll=options["unroll"],
-    )
-    return [*carry, *ys]
 
 
 def _is_kept_apart(equation: Any) -> bool:
@@ -387,15 +408,6 @@ def _is_kept_apart(equation: Any) -> bool:
     if isinstance(prevents, tuple):
         prevents = any(prevents)
     return bool(prevents) and bool(equation.params.get("differentiated", False))
-
-
-def _apply(equation: Any, inputs: list[Any]) -> list[Any]:
-    """The results of one operation."""
-    bound = equation.primitive.get_bind_params(equation.params)
-    # Before jax 0.10: the functions that it calls come separately.
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    outputs = equation.primitive.bind(*functions, *inputs, **params)
-    return outputs if equation.primitive.multiple_results else [outputs]
 
 
 def join(ranges: Iterable[Range]) -> list[Range]:
