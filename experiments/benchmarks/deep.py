@@ -241,7 +241,8 @@ def plan(
 def _numbers(init: Callable, params: Any, sharding: Any, max_size: int) -> float:
     """The numbers of the factors and their inverses on one device."""
     division = Division(sharding)
-    leaves = jax.tree.leaves(params)
+    zero = np.zeros((), np.float32)
+    leaves = [np.broadcast_to(zero, x.shape) for x in jax.tree.leaves(params)]
     groups = groups_of(leaves, max_size, division.num_devices)
     state = jax.eval_shape(init, params)
     total = 0
