@@ -25,8 +25,8 @@ def test_a_plan_divides_over_devices_and_has_the_work_of_a_checkpointed_gradient
     for name in ("parameters and gradient, bytes", "state, bytes"):
         for one, part in zip(alone[name], divided[name], strict=True):
             assert part == pytest.approx(one / 4, rel=0.1), name
-    # Two forward passes and one backward, of twice the work, over the matrices; the last
-    # product of a layer is not computed again. Attention itself is little.
+    # Two forward passes and one backward, of twice the work, over the matrices; but the
+    # last product of a layer is not computed again. Attention itself is little.
     matrices, last, head = 4 * 12 * 64**2, 4 * 4 * 64**2, 64 * 64
     least = 32 * 2 * (4 * matrices - last + 3 * head)
     adam, kfac = divided["operations in a step"]
