@@ -174,7 +174,17 @@ STACKS = {  # a model with a loop, and the same without
 
 @pytest.mark.parametrize(
     ("name", "places"),
-    [*((name, ()) for name in STACKS), ("plain", (5,)), ("checkpoint", (5,))],
+    [
+        ("plain", ()),
+        ("nested calls", (5,)),
+        *(
+            pytest.param(name, (), marks=pytest.mark.long)
+            for name in STACKS
+            if name != "plain"
+        ),
+        pytest.param("plain", (5,), marks=pytest.mark.long),
+        pytest.param("checkpoint", (5,), marks=pytest.mark.long),
+    ],
 )
 def test_blocks_of_a_stack_are_those_of_separate_layers(name, places, x64):
     with_loop, without = STACKS[name]
