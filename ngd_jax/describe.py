@@ -17,6 +17,7 @@ from ngd_jax.auto import Auto
 from ngd_jax.damping import CovariantDamping
 from ngd_jax.fisher import Fisher
 from ngd_jax.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+from ngd_jax.plan import Memory, memory_of
 from ngd_jax.solvers.protocol import Solver, SolverStatus
 from ngd_jax.transform import natural_gradient
 from ngd_jax.transform.arguments import Settings, split_functions
@@ -54,13 +55,15 @@ class Description(NamedTuple):
       summary: lines of text about the model, the solver and its choice.
       parameters: for every parameter its path, its shape and what it is taken for.
       memory: what the state keeps, in multiples of the parameters, by part.
-      checks: the claims, checked.
+      checks: the claims, checked; none if nothing was run.
+      plan: the memory of a training step, in bytes.
     """
 
     summary: list[str]
     parameters: list[tuple[str, str, str]]
     memory: dict[str, float]
     checks: list[Check]
+    plan: Memory
 
     def __str__(self) -> str:
         lines = list(self.summary)
@@ -73,6 +76,9 @@ class Description(NamedTuple):
             lines.append("  " + "  ".join(cells).rstrip())
         lines += ["", "State, in multiples of the parameters:"]
         lines += [f"  {name}: {size:.2f}" for name, size in self.memory.items()]
+        lines += ["", f"Memory: {self.plan}"]
+        if not self.checks:
+            return "\n".join(lines)
         lines += ["", "Checks:"]
         for check in self.checks:
             mark = "ok" if check.holds else "FAILS"
@@ -88,6 +94,7 @@ def describe(
     batch: Batch,
     *,
     loss_fn: Callable[[Outputs, Batch], Scalar] | None = None,
+    run: bool = True,
 ) -> Description:
     """Says what a step will do with a model, and checks it numerically.
 
@@ -99,9 +106,13 @@ def describe(
     Args:
       tx_or_settings: what `natural_gradient` returned (not a chain around it), or the
         arguments of `natural_gradient` as a dict.
-      params: the parameters.
-      batch: a batch, as `update` takes it.
+      params: the parameters; without `run`, their shapes are enough
+        (`jax.eval_shape`).
+      batch: a batch, as `update` takes it, or likewise its shapes.
       loss_fn: (outputs, batch) -> loss; that of the settings, if they have one.
+      run: whether to run the model, and check every claim. If not, nothing is computed:
+        a whole training step is compiled instead, and `plan` has the peak of its
+        memory. That takes as long as compiling the step that you will train with.
 
     Returns:
       The description; print it.
@@ -134,8 +145,8 @@ def describe(
     num_params = max(1, dense.real_size(params))
     found: dict[str, Any] = {}
 
-    @jax.jit
-    def errors_of(params: Params, batch: Batch) -> dict[str, Array]:
+    def survey(params: Params, batch: Batch) -> Fisher:
+        """The Fisher; and what is known from shapes and programs."""
         fisher = step.linearize(model_fn, params, batch, jnp.zeros((), jnp.int32))
         solver, reason = settings.solver, None
         if isinstance(solver, Auto):
@@ -152,12 +163,20 @@ def describe(
         claims = _claims(solver, fisher)
         found.update(solver=solver, summary=summary, claims=claims)
         found["outputs"] = dense.real_size(fisher.outputs) / max(1, num_examples)
+        if loss_fn is not None:
+            _check_loss(loss_fn, fisher)
+        return fisher
+
+    def survey_only(params: Params, batch: Batch) -> None:
+        survey(params, batch)
+
+    @jax.jit
+    def errors_of(params: Params, batch: Batch) -> dict[str, Array]:
+        fisher = survey(params, batch)
         # Logits of -inf are legal.
         is_nan = [jnp.isnan(x).any() for x in jax.tree.leaves(fisher.outputs)]
         errors = {"finite": tree.all_finite(fisher.params) & ~jnp.array(is_nan).any()}
-        errors |= _errors(fisher, solver)
-        if loss_fn is not None:
-            _check_loss(loss_fn, fisher)
+        errors |= _errors(fisher, found["solver"])
         errors["damping"] = _relative_damping(step, fisher, params)
         is_natural = isinstance(settings.likelihood, _NATURAL)
         if is_natural and fisher.kind == "exact" and loss_fn is not None:
@@ -169,7 +188,13 @@ def describe(
                 errors["distance"] = tree.vdot(residuals, residuals) / 2
         return errors
 
-    errors = errors_of(params, batch)
+    if run:
+        errors = errors_of(params, batch)
+        checks = _checks(errors, params, found["solver"])
+    else:
+        jax.eval_shape(survey_only, params, batch)
+        errors, checks = {}, []
+    plan = memory_of(step, model_fn, params, batch, loss_fn, compiled=not run)
     leaves = jax.tree.leaves_with_path(params)
     radius = _radius(settings, found["outputs"], errors.get("distance"))
     return Description(
@@ -186,7 +211,8 @@ def describe(
             "direction": tree.size(state.direction) / num_params,
             "solver": tree.size(state.solver_state) / num_params,
         },
-        checks=_checks(errors, params, found["solver"]),
+        checks=checks,
+        plan=plan,
     )
 
 
@@ -379,15 +405,22 @@ def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
 def _error_of_layers(fisher: Fisher) -> Array:
     """How far the sums of a ⊗ δ are from the gradients that they should be."""
     cotangents = _random(2, fisher.outputs)
-    found, values, gradients = layers.backward_pass(
-        fisher.pullback, cotangents, fisher.params
+    backward = layers.read_backward(fisher.pullback, cotangents, fisher.params)
+    leaves, worst = jax.tree.leaves(fisher.params), jnp.zeros(())
+
+    def product(values: layers.LayerValues) -> Array:
+        return tree.contract(values.inputs, values.cotangents, (0,), (0,))
+
+    found = backward.layers
+    results = backward.evaluate(
+        [layers.Wanted(one.weight, one, product) for one in found]
+        + [layers.Wanted(one.weight, None, lambda gradient: gradient) for one in found]
     )
-    leaves, worst = jax.tree.leaves(gradients), jnp.zeros(())
-    for layer, (inputs, deltas) in zip(found, values, strict=True):
-        claimed = tree.contract(inputs, deltas, (0,), (0,))
-        claimed = claimed if layer.inputs_first else claimed.T
-        gradient = leaves[layer.weight]
-        error = tree.norm(claimed.reshape(gradient.shape) - gradient)
+    products, gradients = results[: len(found)], results[len(found) :]
+    for layer, claimed, gradient in zip(found, products, gradients, strict=True):
+        if not layer.inputs_first:
+            claimed = jnp.swapaxes(claimed, -1, -2)
+        error = tree.norm(claimed.reshape(jnp.shape(leaves[layer.weight])) - gradient)
         worst = jnp.maximum(worst, error / jnp.maximum(tree.norm(gradient), 1e-30))
     return worst
 

@@ -35,6 +35,7 @@ class Mutant(NamedTuple):
 METRIC = "tests/test_metric.py tests/test_fisher.py"
 FISHER = "tests/test_fisher.py"
 STEP = "tests/transform"
+DEEP = "tests/test_deep_models.py"
 RADIUS = "tests/test_trust_region.py tests/transform"
 
 MUTANTS = [
@@ -552,42 +553,66 @@ MUTANTS = [
         "correction = mean - root * (root @ mean) / total",
         "tests/test_gram.py",
     ),
-    # --- layers.py
+    # --- layers
     Mutant(
-        "layers.py",
-        "if len(partners) == deltas.count(delta) == 1:",
-        "if len(partners) == 1:",
+        "layers/backward.py",
+        "if len(partners) == deltas.count(delta) == 1 else",
+        "if len(partners) == 1 else",
         "tests/test_layers.py",
     ),
     Mutant(
-        "layers.py",
+        "layers/products.py",
         "inputs_first = still == 1\n",
         "inputs_first = still == 0\n",
         "tests/test_layers.py tests/test_kfac.py",
     ),
     Mutant(
-        "layers.py",
+        "layers/products.py",
         "*(order[axis] for axis in input_axes)",
         "*range(first, images.ndim)",
         "tests/test_layers.py",
     ),
     Mutant(
-        "layers.py",
+        "layers/products.py",
         "split = len(shape) - 1 if inputs_first else 1",
         "split = len(shape) - 1",
         "tests/test_layers.py tests/test_kfac.py",
     ),
     Mutant(
-        "layers.py",
+        "layers/products.py",
         'stride, dilation = options["rhs_dilation"][k], options["window_strides"][k]',
         'dilation, stride = options["rhs_dilation"][k], options["window_strides"][k]',
         "tests/test_layers.py",
     ),
     Mutant(
-        "layers.py",
+        "layers/products.py",
         "order = (*contracted[side], *free[side])",
         "order = (*reversed(contracted[side]), *free[side])",
         "tests/test_layers.py",
+    ),
+    Mutant(
+        "layers/backward.py",
+        "if bias is not None and inside[bias][0].is_stack != loop.is_stack:",
+        "if False:",
+        DEEP,
+    ),
+    Mutant(
+        "layers/programs.py",
+        "if len(uses) != 1 or not any(x is total for x in added.invars):",
+        "if not any(x is total for x in added.invars):",
+        DEEP,
+    ),
+    Mutant(
+        "layers/programs.py",
+        "if not self._is_zero(equation.invars[first + place]):",
+        "if False:",
+        DEEP,
+    ),
+    Mutant(
+        "layers/programs.py",
+        "moving[place] |= body.is_moving(result)",
+        "pass",
+        DEEP,
     ),
     # --- kfac
     Mutant(
@@ -604,8 +629,8 @@ MUTANTS = [
     ),
     Mutant(
         "kfac/inverses.py",
-        "bias = value[:-1, -1] if block.is_turned else value[-1, :-1]",
-        "bias = value[:-1, -1] if block.is_turned else -value[-1, :-1]",
+        "bias = values[:, :-1, -1] if block.is_turned else values[:, -1, :-1]",
+        "bias = values[:, :-1, -1] if block.is_turned else -values[:, -1, :-1]",
         "tests/test_kfac.py",
     ),
     Mutant(
@@ -623,7 +648,7 @@ MUTANTS = [
     Mutant(
         "kfac/inverses.py",
         "jnp.sqrt(damping * _mean_weights(group, weights))",
-        "jnp.sqrt(damping * jnp.ones(len(group.blocks)))",
+        "jnp.sqrt(damping * jnp.ones(group.num_places))",
         "tests/test_kfac.py",
     ),
     Mutant(
@@ -745,7 +770,7 @@ MUTANTS = [
     ),
     Mutant(
         "describe.py",
-        "claimed = claimed if layer.inputs_first else claimed.T",
+        "claimed = jnp.swapaxes(claimed, -1, -2)",
         "pass",
         "tests/test_describe.py",
     ),

@@ -37,6 +37,22 @@ def network(widths, rng):
     return params, model_fn
 
 
+def scanned_network(widths, rng):
+    """The same with a loop over the hidden layers, which are of one width."""
+    layers, model_fn = network(widths, rng)
+    *hidden, last = layers
+
+    def scanned_fn(params, x):
+        def layer(x, params):
+            return jnp.tanh(x @ params["w"] + params["b"][None]), None
+
+        x, _ = jax.lax.scan(layer, x, params["stack"])
+        return model_fn([params["last"]], x)
+
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *hidden)
+    return {"last": last, "stack": stack}, scanned_fn
+
+
 def step_of(model_fn, solver, x, y):
     tx = ngd.natural_gradient(
         None, model_fn, ngd.Categorical(), max_kl=1e-2, damping=0.1, solver=solver
@@ -74,10 +90,10 @@ def placed(mesh, params):
     return jax.tree.map(put, params)
 
 
-def divided(kind, axes, widths, solver_fn):
+def divided(kind, axes, widths, solver_fn, make=network):
     """Three steps with divided factors against those on one device."""
     rng = np.random.default_rng(0)
-    params, model_fn = network(widths, rng)
+    params, model_fn = make(widths, rng)
     x = jnp.asarray(rng.normal(size=(32, widths[0])))
     y = jnp.asarray(rng.integers(0, widths[-1], 32))
     tx, step = step_of(model_fn, solver_fn(None), x, y)
@@ -182,6 +198,12 @@ def main():
     ):
         place = f"{name} {kind.name} {axes} {widths}"
         results[place] = divided(kind, axes, widths, solvers[name])
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        # Eight layers are whole ones on a device each, two are divided by rows.
+        widths, make = [16] * 11 + [4], scanned_network
+        results[f"stack {kind.name} {both}"] = divided(
+            kind, both, widths, solvers["kfac"], make
+        )
     print(json.dumps(results))
 
 

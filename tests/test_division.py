@@ -75,7 +75,10 @@ def operations_of_refresh(params, where):
     division = Division(where)
     groups = [
         group._replace(
-            blocks=tuple(None if k < 0 else Block(k, s, None) for k, s in group.members)
+            blocks=tuple(
+                None if one.leaf < 0 else Block(one.leaf, one.room, None)
+                for one in group.members
+            )
         )
         for group in groups_of(params, 2048, division.num_devices)
     ]

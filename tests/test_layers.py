@@ -14,14 +14,21 @@ import pytest
 from flax import nnx
 
 from experiments.tasks.supervised.convolution import convolve
-from ngd_jax import layers as layers_module
 from ngd_jax.jacobian import linearize
-from ngd_jax.layers import Layer, backward_pass, check_partition
+from ngd_jax.layers import (
+    Layer,
+    Wanted,
+    backward,
+    backward_pass,
+    check_partition,
+    programs,
+    read_backward,
+)
 
 COUNT = 11
 
 
-def evaluate(model_fn, params, x, **options):
+def evaluate(model_fn, params, x):
     """Layers; values, gradients and cotangents as arrays; the true gradients too."""
     found = []
 
@@ -31,7 +38,7 @@ def evaluate(model_fn, params, x, **options):
         outputs = linearization.outputs
         cotangents = jax.random.normal(jax.random.key(9), outputs.shape, outputs.dtype)
         found[:], values, gradients = backward_pass(
-            linearization.pull, cotangents, params, **options
+            linearization.pull, cotangents, params
         )
         return values, gradients, linearization.pull(cotangents), cotangents
 
@@ -470,7 +477,11 @@ def test_terms_add_up_to_the_gradient(x64, rng):
         hidden = jnp.tanh((x @ params["w"] + params["b"]) * params["twice"])
         return hidden * params["twice"]
 
-    _, _, terms, truth, cotangents = evaluate(model_fn, params, x, keep_terms=True)
+    _, _, _, truth, cotangents = evaluate(model_fn, params, x)
+    pull = linearize(model_fn, params, x).pull
+    wanted = [Wanted(k, None, lambda terms: terms, keep_terms=True) for k in range(4)]
+    terms = read_backward(pull, cotangents, params).evaluate(wanted)
+    terms = dict(zip(params, terms, strict=True))
     assert terms["table"].shape == (COUNT, 3, 4)
     assert terms["b"].shape == (COUNT * 3, 4)
     assert terms["w"].shape == (4, 4)
@@ -509,15 +520,15 @@ def moved_at_random(rng, x, num_steps):
 def test_layouts_are_those_of_the_numbers_themselves(rng):
     start, ends = jnp.arange(72).reshape(4, 3, 6), []
     for _ in range(12):
-        program = layers_module._read_program(
-            lambda x: [moved_at_random(rng, x, 5)], start
-        )
+        program = programs.read_program(lambda x: [moved_at_random(rng, x, 5)], start)
         (variable,) = program.jaxpr.outvars
         source, axes = program.layout(variable)
-        before, after = map(np.asarray, program.function([source, variable])(start))
+        before, after = map(
+            np.asarray, program.evaluate([start], [source, variable])[0]
+        )
         assert [len(places(axis)) for axis in axes] == list(after.shape)
         flat = [one for axis in axes for one in axis]
-        for ranges in (flat, layers_module.join(flat)):
+        for ranges in (flat, programs.join(flat)):
             np.testing.assert_array_equal(before.ravel()[places(ranges)], after.ravel())
         ends.append(source in program.jaxpr.invars)
     assert sum(ends) >= 6  # but where a reshape tears an axis apart
@@ -529,7 +540,7 @@ def test_layouts_are_those_of_the_numbers_themselves(rng):
 @pytest.fixture
 def forgetful():
     """Caches as in a fresh process, before and after."""
-    caches = (layers_module._understands_jax, layers_module._warn)
+    caches = (backward._understands_jax, backward._warn)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -539,7 +550,7 @@ def forgetful():
 
 def renamed_product(monkeypatch):
     """Programs whose matrix products have another name."""
-    read = layers_module._read_program
+    read = backward.read_program
 
     class Renamed:
         def __init__(self, equation):
@@ -559,18 +570,18 @@ def renamed_product(monkeypatch):
         program._source = {k: Renamed(v) for k, v in program._source.items()}
         return program
 
-    monkeypatch.setattr(layers_module, "_read_program", read_renamed)
+    monkeypatch.setattr(backward, "read_program", read_renamed)
 
 
 def raising(monkeypatch):
     def fail(*arguments):
         raise AttributeError("'Jaxpr' has changed")
 
-    monkeypatch.setattr(layers_module, "_find_layers", fail)
+    monkeypatch.setattr(backward, "_find_layers", fail)
 
 
 def raising_later(monkeypatch):
-    layers_module._understands_jax()
+    backward._understands_jax()
     raising(monkeypatch)
 
 
@@ -596,7 +607,7 @@ def test_a_jax_that_is_not_understood_has_no_layers_and_says_so_once(
 def test_this_jax_is_understood():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert layers_module._understands_jax()
+        assert backward._understands_jax()
 
 
 def test_errors_of_the_model_are_its_own():

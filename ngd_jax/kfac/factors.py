@@ -7,6 +7,7 @@ for random signs in the space where F is a square. Knows nothing of averages and
 inverses.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy as np
 
 from ngd_jax import tree
 from ngd_jax.jacobian import linearize
-from ngd_jax.kfac.groups import Block, blocks_of, sides_of
+from ngd_jax.kfac.groups import Block, blocks_of, shape_in
 from ngd_jax.kfac.state import Long, Pair
-from ngd_jax.layers import LayerValues, backward_pass
+from ngd_jax.layers import LayerValues, Wanted, read_backward
 from ngd_jax.microbatches import sum_microbatches
 from ngd_jax.types import Array, PyTree
 
@@ -43,28 +44,36 @@ def batch_factors(
         pull = at.pullback
         if at.chunks is not None:
             pull = linearize(at.model_fn, at.params, batch).pull
-        layers, values, gradients = backward_pass(
-            pull, cotangents, at.params, keep_terms=True
-        )
-        blocks[:] = blocks_of(layers, at.params, max_size)
-        by_weight = dict(zip((one.weight for one in layers), values, strict=True))
-        gradients = jax.tree.leaves(gradients)
+        backward = read_backward(pull, cotangents, at.params)
+        blocks[:] = blocks_of(backward.layers, backward.stacked, at.params, max_size)
         num_examples = max(
             (len(x) for x in jax.tree.leaves(cotangents) if x.ndim), default=1
         )
 
-        def sums(block: Block) -> tuple:
+        def wanted(block: Block) -> Wanted:
             if block.layer is not None:
                 has_bias = block.bias is not None
-                return _layer_sums(by_weight[block.weight], has_bias, max_size)
-            gradient = jnp.asarray(gradients[block.weight])
-            shape = jnp.shape(leaves[block.weight])
-            samples = _samples(gradient, shape, num_examples)
-            if block.split is None:
-                return (jnp.sum(_mean_square(samples), 0).reshape(-1),)
-            return _gradient_sums(samples, block.split, max_size)
+                of_layer = functools.partial(
+                    _layer_sums, has_bias=has_bias, max_size=max_size
+                )
+                return Wanted(block.weight, block.layer, of_layer)
+            shape, room = jnp.shape(leaves[block.weight]), block.room
+            # The squares of a vector may come from every layer of a stack too.
+            is_stacked = block.weight in backward.stacked and (
+                room.is_stack or room.split is None
+            )
+            shape = shape[1:] if is_stacked else shape
 
-        return [sums(block) for block in blocks]
+            def of_gradient(gradient: Array) -> tuple:
+                samples = _samples(gradient, shape, num_examples)
+                if room.split is None:
+                    return (jnp.sum(_mean_square(samples), 0).reshape(-1),)
+                sides = shape_in(room, jnp.shape(leaves[block.weight]))
+                return _gradient_sums(samples.reshape(-1, *sides), max_size)
+
+            return Wanted(block.weight, None, of_gradient, is_stacked, keep_terms=True)
+
+        return backward.evaluate(list(map(wanted, blocks)))
 
     sums = sum_microbatches(on_part, (at.batch, cotangents), at.chunks)
     return blocks, [
@@ -98,16 +107,15 @@ def _layer_sums(values: LayerValues, has_bias: bool, max_size: int) -> tuple:
     return inputs, outputs, number
 
 
-def _gradient_sums(samples: Array, split: int, max_size: int) -> tuple:
-    """Σ γ γᵀ and Σ γᵀ γ of samples `[N, *shape]`."""
-    rows, columns = sides_of(samples.shape[1:], split)
-    matrices = samples.reshape(-1, rows, columns)
+def _gradient_sums(matrices: Array, max_size: int) -> tuple:
+    """Σ γ γᵀ and Σ γᵀ γ of samples `[N, rows, columns]`."""
+    _, rows, columns = matrices.shape
     sums = []
     for axis, size in ((1, rows), (2, columns)):
         square = _gram(jnp.moveaxis(matrices, axis, -1).reshape(-1, size), max_size)
         if isinstance(square, Long):
             square = square._replace(mean=jnp.zeros_like(square.mean))
-        elif samples.size == size:
+        elif matrices.size == size:
             # A single vector gives only the squares of its entries.
             square *= jnp.eye(size, dtype=square.dtype)
         sums.append(square)
@@ -116,12 +124,12 @@ def _gradient_sums(samples: Array, split: int, max_size: int) -> tuple:
 
 def _factors(block: Block, sums: tuple) -> Any:
     """Means over the batch: of rows and of columns, or of squares."""
-    if block.split is None:
-        return sums[0]
+    if block.room.split is None:
+        return sums[0] if block.room.is_stack else sums[0].reshape(-1)
     if block.layer is None:
         return Pair(*sums)
     inputs, outputs, number = sums
-    inputs = jax.tree.map(lambda x: x / number, inputs)
+    inputs = jax.tree.map(lambda x: x / number.reshape(-1, *[1] * (x.ndim - 1)), inputs)
     return Pair(outputs, inputs) if block.is_turned else Pair(inputs, outputs)
 
 
@@ -135,7 +143,7 @@ def _gram(rows: Array, max_size: int) -> Any:
 def total(values: Array) -> Array:
     """The sum of all entries, as products: much faster to compile than a reduction."""
     for _ in range(values.ndim):
-        values = jnp.ones(len(values), values.dtype) @ values
+        values = jnp.tensordot(jnp.ones(len(values), values.dtype), values, 1)
     return values
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ngd_jax import tree
 from ngd_jax.kfac.division import Division
-from ngd_jax.kfac.groups import Block, Group
+from ngd_jax.kfac.groups import Block, Group, Member
 from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
 from ngd_jax.types import Array, ArrayLike, MatVec, PyTree, Scalar
 
@@ -78,7 +78,7 @@ def _damped(
     row_trace, column_trace = _trace(rows), _trace(columns)
     of_gradients = [b is not None and b.layer is None for b in group.blocks]
     if any(of_gradients):  # L ⊗ R / tr L
-        divides = np.array(of_gradients) & (row_trace > 0)
+        divides = group.repeated(of_gradients) & (row_trace > 0)
         factor = 1 / jnp.where(divides, row_trace, 1)
         columns = jax.tree.map(functools.partial(_times, factor), columns)
         column_trace *= factor
@@ -99,19 +99,33 @@ def _lengths(group: Group, *, is_turned: bool) -> np.ndarray:
         block is not None and block.bias is not None and block.is_turned == is_turned
         for block in group.blocks
     ]
-    return group.shape[is_turned] + np.array(has_bias)
+    return group.shape[is_turned] + group.repeated(has_bias)
 
 
 def _mean_weights(group: Group, weights: list[ArrayLike]) -> Array:
     """One number for each whole block, so that it stays a product."""
 
-    def mean(block: Block | None) -> ArrayLike:
+    def means(member: Member, block: Block | None) -> Array:
         if block is None:
-            return 1.0
+            return jnp.ones(member.num_layers)
         own = [weights[x] for x in (block.weight, block.bias) if x is not None]
-        return sum(map(jnp.sum, own)) / sum(map(jnp.size, own))
+        if not member.room.is_stack or all(jnp.ndim(x) == 0 for x in own):
+            mean = sum(map(jnp.sum, own)) / sum(map(jnp.size, own))
+            return jnp.full(member.num_layers, mean)
+        own = [_layers_of(member, jnp.asarray(x)) for x in own]
+        total = sum(jnp.sum(x.reshape(member.num_layers, -1), 1) for x in own)
+        return jnp.asarray(total) / sum(x.size // member.num_layers for x in own)
 
-    return jnp.stack([jnp.asarray(mean(block)) for block in group.blocks])
+    return jnp.concatenate(list(map(means, group.members, group.blocks)))
+
+
+def _layers_of(member: Member, leaf: Array) -> Array:
+    """`[count, ...]`: the layers of a leaf that are a member."""
+    if not member.room.is_stack:
+        return leaf[None]
+    if len(leaf) == member.num_layers:
+        return leaf
+    return jax.lax.slice_in_dim(leaf, member.first, member.first + member.num_layers)
 
 
 def _times(factors: Array, values: Array) -> Array:
@@ -210,8 +224,14 @@ def inverse_matvec(
                         solved = jax.lax.slice_in_dim(solved, 0, stop, axis=axis)
                 solved = division.gather(solved)
             else:
-                own = [leaves[b.weight].reshape(-1) for b in group.blocks if b]
-                solved = jnp.stack(own) / diagonals[place]
+                own = [
+                    _layers_of(member, leaves[block.weight]).reshape(
+                        member.num_layers, -1
+                    )
+                    for member, block in zip(group.members, group.blocks, strict=True)
+                    if block is not None
+                ]
+                solved = jnp.concatenate(own) / diagonals[place]
             _spread(group, solved, results)
         solved = tree.placed_like(jax.tree.unflatten(structure, results), given)
         if scales is not None:
@@ -224,43 +244,73 @@ def inverse_matvec(
 def _bordered(group: Group, leaves: list[Array]) -> Array:
     """`[K, rows + 1, columns + 1]`: matrices, with a bias next to its inputs."""
 
-    def one(block: Block | None) -> Array:
+    def some(member: Member, block: Block | None) -> Array:
+        count = member.num_layers
         if block is None:
-            return jnp.zeros([size + 1 for size in group.shape], group.dtype)
-        matrix = leaves[block.weight].reshape(group.shape)
+            return jnp.zeros([count, *(n + 1 for n in group.shape)], group.dtype)
+        matrices = _layers_of(member, leaves[block.weight])
+        matrices = matrices.reshape(count, *group.shape)
         if block.bias is None:
-            return jnp.pad(matrix, ((0, 1), (0, 1)))
-        bias = leaves[block.bias].reshape(-1)
+            return jnp.pad(matrices, ((0, 0), (0, 1), (0, 1)))
+        bias = _layers_of(member, leaves[block.bias])
         if block.is_turned:
-            return jnp.pad(jnp.column_stack([matrix, bias]), ((0, 1), (0, 0)))
-        return jnp.pad(jnp.vstack([matrix, bias]), ((0, 0), (0, 1)))
+            bias = bias.reshape(count, -1, 1)
+            padding = ((0, 0), (0, 1), (0, 0))
+        else:
+            bias = bias.reshape(count, 1, -1)
+            padding = ((0, 0), (0, 0), (0, 1))
+        axis = 2 if block.is_turned else 1
+        return jnp.pad(jnp.concatenate([matrices, bias], axis), padding)
 
-    return jnp.stack([one(block) for block in group.blocks])
+    return jnp.concatenate(list(map(some, group.members, group.blocks)))
 
 
 def _spread(group: Group, solved: Array, results: list[Array]) -> None:
-    """Inverse of `_bordered`, and of stacking vectors, written into the leaves."""
-    own = [block for block in group.blocks if block is not None or group.is_matrices]
-    for block, value in zip(own, solved, strict=True):
+    """Inverse of `_bordered`, and of joining vectors, written into the leaves."""
+    start = 0
+    for member, block in zip(group.members, group.blocks, strict=True):
         if block is None:
+            # Vectors without a block were left out.
+            start += member.num_layers * group.is_matrices
             continue
-        shape = results[block.weight].shape
+        values = jax.lax.slice_in_dim(solved, start, start + member.num_layers)
+        start += member.num_layers
         if not group.is_matrices:
-            results[block.weight] = value.reshape(shape)
+            _write(member, block.weight, values, results)
             continue
-        results[block.weight] = value[:-1, :-1].reshape(shape)
+        _write(member, block.weight, values[:, :-1, :-1], results)
         if block.bias is not None:
-            bias = value[:-1, -1] if block.is_turned else value[-1, :-1]
-            results[block.bias] = bias.reshape(results[block.bias].shape)
+            bias = values[:, :-1, -1] if block.is_turned else values[:, -1, :-1]
+            _write(member, block.bias, bias, results)
+
+
+def _write(member: Member, leaf: int, values: Array, results: list[Array]) -> None:
+    """Writes the layers of a leaf that are a member."""
+    old = results[leaf]
+    if member.room.is_stack and member.num_layers < len(old):
+        values = values.reshape(member.num_layers, *old.shape[1:])
+        results[leaf] = jax.lax.dynamic_update_slice_in_dim(
+            old, values, member.first, axis=0
+        )
+    else:
+        results[leaf] = values.reshape(old.shape)
 
 
 def _diagonals(
     group: Group, averages: Array, damping: Scalar, weights: list[ArrayLike]
 ) -> Array:
     """The diagonal of F + λI, kept positive whatever single samples say."""
-    own = [(k, block) for k, block in enumerate(group.blocks) if block is not None]
-    diagonal = jnp.stack([averages[k] for k, _ in own])
-    weight = jnp.stack([jnp.ravel(weights[block.weight]) for _, block in own])
+    diagonals, own_weights, start = [], [], 0
+    for member, block in zip(group.members, group.blocks, strict=True):
+        if block is not None:
+            diagonals.append(averages[start : start + member.num_layers])
+            weight = weights[block.weight]
+            if jnp.ndim(weight):
+                weight = _layers_of(member, jnp.asarray(weight))
+                weight = weight.reshape(member.num_layers, -1)
+            own_weights.append(jnp.broadcast_to(weight, diagonals[-1].shape))
+        start += member.num_layers
+    diagonal, weight = jnp.concatenate(diagonals), jnp.concatenate(own_weights)
     mean = jnp.mean(diagonal, 1, keepdims=True)
     damped = jnp.maximum(diagonal, _SMALLEST_SHARE * mean)
     damped += (damping * weight).astype(diagonal.dtype)

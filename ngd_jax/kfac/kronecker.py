@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from ngd_jax import tree
 from ngd_jax.kfac.division import Division
 from ngd_jax.kfac.factors import batch_factors, total
-from ngd_jax.kfac.groups import Block, Group, groups_of, sides_of
+from ngd_jax.kfac.groups import Block, Group, Member, groups_of, shape_in
 from ngd_jax.kfac.inverses import (
     damping_weights,
     inverse_matvec,
@@ -35,8 +34,11 @@ class Kronecker:
     if there is a bias; δ are the cotangents of the outputs for random signs in the
     space where F is a square; and π² = (tr A / dim A) / (tr G / dim G). Example weights
     enter G; A counts all examples alike. Layers are found in the program of the
-    gradient, whatever library the model is written in. A matrix outside any layer
-    (embedding, tied or scanned weight) has factors of its gradients γ for such signs,
+    gradient, whatever library the model is written in. Where `jax.lax.scan` runs over a
+    stack of layers, whose first axis counts them, each layer has a block of its own;
+    where it runs over time with one weight, the block is of all times together. A
+    matrix outside any layer (embedding, tied weight) has factors of its gradients γ for
+    such signs,
 
         L = E[γ γᵀ],    R = E[γᵀ γ],    F ≈ L ⊗ R / tr L,
 
@@ -59,8 +61,8 @@ class Kronecker:
         ā āᵀ of its mean plus the diagonal of its variances; for a longer δ, G is
         diagonal. An m × n weight takes 2 (m² + n²) numbers in the state, and a long
         side takes a few vectors in place of its two matrices. A weight with more than
-        two axes takes more, because only the program tells which of them are inputs and
-        which are outputs.
+        two axes takes more, because only the program tells which of them are inputs,
+        which are outputs, and whether the first one counts layers.
       sharding: a mesh, and its axes that divide factors and inverses, as in
         `NamedSharding(mesh, P("data"))`; None if every device has all of them. Each
         device has and inverts an equal share of the factors of one shape; of those that
@@ -166,7 +168,7 @@ class Kronecker:
         )
 
     def _zeros(self, group: Group) -> Any:
-        count = len(group.members)
+        count = group.num_places
         if not group.is_matrices:
             return jnp.zeros((count, *group.shape), group.real_dtype)
 
@@ -180,7 +182,7 @@ class Kronecker:
         return Pair(*map(side, group.shape))
 
     def _identities(self, group: Group) -> Any:
-        count, dtype = len(group.members), group.real_dtype
+        count, dtype = group.num_places, group.real_dtype
 
         def side(size: int) -> Any:
             vectors = (count, size + 1)
@@ -212,26 +214,24 @@ class Kronecker:
 
         def mix(group: Group, old: Array, *new: Array | None) -> Array:
             filled = [
-                jnp.zeros(old.shape[1:], old.dtype)
-                if x is None
-                else jnp.pad(x.astype(old.dtype), _padding(x.shape, old.shape[1:]))
-                for x in new
+                _placed(x, member, old)
+                for x, member in zip(new, group.members, strict=True)
             ]
             # Each device keeps what it has to: compiled to a reduce-scatter.
-            change = division.divide(group, jnp.stack(filled)) - old
-            is_new, is_known = is_finite, np.array([x is not None for x in new])
+            change = division.divide(group, jnp.concatenate(filled)) - old
+            is_new, is_known = is_finite, group.repeated([x is not None for x in new])
             if not is_known.all():
                 is_new &= is_known.reshape(-1, *[1] * (old.ndim - 1))
             return jnp.where(is_new, old + share.astype(old.dtype) * change, old)
 
         # Averages for which no batch has a factor stay as they are.
         found = {
-            (block.weight, block.split): (block, factor)
+            (block.weight, block.room): (block, factor)
             for block, factor in zip(blocks, factors, strict=True)
         }
         averages = []
         for place, (group, old) in enumerate(zip(groups, state.averages, strict=True)):
-            new = [found.get(member, (None, None)) for member in group.members]
+            new = [found.get(x[:2], (None, None)) for x in group.members]
             groups[place] = group._replace(blocks=tuple(block for block, _ in new))
             if groups[place].is_used:
                 none = jax.tree.map(lambda _: None, old)
@@ -241,8 +241,18 @@ class Kronecker:
         return jnp.where(is_finite, count, state.num_batches), tuple(averages)
 
 
-def _padding(shape: tuple[int, ...], wanted: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [(0, stop - size) for size, stop in zip(shape, wanted, strict=True)]
+def _placed(new: Array | None, member: Member, old: Array) -> Array:
+    """What a batch has for a member, in the shape of its places in the averages."""
+    shape = (member.num_layers, *old.shape[1:])
+    if new is None:
+        return jnp.zeros(shape, old.dtype)
+    new = new.astype(old.dtype)
+    if not member.room.is_stack:
+        new = new[None]
+    elif len(new) != member.num_layers:
+        new = jax.lax.slice_in_dim(new, member.first, member.first + member.num_layers)
+    padding = [(0, stop - size) for size, stop in zip(new.shape, shape, strict=True)]
+    return jnp.pad(new, padding)
 
 
 def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
@@ -275,15 +285,19 @@ def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
     shapes = [jnp.shape(leaf) for _, leaf in leaves]
     words = ["diagonal"] * len(paths)
     for block in blocks:
-        layer = block.layer
-        if block.split is None:
+        shape, room, layer = shapes[block.weight], block.room, block.layer
+        if room.split is None:
             continue
+        prefix = f"{shape[0]} × " if room.is_stack else ""
         if layer is None:
-            rows, columns = sides_of(shapes[block.weight], block.split)
-            words[block.weight] = f"factors from gradients {rows} × {columns}"
+            rows, columns = shape_in(room, shape)
+            text = f"{prefix}factors from gradients {rows} × {columns}"
+            words[block.weight] = text
             continue
         kind = "convolution patch" if layer.is_convolution else "dense"
-        text = f"{kind} {layer.num_inputs} → {layer.num_outputs}"
+        text = f"{prefix}{kind} {layer.num_inputs} → {layer.num_outputs}"
+        if layer.in_loop and not room.is_stack:
+            text += " in a loop"
         if layer.bias is not None:
             text += f" with bias {paths[layer.bias]}"
             words[layer.bias] = f"bias of {paths[layer.weight]}"
