@@ -16,6 +16,7 @@ import numpy as np
 
 from ngd_jax import tree
 from ngd_jax.jacobian import linearize
+from ngd_jax.kfac.blocks import block_gram
 from ngd_jax.kfac.groups import Block, blocks_of, sides_of
 from ngd_jax.kfac.state import Long, Pair
 from ngd_jax.layers import LayerValues, backward_pass
@@ -26,11 +27,12 @@ __all__ = ["batch_factors", "random_signs", "total"]
 
 
 def batch_factors(
-    fisher: Any, count: Array, max_size: int
+    fisher: Any, count: Array, max_size: int, max_block: int | None = None
 ) -> tuple[list[Block], list[Any]]:
     """The blocks, and the factors (or squares) of each on this batch.
 
-    With scales, those of the parameters before scaling.
+    With scales, those of the parameters before scaling. With `max_block`, `Blocks` of
+    at most that side in place of whole factors.
     """
     at = fisher if fisher.scales is None else fisher.base
     like = jax.eval_shape(at.metric.sqrt_matvec, at.outputs)
@@ -56,13 +58,15 @@ def batch_factors(
         def sums(block: Block) -> tuple:
             if block.layer is not None:
                 has_bias = block.bias is not None
-                return _layer_sums(by_weight[block.weight], has_bias, max_size)
+                return _layer_sums(
+                    by_weight[block.weight], has_bias, max_size, max_block
+                )
             gradient = jnp.asarray(gradients[block.weight])
             shape = jnp.shape(leaves[block.weight])
             samples = _samples(gradient, shape, num_examples)
             if block.split is None:
                 return (jnp.sum(_mean_square(samples), 0).reshape(-1),)
-            return _gradient_sums(samples, block.split, max_size)
+            return _gradient_sums(samples, block.split, max_size, max_block)
 
         return [sums(block) for block in blocks]
 
@@ -84,34 +88,44 @@ def _samples(gradient: Array, shape: tuple[int, ...], num_examples: int) -> Arra
     return jnp.sum(gradient.reshape(num_examples, -1, *shape), 1)
 
 
-def _layer_sums(values: LayerValues, has_bias: bool, max_size: int) -> tuple:
+def _layer_sums(
+    values: LayerValues, has_bias: bool, max_size: int, max_block: int | None
+) -> tuple:
     """Σ a aᵀ and Σ δ δᵀ, with 1 appended to a for a bias; and the number of terms."""
     a, delta = values
     number = jnp.asarray(len(a), a.dtype)
     if has_bias:
-        inputs = _gram(jnp.pad(a, ((0, 0), (0, 1)), constant_values=1), max_size + 1)
-    else:
-        inputs = _gram(a, max_size)
-    outputs = _gram(delta, max_size)
+        a = jnp.pad(a, ((0, 0), (0, 1)), constant_values=1)
+    inputs = _gram(a, values.inputs.shape[1], max_size, max_block)
+    outputs = _gram(delta, delta.shape[1], max_size, max_block)
     if isinstance(outputs, Long):
         outputs = outputs._replace(mean=jnp.zeros_like(outputs.mean))
     return inputs, outputs, number
 
 
-def _gradient_sums(samples: Array, split: int, max_size: int) -> tuple:
+def _gradient_sums(
+    samples: Array, split: int, max_size: int, max_block: int | None
+) -> tuple:
     """Σ γ γᵀ and Σ γᵀ γ of samples `[N, *shape]`."""
     rows, columns = sides_of(samples.shape[1:], split)
     matrices = samples.reshape(-1, rows, columns)
     sums = []
     for axis, size in ((1, rows), (2, columns)):
-        square = _gram(jnp.moveaxis(matrices, axis, -1).reshape(-1, size), max_size)
+        vectors = jnp.moveaxis(matrices, axis, -1).reshape(-1, size)
+        square = _gram(vectors, size, max_size, max_block)
         if isinstance(square, Long):
             square = square._replace(mean=jnp.zeros_like(square.mean))
         elif samples.size == size:
             # A single vector gives only the squares of its entries.
-            square *= jnp.eye(size, dtype=square.dtype)
+            square = jax.tree.map(
+                lambda x: x * jnp.eye(x.shape[-1], dtype=x.dtype), square
+            )
         sums.append(square)
     return tuple(sums)
+
+
+def _only_diagonal(square: Array) -> Array:
+    return square * jnp.eye(square.shape[-1], dtype=square.dtype)
 
 
 def _factors(block: Block, sums: tuple) -> Any:
@@ -125,17 +139,25 @@ def _factors(block: Block, sums: tuple) -> Any:
     return Pair(outputs, inputs) if block.is_turned else Pair(inputs, outputs)
 
 
-def _gram(rows: Array, max_size: int) -> Any:
-    """Σ row rowᵀ; for long rows Σ row² and Σ row."""
-    if rows.shape[1] > max_size:
+def _gram(rows: Array, size: int, max_size: int, max_block: int | None) -> Any:
+    """Σ row rowᵀ; for long rows Σ row² and Σ row.
+
+    Args:
+      rows: `[N, size]`, or one longer with the 1 of a bias.
+      size: of the side.
+      max_size, max_block: as in `Kronecker`.
+    """
+    if size > max_size:
         return Long(jnp.sum(rows**2, 0), jnp.sum(rows, 0))
+    if max_block is not None:
+        return block_gram(rows, size, max_block)
     return tree.contract(rows, rows, (0,), (0,))
 
 
 def total(values: Array) -> Array:
     """The sum of all entries, as products: much faster to compile than a reduction."""
     for _ in range(values.ndim):
-        values = jnp.ones(len(values), values.dtype) @ values
+        values = jnp.tensordot(jnp.ones(len(values), values.dtype), values, 1)
     return values
 
 
