@@ -81,11 +81,10 @@ for batch_size in (8, 6):
     data = {"x": np.asarray(data["x"])}
     whole = HostBatches(data, key, batch_size=batch_size, capacity=3).take(1, 2)["x"]
     assert (np.asarray(taken) == whole).all()
-    print(sorted(set(sizes)), taken.sharding.spec)
+    print(sorted(set(sizes)), tuple(taken.sharding.spec))
 """
 
 
-@pytest.mark.long
 def test_a_device_reads_its_own_examples_only():
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -101,8 +100,8 @@ def test_a_device_reads_its_own_examples_only():
     ).stdout
     # Six examples cannot be divided equally.
     divided, whole = printed.splitlines()
-    assert divided == "[2] PartitionSpec(None, 'data')"
-    assert whole == "[6] PartitionSpec()"
+    assert divided == "[2] (None, 'data')"
+    assert whole == "[6] ()"
 
 
 def test_stream_follows_the_plan_and_ends_with_it():
