@@ -87,6 +87,7 @@ def sketched_root(
     def add(matrix: Array, rows: Array, place: Array, is_new: Array) -> Array:
         num_new, size = is_new.size * rows.shape[1], num_params
         rows = jnp.where(is_new[:, None, None], rows, 0).reshape(num_new, size)
+        rows = tree.replicate(rows)
         into, sign = (jax.lax.dynamic_slice(x, (place,), (num_new,)) for x in by_group)
         return matrix.at[into].add(sign[:, None] * rows)
 
@@ -305,7 +306,7 @@ def _from_rows(
             place, is_new, (results, part) = group.map(
                 lambda row, units: fn(row, units, vector), block, size
             )
-            part = per_example.flat_rows(part)
+            part = tree.replicate(per_example.flat_rows(part))
             pushed = jax.lax.dynamic_update_slice(pushed, part, (place,))
             return add(total, results, place, is_new), pushed
 

@@ -318,7 +318,8 @@ def _factors_of(solver: Solver) -> kfac.Kronecker | kfac.KFAC | None:
 def _claims(solver: Solver, fisher: Fisher) -> list[str]:
     factors = _factors_of(solver)
     if factors is not None:
-        return kfac.claims(fisher, max_size=factors.max_size)
+        sizes = {"max_size": factors.max_size, "max_block": factors.max_block}
+        return kfac.claims(fisher, **sizes)
     is_iterative = hasattr(solver, "preconditioner")
     words = "products with F" if is_iterative else type(solver).__name__
     return [words] * len(jax.tree.leaves(fisher.params))
@@ -390,7 +391,9 @@ def _errors(fisher: Fisher, solver: Solver) -> dict[str, Array]:
     }
     factors = _factors_of(solver)
     if factors is not None:
-        solve = kfac.Kronecker(max_size=factors.max_size)(fisher, 1e-3)
+        solve = kfac.Kronecker(
+            max_size=factors.max_size, max_block=factors.max_block, dtype=factors.dtype
+        )(fisher, 1e-3)
         of_factors = tree.vdot(v, solve(v))
         errors["layers"] = _error_of_layers(fisher.base)
         errors["factors"] = jnp.where(of_factors > 0, asymmetry(solve) / of_factors, 1)

@@ -8,17 +8,21 @@ knows nothing of solvers.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ngd_jax import metric, per_example, tree
+from ngd_jax import metric, per_example, placement, tree
 from ngd_jax.fisher import Fisher
 from ngd_jax.layers import Layer, backward_pass
 from ngd_jax.types import Array, Float, Params
 
-__all__ = ["gram"]
+__all__ = ["divided_gram", "gram"]
 
 # Memory for rows where no number of them is given, in bytes.
 _MEMORY = 512 * 2**20
@@ -53,13 +57,52 @@ def gram(fisher: Fisher, block_size: int | None = None) -> Float[Array, "M M"]:
     return per_example.permuted(matrix, order, order)
 
 
+def divided_gram(
+    fisher: Fisher, sharding: NamedSharding, block_size: int | None = None
+) -> tuple[Float[Array, "M M"], np.ndarray]:
+    """A Aᵀ with its rows divided over devices, each of which computes its own.
+
+    No device ever has the whole matrix: a block of rows of A is gathered at a time, or
+    the inputs and cotangents of dense layers.
+
+    Args:
+      fisher, block_size: as for `gram`.
+      sharding: the mesh, and its axes that divide the rows.
+
+    Returns:
+      A Aᵀ in the order of the examples, and where each entry of `ravel_real(A v)` is
+      among its rows.
+
+    Raises:
+      NoRowsError: at trace time, where the model cannot be run on single examples.
+      ValueError: at trace time, for terms with different numbers of examples, or
+        examples that cannot be divided equally.
+    """
+    if block_size is not None:
+        metric.check_count("block_size", block_size)
+    groups = per_example.groups_of(fisher, sharding)
+    if len(groups) > 1:
+        raise ValueError(
+            f"`sharding` needs terms with the same number of examples, got "
+            f"{[group.size for group in groups]}."
+        )
+    matrix = _by_layers(fisher, groups, sharding) if block_size is None else None
+    if matrix is None:
+        matrix, _ = _by_blocks(groups, block_size, sharding)
+    return matrix, per_example.order_of(fisher, groups, [groups[0].size])
+
+
 # --- From rows.
 
 
 def _by_blocks(
-    groups: list[per_example.Group], count: int | None
+    groups: list[per_example.Group],
+    count: int | None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[Array, list[int]]:
     """A Aᵀ by pairs of blocks of examples, in their order; and the sizes of the blocks.
+
+    With `sharding` in the order of the examples, and divided by rows.
 
     The rows of the second block are recomputed for every first one: with m rows in a
     block that costs about 4mP against the 2m²P of the product.
@@ -71,8 +114,8 @@ def _by_blocks(
     def rows_of(group: per_example.Group, block: Array | int) -> tuple[Params, Array]:
         """The rows of a block, and the place of its first one."""
         size, _ = group.blocks(count, num_rows)
-        place, _, rows = group.map(lambda row, units: jax.vmap(row)(units), block, size)
-        return jax.tree.map(per_example.flat_rows, rows), place
+        start, _, rows = group.map(lambda row, units: jax.vmap(row)(units), block, size)
+        return jax.tree.map(per_example.flat_rows, rows), start
 
     def add_products(
         group: per_example.Group, other: per_example.Group, matrix: Array
@@ -88,7 +131,12 @@ def _by_blocks(
             def add_pair(other_block: Array | int, matrix: Array) -> Array:
                 is_one = other is group and num_blocks == 1
                 right, there = (left, here) if is_one else rows_of(other, other_block)
-                product = _products(left, right, dtype)
+                if sharding is not None:
+                    right = jax.tree.map(lambda x: placement.place(x, sharding), right)
+                    product = _products(left, right, dtype)
+                    matrix = put(matrix, product, block, other_block)
+                    return put(matrix, product.T, other_block, block)
+                product = tree.replicate(_products(left, right, dtype))
                 matrix = jax.lax.dynamic_update_slice(matrix, product, (here, there))
                 return jax.lax.dynamic_update_slice(matrix, product.T, (there, here))
 
@@ -97,12 +145,30 @@ def _by_blocks(
 
         return per_example.loop(num_blocks, add_rows, matrix)
 
+    def put(matrix: Array, product: Array, block: Any, other_block: Any) -> Array:
+        """Fills in a product, of which each device has the rows of its examples."""
+        shape = (block_size, 1, num_units) * 2
+        product = placement.place(product, sharding, axes)
+        product = placement.reshape(product, shape, sharding, axes)
+        corner = (0, block, 0, 0, other_block, 0)
+        return jax.lax.dynamic_update_slice(matrix, product, corner)
+
     size = sum(group.size * group.rows_per_example for group in groups)
+    sizes = [group.blocks(count, num_rows)[0] for group in groups]
+    axes, block_size = placement.axes_of(sharding), sizes[0]
+    num_units = groups[0].rows_per_example
+    if sharding is not None:
+        # A block has examples of every device: example n of a part is in block n mod B.
+        num_blocks = groups[0].size // block_size
+        matrix = jnp.zeros((block_size, num_blocks, num_units) * 2, dtype)
+        matrix = placement.place(matrix, sharding, axes)
+        matrix = add_products(groups[0], groups[0], matrix)
+        return placement.reshape(matrix, (size, size), sharding, axes), sizes
     matrix = jnp.zeros((size, size), dtype)
     for i, group in enumerate(groups):
         for other in groups[: i + 1]:
             matrix = add_products(group, other, matrix)
-    return matrix, [group.blocks(count, num_rows)[0] for group in groups]
+    return matrix, sizes
 
 
 def _products(left: Params, right: Params, dtype: Any) -> Array:
@@ -122,7 +188,11 @@ def _products(left: Params, right: Params, dtype: Any) -> Array:
 # --- From the outer products of dense layers.
 
 
-def _by_layers(fisher: Fisher, groups: list[per_example.Group]) -> Array | None:
+def _by_layers(
+    fisher: Fisher,
+    groups: list[per_example.Group],
+    sharding: NamedSharding | None = None,
+) -> Array | None:
     """A Aᵀ without the rows of dense layers, which are outer products.
 
     Returns:
@@ -149,7 +219,21 @@ def _by_layers(fisher: Fisher, groups: list[per_example.Group]) -> Array | None:
     root = jnp.sqrt(measures[0]).astype(rest.dtype).ravel() if measures else None
     if root is not None:
         outer = tree.replicate(outer)
-    return _factored_gram(outer, rest, root)
+    if sharding is None:
+        return _factored_gram(outer, rest, root)
+    axes = placement.axes_of(sharding)
+    whole = jax.tree.map(lambda x: placement.place(x, sharding), (outer, rest, root))
+    rows = jax.shard_map(
+        lambda *whole: _factored_gram(
+            *whole,
+            own=functools.partial(placement.slice_of, axes=axes),
+            gather=lambda x: jax.lax.all_gather(x, axes, tiled=True),
+        ),
+        mesh=sharding.mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(axes),
+    )
+    return rows(*whole)
 
 
 def _is_large(m: int, n: int) -> bool:
@@ -210,38 +294,51 @@ def _factored_rows(
 
 
 def _factored_gram(
-    outer: list[tuple[Array, Array]], rest: Array, root: Array | None
+    outer: list[tuple[Array, Array]],
+    rest: Array,
+    root: Array | None,
+    own: Callable[[Array], Array] = lambda x: x,
+    gather: Callable[[Array], Array] = lambda x: x,
 ) -> Array:
-    """A Aᵀ, `[N·K, N·K]`, of the rows that `_factored_rows` returns.
+    """A Aᵀ, `[N·K, N·K]`, of what `_factored_rows` returns; or some of its rows.
 
     Args:
       outer, rest: the rows of A itself, or of √μ J where F is a covariance: minus their
         mean they are the rows of A, aᵢ = rowᵢ - √μᵢ Σⱼ √μⱼ rowⱼ / Σ μ.
       root: √μ, `[N·K]`, where F is a covariance; else None.
+      own: takes those entries of an array along the axis of examples (or rows) whose
+        rows of A Aᵀ to compute.
+      gather: the way back, from those entries to all.
     """
     if root is None:
         # Over explicit mesh axes too, each device computes the rows of its examples.
-        gram = tree.replicate(_inner(tree.rows_like(rest, outer[0][0])))
+        rest = tree.rows_like(rest, outer[0][0])
+        gram = tree.replicate(_inner(own(rest), rest))
         products: Any = 0
         for a, delta in outer:
-            of_delta = tree.contract(delta, delta, (2,), (2,))
-            products += _inner(a)[:, None, :, None] * of_delta
+            of_delta = tree.contract(own(delta), delta, (2,), (2,))
+            products += _inner(own(a), a)[:, None, :, None] * of_delta
         return gram + tree.replicate(products).reshape(gram.shape)
     total = root @ root
-    gram = _inner(rest - jnp.outer(root, root @ rest / total))
+    rest = rest - jnp.outer(root, root @ rest / total)
+    gram = _inner(own(rest), rest)
     products = jnp.zeros_like(gram)
     for a, delta in outer:
         a = jnp.repeat(a, delta.shape[1], axis=0)
-        products += _centred_products(a, delta.reshape(len(a), -1), root)
+        delta = delta.reshape(len(a), -1)
+        products += _centred_products(a, delta, root, own)
     # These are of rows less √μ c for some c near the mean. With s = √μ, X for them and
     # y = X s / Σμ - s (sᵀ X s) / (2 (Σμ)²), what is left of the mean comes off by
     # (I - s sᵀ/Σμ) X (I - s sᵀ/Σμ) = X - s yᵀ - y sᵀ, where little is left to cancel.
-    mean = products @ root / total
+    mean = gather(products @ root / total)
     correction = mean - root * (root @ mean) / (2 * total)
-    return gram + products - jnp.outer(root, correction) - jnp.outer(correction, root)
+    gram += products - jnp.outer(own(root), correction)
+    return gram - jnp.outer(own(correction), root)
 
 
-def _centred_products(a: Array, delta: Array, root: Array) -> Array:
+def _centred_products(
+    a: Array, delta: Array, root: Array, own: Callable[[Array], Array]
+) -> Array:
     """⟨rowᵢ - √μᵢ c, rowⱼ - √μⱼ c⟩ of rows aᵢ ⊗ δᵢ, `[M, M]`, for a certain c.
 
     The mean row may be far longer than the rows' deviations from it, and subtracting it
@@ -254,19 +351,21 @@ def _centred_products(a: Array, delta: Array, root: Array) -> Array:
 
         ⟨x, x'⟩⟨δ, δ'⟩ + ⟨x, ā⟩⟨δ, y'⟩ + ⟨ā, x'⟩⟨y, δ'⟩ + ⟨ā, ā⟩⟨y, y'⟩.
 
-    Those with δ follow from ⟨y, y'⟩ and q = ⟨y, δ̄⟩ by δ = y + √μ δ̄.
+    Those with δ follow from ⟨y, y'⟩ and q = ⟨y, δ̄⟩ by δ = y + √μ δ̄. The rows i are
+    those that `own` takes.
     """
     total = root @ root
     a_mean, delta_mean = root**2 @ a / total, root @ delta / total
     x, y = a - a_mean[None], delta - jnp.outer(root, delta_mean)
-    q = y @ delta_mean
-    yy = _inner(y)
-    delta_y = yy + jnp.outer(root, q)
+    q, along = y @ delta_mean, x @ a_mean
+    yy = _inner(own(y), y)
+    delta_y = yy + jnp.outer(own(root), q)
+    y_delta = yy + jnp.outer(own(q), root)
     square = delta_mean @ delta_mean
-    delta_delta = delta_y + jnp.outer(q, root) + square * jnp.outer(root, root)
-    cross = (x @ a_mean)[:, None] * delta_y
-    return _inner(x) * delta_delta + cross + cross.T + (a_mean @ a_mean) * yy
+    delta_delta = y_delta + jnp.outer(own(root), q + square * root)
+    cross = own(along)[:, None] * delta_y + along[None] * y_delta
+    return _inner(own(x), x) * delta_delta + cross + (a_mean @ a_mean) * yy
 
 
-def _inner(rows: Array) -> Array:
-    return tree.contract(rows, rows, (1,), (1,))
+def _inner(rows: Array, others: Array) -> Array:
+    return tree.contract(rows, others, (1,), (1,))

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from ngd_jax import tree
+from ngd_jax import placement, tree
 from ngd_jax.fisher import Fisher
 from ngd_jax.jacobian import linearize
 from ngd_jax.metric import OutputMetric, join, split, terms
@@ -182,12 +183,15 @@ class Group:
       size: the number of examples.
       first: the place of its first row among those of all groups.
       terms: the terms that have these examples.
+      num_parts: how many equal parts of the examples are on devices of their own, by
+        the placement of the arrays.
     """
 
     fisher: Fisher
     size: int
     first: int
     terms: tuple[Term, ...]
+    num_parts: int = 1
 
     @functools.cached_property
     def cut(self) -> PyTree:
@@ -210,14 +214,18 @@ class Group:
         the last one overlaps its neighbour, so that there is one loop body to compile.
 
         Args:
-          count: None for as many as have `num_rows` rows.
+          count: None for as many as have `num_rows` rows. Of divided examples, a block
+            has at least one from each part.
           num_rows: see `count`.
         """
         count = count or max(1, num_rows // max(1, self.rows_per_example))
-        least = -(-self.size // count)
-        even = (n for n in range(least, 2 * least + 1) if self.size % n == 0)
+        length = self.size // self.num_parts
+        least = -(-length // max(1, count // self.num_parts))
+        # Of parts, every block has equally many examples, whatever the number of them.
+        most = 2 * least if self.num_parts == 1 else length
+        even = (n for n in range(least, most + 1) if length % n == 0)
         num_blocks = next(even, least)
-        return -(-self.size // num_blocks), num_blocks
+        return self.num_parts * -(-length // num_blocks), num_blocks
 
     def examples(self, size: int) -> np.ndarray:
         """The examples in the order of the rows of blocks of that size.
@@ -286,20 +294,22 @@ class Group:
         return row
 
 
-def groups_of(fisher: Fisher) -> list[Group]:
+def groups_of(fisher: Fisher, sharding: NamedSharding | None = None) -> list[Group]:
     """The terms by their number of examples, with all that their rows depend on.
+
+    Args:
+      fisher: the Fisher.
+      sharding: mesh axes that divide the examples of a block. None leaves it to XLA; on
+        explicit mesh axes, those that divide the outputs.
 
     Raises:
       NoRowsError: at trace time, where the model cannot be run on single examples.
+      ValueError: at trace time, for examples that `sharding` does not divide.
     """
-    # Examples are taken one by one, so none may lie on a device of its own.
-    params, batch, all_data = tree.replicate(
-        (fisher.params, fisher.batch, fisher.metric.data)
-    )
     shapes = split(fisher.likelihood, coefficient_shapes(fisher))
     by_size: dict[int, list[Term]] = {}
     for place, (kind, _) in enumerate(terms(fisher.likelihood)):
-        _, mu, _ = data = all_data[place]
+        _, mu, _ = data = fisher.metric.data[place]
         if mu.ndim == 0:
             raise NoRowsError(
                 f"Rows of single examples need outputs with a leading axis of "
@@ -309,14 +319,58 @@ def groups_of(fisher: Fisher) -> list[Group]:
         means = _mean_rows(fisher, place) if kind.centered else ()
         term = Term(place, kind, data, unit, means)
         by_size.setdefault(len(mu), []).append(term)
-    fisher = dataclasses.replace(fisher, params=params, batch=batch)
+    fisher = dataclasses.replace(fisher, params=tree.replicate(fisher.params))
     groups, first = [], 0
     for size, found in by_size.items():
-        group = Group(fisher, size, first, tuple(found))
-        _check_group(group)
+        group = _placed(Group(fisher, size, first, tuple(found)), sharding)
         groups.append(group)
         first += size * group.rows_per_example
     return groups
+
+
+def _placed(group: Group, sharding: NamedSharding | None) -> Group:
+    """The group with its examples divided over devices, or taken one by one."""
+
+    def with_parts(where: NamedSharding | None) -> Group:
+        def put(leaf: Any, is_cut: bool) -> Any:
+            if where is None or not is_cut:
+                return tree.replicate(leaf)
+            return placement.place(leaf, where, placement.axes_of(where))
+
+        batch = jax.tree.map(put, group.fisher.batch, group.cut)
+        found = [
+            term._replace(data=jax.tree.map(lambda x: put(x, True), term.data))
+            for term in group.terms
+        ]
+        return dataclasses.replace(
+            group,
+            fisher=dataclasses.replace(group.fisher, batch=batch),
+            terms=tuple(found),
+            num_parts=placement.num_parts(where),
+        )
+
+    alone = with_parts(None)
+    _check_group(alone)
+    if sharding is not None:
+        if group.size % placement.num_parts(sharding):
+            raise ValueError(
+                f"`sharding` must divide the examples into equal parts, got "
+                f"{group.size} examples for {placement.num_parts(sharding)} devices."
+            )
+        return with_parts(sharding)
+    sharding = tree.first_axis_sharding(group.terms[0].data[0])
+    if sharding is None:
+        return alone
+    divided = with_parts(sharding)
+    try:
+        jax.eval_shape(
+            lambda: divided.map(lambda row, units: jax.vmap(row)(units), 0, group.size)
+        )
+    except Exception:  # noqa: BLE001  # JAX's error about shardings is not public
+        # A model that names the placement of its arrays may not run on single examples
+        # of several devices. Then every device computes all of them.
+        return alone
+    return divided
 
 
 def _first(leaf: Any) -> jax.ShapeDtypeStruct:

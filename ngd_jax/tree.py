@@ -27,6 +27,7 @@ __all__ = [
     "check_parameters",
     "contract",
     "divide",
+    "first_axis_sharding",
     "in_units",
     "max_abs",
     "norm",
@@ -183,6 +184,15 @@ def rows_like(matrix: Array, like: Array) -> Array:
     sharding = jax.typeof(like).sharding
     spec = PartitionSpec(sharding.spec[0], None)
     return jax.sharding.reshard(matrix, NamedSharding(sharding.mesh, spec))
+
+
+def first_axis_sharding(tree: PyTree) -> NamedSharding | None:
+    """What divides the first axis of the first leaf, if its mesh axes are explicit."""
+    leaf = jax.tree.leaves(tree)[0]
+    if not _is_split(leaf) or jax.typeof(leaf).sharding.spec[0] is None:
+        return None
+    sharding = jax.typeof(leaf).sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
 
 
 def _replicated(leaf: Any, mesh: Any) -> NamedSharding:

@@ -180,9 +180,54 @@ def shares():
     return found
 
 
+def redivided():
+    """A state made on some devices and moved to others, against that made there."""
+    # Eleven matrices of one shape: whole factors and rows, with and without spares.
+    params, model_fn = network([7] * 12 + [5], np.random.default_rng(0))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(32, 7)))
+
+    def kronecker(num_devices):
+        if num_devices == 1:
+            return ngd.Kronecker()
+        devices = jax.devices()[:num_devices]
+        mesh = jax.make_mesh(
+            (num_devices,), ("data",), devices=devices, axis_types=(AxisType.Auto,)
+        )
+        return ngd.Kronecker(sharding=NamedSharding(mesh, P("data")))
+
+    def observed(num_devices):
+        preconditioner = kronecker(num_devices)
+
+        @jax.jit
+        def prepare(params, x):
+            fisher = ngd.linearize_fisher(model_fn, params, x, ngd.Categorical())
+            state = preconditioner.init(params)
+            return preconditioner.prepare(fisher, state, 0.1)[1]
+
+        return jax.device_get(prepare(params, x))
+
+    def redivide(state, num_devices):
+        return jax.device_get(jax.jit(kronecker(num_devices).redivide)(state, params))
+
+    states, found = {count: observed(count) for count in (1, 2, 8)}, {}
+    for old, new in itertools.permutations(states, 2):
+        moved = redivide(states[old], new)
+        shapes = [jax.tree.map(np.shape, state) for state in (moved, states[new])]
+        # Places for no factor may differ, and are left out on one device.
+        pairs = zip(
+            jax.tree.leaves(redivide(moved, 1)),
+            jax.tree.leaves(states[1]),
+            strict=True,
+        )
+        difference = max(float(np.abs(a - b).max()) for a, b in pairs)
+        found[f"{old} to {new}"] = difference if shapes[0] == shapes[1] else 1.0
+    return found
+
+
 def main():
     results = {"gathers": gathers(), "shares": shares()}
     jax.config.update("jax_enable_x64", True)
+    results["redivided"] = redivided()
     solvers = {
         "kfac": lambda sharding: ngd.KFAC(sharding=sharding),
         "cg": lambda sharding: ngd.CG(

@@ -945,3 +945,10 @@ def test_arguments_out_of_range_are_named():
             make(refresh_every=0)
         with pytest.raises(ValueError, match="`max_size`"):
             make(max_size=0)
+
+
+def test_a_state_of_other_parameters_is_not_divided_anew(rng):
+    params, _ = network_problem(rng, "float32")
+    other = reference.network_params(rng, 3, num_hidden=9)
+    with pytest.raises(ValueError, match="`state` must be that of these parameters"):
+        KFAC().redivide(Kronecker().init(other), params)

@@ -94,9 +94,9 @@ def test_divided_factors_and_parameters():
     for name, gathered in shapes.items():
         for shape in set(gathered) - of_gradient:
             assert math.prod(map(int, shape.split(","))) < 2**16, (name, shape)
+    for way, difference in found.pop("redivided").items():
+        assert difference <= 1e-10, way
     shares = found.pop("shares")
-    # Rows of single examples are computed by all devices if axes are explicit.
-    assert shares.pop("Gram, blocks, Explicit") < 1
     assert max(shares.values()) <= 1.15 / 8, shares
     for place, report in found.items():
         assert report["status"] == 0, place
@@ -104,6 +104,23 @@ def test_divided_factors_and_parameters():
         # A few small sides, of which every device has at least one row.
         num_parts = 8 if "model" in place else 4
         assert report["before"] == report["after"] <= 1.2 / num_parts, (place, report)
+
+
+@pytest.mark.long
+def test_divided_gram_matrix():
+    """No device has all of it, nor more than its share of the work."""
+    for place, report in run("sharded_gram").items():
+        assert report["difference"] <= 1e-10, (place, report)
+        assert report["operations"] <= 1.1 / 8, (place, report)
+        # Beside its rows of the matrix, a device has the rows of A of one block.
+        limit = 1.1 / 8 if "solve" in place else 0.3
+        assert report["bytes"] <= limit, (place, report)
+        assert report["exchanged"] < 512**2 / 4, (place, report)
+        if "solve" in place:
+            num_steps, residual, status = report["info"]
+            assert num_steps < 100
+            assert residual < 1e-12
+            assert status == 0
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -35,8 +35,9 @@ __all__ = [
     "broadcast_text",
     "check_same",
     "connect",
+    "examples_sharding",
     "make_mesh",
-    "replicate",
+    "place_examples",
     "replicated",
     "split_examples",
 ]
@@ -188,17 +189,27 @@ def replicated(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Copies host arrays, the same in every process, whole to each device of `mesh`.
+def examples_sharding(mesh: Mesh, num_examples: int, axis: int = 0) -> NamedSharding:
+    """Returns the sharding of host arrays whose examples lie along `axis`.
 
-    It needs no communication between processes, so threads may call it at any time.
+    Each device holds its own examples, if they can be divided equally; else all.
     """
-    sharding = replicated(mesh)
-    if sharding is None:
+    if num_examples % mesh.size:
+        return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def place_examples(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Copies to each device its own examples of host arrays, if `mesh` divides them.
+
+    Only those are read: an array in a memory-mapped file costs no more than that. It
+    needs no communication between processes, so threads may call it at any time.
+    """
+    if mesh is None:
         return jax.device_put(tree)
     return jax.tree.map(
         lambda leaf: jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: leaf[index]
+            leaf.shape, examples_sharding(mesh, len(leaf)), lambda index: leaf[index]
         ),
         tree,
     )

@@ -8,12 +8,12 @@ all others do, and solves for its own columns of I.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from ngd_jax import placement
 from ngd_jax.kfac.groups import Group
 from ngd_jax.types import Array, PyTree
 
@@ -35,39 +35,23 @@ class Division:
     sharding: Any
 
     def __post_init__(self) -> None:
-        if self.sharding is None:
-            return
-        if not isinstance(self.sharding, NamedSharding):
-            raise TypeError(
-                f"`sharding` must be a NamedSharding, got {self.sharding!r}."
-            )
-        if len(self.sharding.spec) != 1 or not self.axes:
-            raise ValueError(
-                f"`sharding` must name the mesh axes that divide the factors as its "
-                f'only entry, as in P("data") or P(("data", "model")), got '
-                f"{self.sharding.spec}."
-            )
+        placement.check_sharding(self.sharding, "the factors")
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The mesh axes that divide the factors."""
-        entry = None if self.sharding is None else self.sharding.spec[0]
-        if entry is None:
-            return ()
-        return (entry,) if isinstance(entry, str) else tuple(entry)
+        return placement.axes_of(self.sharding)
 
     @property
     def num_devices(self) -> int:
         """How many parts there are."""
-        if self.sharding is None:
-            return 1
-        return math.prod(self.sharding.mesh.shape[axis] for axis in self.axes)
+        return placement.num_parts(self.sharding)
 
     def divide(self, group: Group, values: PyTree) -> PyTree:
         """What belongs to the factors of a group, on their devices."""
 
         def place(x: Array) -> Array:
-            return self._place(x, self.spec(group, x.ndim))
+            return placement.place(x, self.sharding, *self.spec(group, x.ndim))
 
         return jax.tree.map(place, values)
 
@@ -79,7 +63,7 @@ class Division:
 
     def gather(self, values: Array) -> Array:
         """The same values on every device."""
-        return self._place(values, PartitionSpec())
+        return placement.place(values, self.sharding)
 
     def map(self, fn: Any, group: Group, side: Array, shift: Array) -> Array:
         """`fn(factor, shift, axes)` for each; `axes` divide its rows, if any do."""
@@ -108,12 +92,3 @@ class Division:
             return PartitionSpec(self.axes)
         # A long side has only vectors, which are small.
         return PartitionSpec(None, self.axes) if ndim == 3 else PartitionSpec()
-
-    def _place(self, values: Array, spec: PartitionSpec) -> Array:
-        if self.sharding is None:
-            return values
-        mesh = self.sharding.mesh
-        sharding = NamedSharding(mesh, spec)
-        if AxisType.Explicit in mesh.axis_types:
-            return jax.sharding.reshard(values, sharding)
-        return jax.lax.with_sharding_constraint(values, sharding)

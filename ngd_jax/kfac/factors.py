@@ -17,6 +17,7 @@ import numpy as np
 
 from ngd_jax import tree
 from ngd_jax.jacobian import linearize
+from ngd_jax.kfac.blocks import block_gram
 from ngd_jax.kfac.groups import Block, blocks_of, shape_in
 from ngd_jax.kfac.state import Long, Pair
 from ngd_jax.layers import LayerValues, Wanted, read_backward
@@ -27,11 +28,12 @@ __all__ = ["batch_factors", "random_signs", "total"]
 
 
 def batch_factors(
-    fisher: Any, count: Array, max_size: int
+    fisher: Any, count: Array, max_size: int, max_block: int | None = None
 ) -> tuple[list[Block], list[Any]]:
     """The blocks, and the factors (or squares) of each on this batch.
 
-    With scales, those of the parameters before scaling.
+    With scales, those of the parameters before scaling. With `max_block`, `Blocks` of
+    at most that side in place of whole factors.
     """
     at = fisher if fisher.scales is None else fisher.base
     like = jax.eval_shape(at.metric.sqrt_matvec, at.outputs)
@@ -54,7 +56,10 @@ def batch_factors(
             if block.layer is not None:
                 has_bias = block.bias is not None
                 of_layer = functools.partial(
-                    _layer_sums, has_bias=has_bias, max_size=max_size
+                    _layer_sums,
+                    has_bias=has_bias,
+                    max_size=max_size,
+                    max_block=max_block,
                 )
                 return Wanted(block.weight, block.layer, of_layer)
             shape, room = jnp.shape(leaves[block.weight]), block.room
@@ -69,7 +74,8 @@ def batch_factors(
                 if room.split is None:
                     return (jnp.sum(_mean_square(samples), 0).reshape(-1),)
                 sides = shape_in(room, jnp.shape(leaves[block.weight]))
-                return _gradient_sums(samples.reshape(-1, *sides), max_size)
+                samples = samples.reshape(-1, *sides)
+                return _gradient_sums(samples, max_size, max_block)
 
             return Wanted(block.weight, None, of_gradient, is_stacked, keep_terms=True)
 
@@ -93,31 +99,35 @@ def _samples(gradient: Array, shape: tuple[int, ...], num_examples: int) -> Arra
     return jnp.sum(gradient.reshape(num_examples, -1, *shape), 1)
 
 
-def _layer_sums(values: LayerValues, has_bias: bool, max_size: int) -> tuple:
+def _layer_sums(
+    values: LayerValues, has_bias: bool, max_size: int, max_block: int | None
+) -> tuple:
     """Σ a aᵀ and Σ δ δᵀ, with 1 appended to a for a bias; and the number of terms."""
     a, delta = values
     number = jnp.asarray(len(a), a.dtype)
     if has_bias:
-        inputs = _gram(jnp.pad(a, ((0, 0), (0, 1)), constant_values=1), max_size + 1)
-    else:
-        inputs = _gram(a, max_size)
-    outputs = _gram(delta, max_size)
+        a = jnp.pad(a, ((0, 0), (0, 1)), constant_values=1)
+    inputs = _gram(a, values.inputs.shape[1], max_size, max_block)
+    outputs = _gram(delta, delta.shape[1], max_size, max_block)
     if isinstance(outputs, Long):
         outputs = outputs._replace(mean=jnp.zeros_like(outputs.mean))
     return inputs, outputs, number
 
 
-def _gradient_sums(matrices: Array, max_size: int) -> tuple:
+def _gradient_sums(matrices: Array, max_size: int, max_block: int | None) -> tuple:
     """Σ γ γᵀ and Σ γᵀ γ of samples `[N, rows, columns]`."""
     _, rows, columns = matrices.shape
     sums = []
     for axis, size in ((1, rows), (2, columns)):
-        square = _gram(jnp.moveaxis(matrices, axis, -1).reshape(-1, size), max_size)
+        vectors = jnp.moveaxis(matrices, axis, -1).reshape(-1, size)
+        square = _gram(vectors, size, max_size, max_block)
         if isinstance(square, Long):
             square = square._replace(mean=jnp.zeros_like(square.mean))
         elif matrices.size == size:
             # A single vector gives only the squares of its entries.
-            square *= jnp.eye(size, dtype=square.dtype)
+            square = jax.tree.map(
+                lambda x: x * jnp.eye(x.shape[-1], dtype=x.dtype), square
+            )
         sums.append(square)
     return tuple(sums)
 
@@ -133,10 +143,18 @@ def _factors(block: Block, sums: tuple) -> Any:
     return Pair(outputs, inputs) if block.is_turned else Pair(inputs, outputs)
 
 
-def _gram(rows: Array, max_size: int) -> Any:
-    """Σ row rowᵀ; for long rows Σ row² and Σ row."""
-    if rows.shape[1] > max_size:
+def _gram(rows: Array, size: int, max_size: int, max_block: int | None) -> Any:
+    """Σ row rowᵀ; for long rows Σ row² and Σ row.
+
+    Args:
+      rows: `[N, size]`, or one longer with the 1 of a bias.
+      size: of the side.
+      max_size, max_block: as in `Kronecker`.
+    """
+    if size > max_size:
         return Long(jnp.sum(rows**2, 0), jnp.sum(rows, 0))
+    if max_block is not None:
+        return block_gram(rows, size, max_block)
     return tree.contract(rows, rows, (0,), (0,))
 
 

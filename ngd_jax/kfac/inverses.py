@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngd_jax import tree
+from ngd_jax.kfac.blocks import BlockRoots, Blocks, inverse_roots, multiply, trace
 from ngd_jax.kfac.division import Division
 from ngd_jax.kfac.groups import Block, Group, Member
 from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
@@ -49,8 +50,10 @@ def refreshed_inverses(
             sides, shifts = _damped(group, state.averages[place], damping, weights)
             inverses[place] = Pair(
                 *(
-                    _inverse(side, shift, group, division)
-                    for side, shift in zip(sides, shifts, strict=True)
+                    _inverse(side, shift, group, division, old)
+                    for side, shift, old in zip(
+                        sides, shifts, inverses[place], strict=True
+                    )
                 )
             )
             # No entry of an inverse is above 1 / ε, and a Cholesky factorisation that
@@ -66,6 +69,8 @@ def refreshed_inverses(
 def _witness(inverse: Any, division: Division) -> Array:
     if isinstance(inverse, LongInverse):
         return inverse.diagonal
+    if isinstance(inverse, BlockRoots):
+        return trace(inverse)
     # A single entry of a divided array cannot be cut out of it.
     return inverse[:, 0, 0] if division.sharding is None else _trace(inverse)
 
@@ -137,19 +142,25 @@ def _trace(side: Any) -> Array:
     """The trace of each."""
     if isinstance(side, Long):
         return jnp.sum(side.square, 1)
+    if isinstance(side, Blocks):
+        return trace(side)
     # As a product: `jnp.trace` is a gather and a reduction.
     identity = jnp.eye(*side.shape[1:], dtype=side.dtype)
     return tree.contract(side, identity, (1, 2), (0, 1))
 
 
-def _inverse(side: Any, shift: Array, group: Group, division: Division) -> Any:
-    """(A + ε)⁻¹ of each."""
+def _inverse(
+    side: Any, shift: Array, group: Group, division: Division, old: Any
+) -> Any:
+    """(A + ε)⁻¹ of each, in the form and the dtype of the old ones."""
     if isinstance(side, Long):
         square, mean = side
         diagonal = 1 / (jnp.maximum(square - mean**2, 0) + shift[:, None])
         scaled = diagonal * mean
         downdate = 1 + jnp.sum(mean * scaled, 1)
         return LongInverse(diagonal, scaled / downdate[:, None], downdate)
+    if isinstance(side, Blocks):
+        return inverse_roots(side, shift, old.values.dtype)
     return division.map(_inverse_of_one, group, side, shift)
 
 
@@ -175,6 +186,8 @@ def _inverse_of_one(rows: Array, shift: Array, axes: tuple[str, ...]) -> Array:
 
 def _multiply(inverse: Any, values: Array, axis: int) -> Array:
     """Symmetric inverses `[K, n, n]` times matrices, along their `axis`, 1 or 2."""
+    if isinstance(inverse, BlockRoots):
+        return multiply(inverse, values, axis)
     if not isinstance(inverse, LongInverse):
         if axis == 1:
             return _matmul(inverse, values)

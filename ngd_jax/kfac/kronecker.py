@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from ngd_jax import tree
+from ngd_jax.kfac.blocks import identity_roots, zero_blocks
 from ngd_jax.kfac.division import Division
 from ngd_jax.kfac.factors import batch_factors, total
 from ngd_jax.kfac.groups import Block, Group, Member, groups_of, shape_in
@@ -22,6 +24,9 @@ from ngd_jax.metric import check_count
 from ngd_jax.types import Array, ArrayLike, MatVec, Params, PyTree
 
 __all__ = ["Kronecker", "claims"]
+
+# Of a state that is divided anew; the search takes time in proportion.
+_MOST_DEVICES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +73,8 @@ class Kronecker:
         device has and inverts an equal share of the factors of one shape; of those that
         are left over it has some rows, for which it factorises all of them. M⁻¹ v then
         gathers as many numbers as there are parameters, or twice as many. The shapes of
-        the state depend on the number of devices; `jax.jit(tx.init)(params)` makes it
-        where it belongs.
+        the state depend on the number of devices (`redivide` changes it);
+        `jax.jit(tx.init)(params)` makes it where it belongs.
 
     Raises:
       ValueError, TypeError: for numbers out of range.
@@ -96,14 +101,31 @@ class Kronecker:
     observe_every: int = 5
     max_size: int = 2048
     sharding: NamedSharding | None = None
+    max_block: int | None = None
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         Division(self.sharding)  # raises
+        if self.max_block is not None:
+            check_count("max_block", self.max_block)
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"`dtype` must be a floating one, got {self.dtype}.")
+        if self.sharding is not None and self._block is not None:
+            raise ValueError(
+                "`sharding` divides whole factors: leave out `max_block` and `dtype`."
+            )
         check_count("refresh_every", self.refresh_every)
         check_count("observe_every", self.observe_every)
         check_count("max_size", self.max_size)
         if not 0 <= self.decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
+
+    @property
+    def _block(self) -> int | None:
+        """The largest side of a block; None for whole factors in their own dtype."""
+        if self.max_block is None and self.dtype is not None:
+            return self.max_size
+        return self.max_block
 
     def init(self, params: Params) -> KroneckerState:
         """The state before anything is built; M is then I."""
@@ -155,6 +177,64 @@ class Kronecker:
         """The map v -> M⁻¹ v, built for this Fisher and not kept."""
         return self.prepare(fisher, self.init(fisher.params), damping)[0]
 
+    def redivide(self, state: KroneckerState, params: Params) -> KroneckerState:
+        """A state from any number of devices, in the shapes that `sharding` gives it.
+
+        For a checkpoint that is restored on another number of devices; the old number
+        follows from the shapes.
+
+        Args:
+          state: made by these settings but for `sharding`; on the host, or whole on
+            every device.
+          params: the parameters.
+
+        Raises:
+          ValueError: for a state of other parameters or settings.
+        """
+        groups, leaves = self._groups(params), jax.tree.leaves(params)
+        if not groups:
+            return state
+        old = _groups_like(state.averages, leaves, self.max_size)
+        like = jax.eval_shape(lambda: tuple(map(self._zeros, old)))
+        shapes = jax.tree.map(jnp.shape, state.averages)
+        if jax.tree.map(jnp.shape, like) != shapes:
+            raise ValueError(
+                f"`state` must be that of these parameters and settings, on at most "
+                f"{_MOST_DEVICES} devices, got averages of shapes {shapes}."
+            )
+
+        def moved(values: PyTree, empty_fn: Callable[[Group], Any]) -> PyTree:
+            by_place = {
+                place: jax.tree.map(lambda x, k=k: x[k], entry)
+                for group, entry in zip(old, values, strict=True)
+                for k, place in enumerate(_places(group))
+                if place is not None
+            }
+
+            def stacked(group: Group) -> Any:
+                empty = empty_fn(group)
+                spare = jax.tree.map(lambda x: x[0], empty)
+                parts = [
+                    spare if place is None else by_place.get(place, spare)
+                    for place in _places(group)
+                ]
+                return jax.tree.map(
+                    lambda like, *own: jnp.stack(
+                        [_fitted(x, like.shape[1:]) for x in own]
+                    ),
+                    *(empty, *parts),
+                )
+
+            return tuple(map(stacked, groups))
+
+        return self._divided(
+            groups,
+            state._replace(
+                averages=moved(state.averages, self._zeros),
+                inverses=moved(state.inverses, self._identities),
+            ),
+        )
+
     def _groups(self, params: Params) -> list[Group]:
         num_devices = Division(self.sharding).num_devices
         return groups_of(jax.tree.leaves(params), self.max_size, num_devices)
@@ -176,6 +256,9 @@ class Kronecker:
             vectors = (count, size + 1)
             if size > self.max_size:
                 return Long(*(jnp.zeros(vectors, group.real_dtype) for _ in range(2)))
+            if self._block is not None:
+                dtype = self.dtype or group.real_dtype
+                return zero_blocks(count, size, self._block, dtype)
             shape = (count, group.num_rows(size), size + 1)
             return jnp.zeros(shape, group.real_dtype)
 
@@ -191,6 +274,9 @@ class Kronecker:
                 return LongInverse(
                     jnp.ones(vectors, dtype), zeros, jnp.zeros(count, dtype)
                 )
+            if self._block is not None:
+                of_roots = self.dtype or dtype
+                return identity_roots(count, size, self._block, of_roots)
             one = jnp.eye(group.num_rows(size), size + 1, dtype=dtype)
             return jnp.tile(one, (count, 1, 1))
 
@@ -204,7 +290,9 @@ class Kronecker:
         Records in `groups` which block each member is.
         """
         division = Division(self.sharding)
-        blocks, factors = batch_factors(fisher, state.num_batches, self.max_size)
+        blocks, factors = batch_factors(
+            fisher, state.num_batches, self.max_size, self._block
+        )
         # A sum of finite numbers is finite, unless they are too large for any average.
         sums = map(total, jax.tree.leaves(factors))
         dtype = tree.accumulator_dtype(state.averages)
@@ -213,6 +301,7 @@ class Kronecker:
         share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
 
         def mix(group: Group, old: Array, *new: Array | None) -> Array:
+            kept, old = old.dtype, tree.widen(old)
             filled = [
                 _placed(x, member, old)
                 for x, member in zip(new, group.members, strict=True)
@@ -222,7 +311,8 @@ class Kronecker:
             is_new, is_known = is_finite, group.repeated([x is not None for x in new])
             if not is_known.all():
                 is_new &= is_known.reshape(-1, *[1] * (old.ndim - 1))
-            return jnp.where(is_new, old + share.astype(old.dtype) * change, old)
+            mixed = old + share.astype(old.dtype) * change
+            return jnp.where(is_new, mixed, old).astype(kept)
 
         # Averages for which no batch has a factor stay as they are.
         found = {
@@ -251,16 +341,56 @@ def _placed(new: Array | None, member: Member, old: Array) -> Array:
         new = new[None]
     elif len(new) != member.num_layers:
         new = jax.lax.slice_in_dim(new, member.first, member.first + member.num_layers)
-    padding = [(0, stop - size) for size, stop in zip(new.shape, shape, strict=True)]
-    return jnp.pad(new, padding)
+    return jnp.pad(new, _padding(new.shape, shape))
 
 
-def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
+def _groups_like(averages: PyTree, leaves: list[Any], max_size: int) -> list[Group]:
+    """The groups on as many devices as averages were made; if unknown, on one."""
+    for num_devices in range(1, _MOST_DEVICES + 1):
+        groups = groups_of(leaves, max_size, num_devices)
+        if len(groups) == len(averages) and all(map(_is_of, groups, averages)):
+            return groups
+    return groups_of(leaves, max_size)
+
+
+def _is_of(group: Group, entry: Any) -> bool:
+    """Whether arrays have as many places and rows as a group."""
+    if len(jax.tree.leaves(entry)[0]) != group.num_places:
+        return False
+    if not isinstance(entry, Pair):
+        return True
+    sides = zip(entry, group.shape, strict=False)
+    whole = [(side, size) for side, size in sides if not isinstance(side, tuple)]
+    return all(side.shape[1] == group.num_rows(size) for side, size in whole)
+
+
+def _places(group: Group) -> list[tuple | None]:
+    """What every place along the first axis of a group's arrays is for, if anything."""
+    return [
+        None if leaf < 0 else (leaf, room, first + place)
+        for leaf, room, first, num_layers in group.members
+        for place in range(num_layers)
+    ]
+
+
+def _fitted(values: Array, shape: tuple[int, ...]) -> Array:
+    """With rows of zeros added or taken away."""
+    cut = values[tuple(map(slice, shape))]
+    return jnp.pad(cut, _padding(cut.shape, shape))
+
+
+def _padding(shape: tuple[int, ...], wanted: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(0, stop - size) for size, stop in zip(shape, wanted, strict=True)]
+
+
+def claims(
+    fisher: Any, *, max_size: int = 2048, max_block: int | None = None
+) -> list[str]:
     """How every leaf of the parameters is treated, in words.
 
     Args:
       fisher: the model's Fisher, at any parameters.
-      max_size: as in `Kronecker`.
+      max_size, max_block: as in `Kronecker`.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -288,14 +418,17 @@ def claims(fisher: Any, *, max_size: int = 2048) -> list[str]:
         shape, room, layer = shapes[block.weight], block.room, block.layer
         if room.split is None:
             continue
+        sides = shape_in(room, shape)
+        is_cut = any((max_block or size) < size <= max_size for size in sides)
+        suffix = f" in blocks of {max_block}" if is_cut else ""
         prefix = f"{shape[0]} × " if room.is_stack else ""
         if layer is None:
-            rows, columns = shape_in(room, shape)
-            text = f"{prefix}factors from gradients {rows} × {columns}"
+            rows, columns = sides
+            text = f"{prefix}factors from gradients {rows} × {columns}{suffix}"
             words[block.weight] = text
             continue
         kind = "convolution patch" if layer.is_convolution else "dense"
-        text = f"{prefix}{kind} {layer.num_inputs} → {layer.num_outputs}"
+        text = f"{prefix}{kind} {layer.num_inputs} → {layer.num_outputs}{suffix}"
         if layer.in_loop and not room.is_stack:
             text += " in a loop"
         if layer.bias is not None:

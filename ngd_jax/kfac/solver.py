@@ -36,7 +36,8 @@ class KFAC(Solver):
     `CG(max_steps=1, rtol=0, preconditioner=Kronecker())` takes the same step.
 
     Attributes:
-      decay, refresh_every, observe_every, max_size, sharding: as in `Kronecker`.
+      decay, refresh_every, observe_every, max_size, sharding, max_block, dtype: as in
+        `Kronecker`.
       exact_length: whether α minimises ½ dᵀ (F + λI) d - gᵀ d, or is 1.
 
     Raises:
@@ -63,6 +64,8 @@ class KFAC(Solver):
     max_size: int = 2048
     exact_length: bool = True
     sharding: NamedSharding | None = None
+    max_block: int | None = None
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         self._kronecker()  # raises
@@ -74,11 +77,17 @@ class KFAC(Solver):
             self.observe_every,
             self.max_size,
             sharding=self.sharding,
+            max_block=self.max_block,
+            dtype=self.dtype,
         )
 
     def init(self, params: Params) -> KroneckerState:
         """The state before the first solve."""
         return self._kronecker().init(params)
+
+    def redivide(self, state: KroneckerState, params: Params) -> KroneckerState:
+        """A state from any number of devices; see `Kronecker.redivide`."""
+        return self._kronecker().redivide(state, params)
 
     def solve(
         self, fisher: Any, rhs: RightHandSide, *, damping: ArrayLike, state: PyTree = ()

@@ -41,7 +41,8 @@ class KroneckerState(NamedTuple):
     Matrices r × c of one group have their factors in two arrays `[K, r + 1, r + 1]` and
     `[K, c + 1, c + 1]`; the last row and column are those of a bias, whose input is 1.
     A matrix that may be split in two ways is in two groups, and a stack of layers has a
-    place for each of them.
+    place for each of them. With `max_block` or `dtype` the arrays are `Blocks` and
+    `BlockRoots` `[K, B, b, b]`.
 
     Attributes:
       num_batches: int32, batches in the averages so far.

@@ -31,6 +31,7 @@ __all__ = [
     "make_positive_definite",
     "solve",
     "solve_refined",
+    "unit_of",
     "with_least_jitter",
 ]
 
@@ -93,9 +94,14 @@ def make_positive_definite(matrix: Array, damping: ArrayLike) -> PositiveDefinit
     """
     system = PositiveDefinite(matrix, jnp.zeros(()), jnp.ones(()))
     damping = jnp.asarray(damping).astype(matrix.dtype)
-    unit = jnp.max(system.diagonal, initial=0.0) + damping
-    unit = jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1.0)
+    unit = unit_of(system.diagonal, damping)
     return PositiveDefinite(matrix, damping / unit, unit)
+
+
+def unit_of(diagonal: Array, damping: Scalar) -> Scalar:
+    """The largest entry on the diagonal of S + λI, or 1 where none can be a unit."""
+    unit = jnp.max(diagonal, initial=0.0) + damping
+    return jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1.0)
 
 
 def factorise(

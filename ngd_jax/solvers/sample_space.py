@@ -19,10 +19,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 
-from ngd_jax import tree
-from ngd_jax.gram import gram
+from ngd_jax import per_example, placement, tree
+from ngd_jax.gram import divided_gram, gram
+from ngd_jax.metric import check_count
 from ngd_jax.per_example import precision, ravel_real, working_dtype
+from ngd_jax.solvers.divided_gram import DividedGram
 from ngd_jax.solvers.positive_definite import (
     Factor,
     PositiveDefinite,
@@ -33,7 +37,13 @@ from ngd_jax.solvers.positive_definite import (
     solve_refined,
     with_least_jitter,
 )
-from ngd_jax.solvers.protocol import RightHandSide, Solution, Solver
+from ngd_jax.solvers.protocol import (
+    RightHandSide,
+    Solution,
+    Solver,
+    SolverInfo,
+    SolverStatus,
+)
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar
 
 __all__ = ["SampleSpace"]
@@ -44,6 +54,9 @@ _ROUND_OFF = 16.0
 _REFINEMENTS = 3
 # Powers of λ (G + λI)⁻¹ that make a projection onto the null space of G.
 _FILTERS = 4
+
+
+_OnVectors = Callable[[Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +99,21 @@ class SampleSpace(Solver):
       verify: whether to check the solution against the operator, at the cost of one
         product with F. False is for benchmarks: it trusts the rows, and reports the
         residual of G.
+      sharding: a mesh, and its axes that divide the rows of G, as in
+        `NamedSharding(mesh, P("data"))`: no device ever has the whole matrix. It is not
+        factorised: CG solves with it to working precision, preconditioned by each
+        device's own block unless λ is below √ε of the largest diagonal entry, at 2M²/D
+        operations a step on D devices and two gathers of M numbers. Damping near the
+        round-off of G takes a few solves in place of one.
+        The number of examples must be a multiple of D. None if every device has all
+        of G and factorises it.
+      max_steps: the most steps of such a solve; if they are too few, the status is
+        MAX_STEPS, and `relative_residual` says how far it has come.
 
     Raises:
-      ValueError: at trace time where the model cannot be run on single examples, since
-        no leaf of the batch has the leading axis of the outputs.
+      ValueError: for a `sharding` without mesh axes; at trace time where the model
+        cannot be run on single examples, since no leaf of the batch has the leading
+        axis of the outputs, and for examples that `sharding` cannot divide.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -116,6 +140,12 @@ class SampleSpace(Solver):
 
     block_size: int | None = None
     verify: bool = True
+    sharding: NamedSharding | None = None
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        placement.check_sharding(self.sharding, "the Gram matrix")
+        check_count("max_steps", self.max_steps)
 
     uses_coefficients: ClassVar[bool] = True
 
@@ -127,33 +157,25 @@ class SampleSpace(Solver):
         Raises:
           ValueError: for coefficients unlike what `fisher.sqrt_matvec` returns.
         """
-        matrix = gram(fisher, self.block_size)
-        dtype = matrix.dtype
-        scaled = make_positive_definite(matrix, damping)
-        root = jnp.sqrt(scaled.unit)
-        w, unravel = _coefficients(fisher, rhs.coefficients)
-        # 1. Units in which the largest diagonal entry of G + λI is 1: A / √u and √u w.
-        w = w.astype(dtype) * root
-
-        def push(vector: PyTree) -> Array:
-            return ravel_real(fisher.sqrt_matvec(vector))[0].astype(dtype) / root
-
-        def pull(vector: Array) -> PyTree:
-            return tree.divide(
-                tree.replicate(fisher.sqrt_rmatvec(unravel(vector))), root
-            )
-
-        g = tree.replicate(rhs.gradient)
+        if self.sharding is None:
+            matrix, order = gram(fisher, self.block_size), None
+            scaled = make_positive_definite(matrix, damping)
+        else:
+            matrix, order = divided_gram(fisher, self.sharding, self.block_size)
+            scaled = DividedGram(matrix, damping, self.sharding, self.max_steps)
+        system, w, rest = _in_units(fisher, rhs, scaled, order)
         is_known = rhs.coefficients is not None
-        rest = tree.axpy(-1.0, pull(w), g) if is_known else g
-        g_norm, round_off = tree.norm(g), _round_off(fisher)
 
-        def solve_with(jitter: Scalar, factor: Factor) -> tuple[PyTree, Scalar]:
-            system = _System(scaled, jitter, factor, push, pull, g_norm, round_off)
-            return _solve_factorised(system, w, rest, is_known=is_known)
+        def solve_with(inverse: _Inverse) -> tuple[PyTree, Scalar, SolverInfo | None]:
+            return _solve(system, inverse, w, rest, is_known=is_known)
 
-        solution, residual = with_least_jitter(scaled, solve_with)
-        return direct_solution(
+        if isinstance(scaled, DividedGram):
+            solution, residual, info = solve_with(_by_cg(scaled))
+        else:
+            solution, residual, info = with_least_jitter(
+                scaled, lambda *factor: solve_with(_by_factor(scaled, *factor))
+            )
+        found = direct_solution(
             fisher,
             rhs,
             tree.divide(solution, scaled.unit),
@@ -163,6 +185,7 @@ class SampleSpace(Solver):
             size=scaled.size(),
             verify=self.verify,
         )
+        return found if info is None else _with_steps(found, info)
 
 
 class _System(NamedTuple):
@@ -170,17 +193,13 @@ class _System(NamedTuple):
 
     Attributes:
       scaled: G + λI.
-      jitter: the jitter with which it was factorised.
-      factor: the factor.
       push: v -> A v.
       pull: u -> Aᵀ u.
       g_norm: ‖g‖.
       round_off: the relative round-off of a product with A.
     """
 
-    scaled: PositiveDefinite
-    jitter: Scalar
-    factor: Factor
+    scaled: PositiveDefinite | DividedGram
     push: Callable[[PyTree], Array]
     pull: Callable[[Array], PyTree]
     g_norm: Scalar
@@ -197,13 +216,114 @@ class _System(NamedTuple):
         return tree.norm(rest) <= self.round_off * longest
 
 
-def _solve_factorised(
-    system: _System, w: Array, rest: PyTree, *, is_known: bool
-) -> tuple[PyTree, Scalar]:
-    """The solution, and the norm of its residual by G.
+class _Inverse(NamedTuple):
+    """The ways to solve with G.
+
+    Attributes:
+      solve: b -> y with (G + λI) y = b, its residual, and the report of an iteration.
+      pseudo_inverse: () -> (b -> G⁺ b, x -> the part of x in the null space of G); made
+        once where it is needed.
+      map: applies a function along the first axis.
+    """
+
+    solve: Callable[[Array], tuple[Array, Array, SolverInfo | None]]
+    pseudo_inverse: Callable[[], tuple[_OnVectors, _OnVectors]]
+    map: Callable[[_OnVectors, Array], Array]
+
+
+def _in_units(
+    fisher: Any,
+    rhs: RightHandSide,
+    scaled: PositiveDefinite | DividedGram,
+    order: np.ndarray | None,
+) -> tuple[_System, Array, PyTree]:
+    """A in units in which the largest diagonal entry of G + λI is 1; w and g - Aᵀ w.
 
     Args:
-      system: A and the factor of G + λI.
+      fisher, rhs: as in `Solver.solve`.
+      scaled: G + λI.
+      order: where each coefficient is among the rows of G; None for the same place.
+    """
+    # 1. A / √u and √u w.
+    root, dtype = jnp.sqrt(scaled.unit), scaled.matrix.dtype
+    vector, unravel = _coefficients(fisher, rhs.coefficients)
+    back = None if order is None else np.argsort(order)
+
+    def permuted(vector: Array, order: np.ndarray | None) -> Array:
+        return vector if order is None else per_example.permuted(vector, order)
+
+    def push(vector: PyTree) -> Array:
+        pushed = ravel_real(fisher.sqrt_matvec(vector))[0].astype(dtype)
+        return permuted(pushed, back) / root
+
+    def pull(vector: Array) -> PyTree:
+        pulled = fisher.sqrt_rmatvec(unravel(permuted(vector, order)))
+        return tree.divide(tree.replicate(pulled), root)
+
+    w = permuted(vector.astype(dtype), back) * root
+    g = tree.replicate(rhs.gradient)
+    rest = g if rhs.coefficients is None else tree.axpy(-1.0, pull(w), g)
+    return _System(scaled, push, pull, tree.norm(g), _round_off(fisher)), w, rest
+
+
+def _by_factor(scaled: PositiveDefinite, jitter: Scalar, factor: Factor) -> _Inverse:
+    """Solves by a factorisation of G + λI.
+
+    G⁺ is that of G + √ε I, if that is more than λ: round-off of size ε in null vectors
+    of G comes out as ε/λ; with √ε for λ, and refinement, it stays small and the rest of
+    the spectrum right.
+    """
+
+    def pseudo_inverse() -> tuple[_OnVectors, _OnVectors]:
+        eps = float(jnp.finfo(scaled.matrix.dtype).eps)
+        shift = jnp.maximum(scaled.shift, eps**0.5)
+        shifted = jax.lax.cond(
+            scaled.shift >= eps**0.5,
+            lambda: factor,
+            lambda: factorise(scaled._replace(shift=shift), jitter)[0],
+        )
+
+        def inverse(b: Array) -> Array:
+            x = solve(shifted, b)
+            for _ in range(_REFINEMENTS):
+                x += solve(shifted, b - scaled.without_shift(x))
+            return x
+
+        def null_part(x: Array) -> Array:
+            for _ in range(_FILTERS):
+                x = shift * solve(shifted, x)
+            return x
+
+        return inverse, null_part
+
+    return _Inverse(
+        lambda b: (*solve_refined(scaled, factor, b), None),
+        pseudo_inverse,
+        lambda fn, vectors: jax.vmap(fn)(vectors),
+    )
+
+
+def _by_cg(scaled: DividedGram) -> _Inverse:
+    """Solves by CG, which finds G⁺ b for any b in the range of G."""
+
+    def solve(b: Array) -> tuple[Array, Array, SolverInfo]:
+        y, info = scaled.solve(b)
+        return y, b - scaled.product(y), info
+
+    def null_part(x: Array) -> Array:
+        return x - scaled.pseudo_solve(scaled.without_shift(x))
+
+    return _Inverse(solve, lambda: (scaled.pseudo_solve, null_part), jax.lax.map)
+
+
+def _solve(
+    system: _System, inverse: _Inverse, w: Array, rest: PyTree, *, is_known: bool
+) -> tuple[PyTree, Scalar, SolverInfo | None]:
+    """The solution, the norm of its residual by G, and the report of an iteration.
+
+    Args:
+      system: A and G + λI.
+      inverse: how to solve.
       w: the known coefficients of g, else zero.
       rest: g - Aᵀ w.
       is_known: whether there are any.
@@ -220,15 +340,15 @@ def _solve_factorised(
     w, rest, pushed = jax.lax.cond(
         damping * system.scaled.unit >= eps ** (1 / 3) * system.scaled.size(),
         lambda w, rest: (w, rest, push_if_any(w, rest)),
-        functools.partial(_split, system),
+        functools.partial(_split, system, inverse),
         *(w, rest),
     )
 
     # 3. What the samples do not span is solved by r / λ, or dropped.
     is_kept = ~system.is_nothing(rest, w) & (damping > 0)
-    inverse = jnp.where(is_kept, 1 / jnp.where(is_kept, damping, 1.0), 0.0)
-    y, residual = solve_refined(system.scaled, system.factor, w - inverse * pushed)
-    solution = tree.axpy(1.0, system.pull(y), tree.scale(inverse, rest))
+    share = jnp.where(is_kept, 1 / jnp.where(is_kept, damping, 1.0), 0.0)
+    y, residual, info = inverse.solve(w - share * pushed)
+    solution = tree.axpy(1.0, system.pull(y), tree.scale(share, rest))
 
     # 4. The residual is Aᵀ (w - A r / λ - (G + λI) y), and what was dropped.
     inside = jnp.maximum(residual @ system.scaled.without_shift(residual), 0.0)
@@ -236,25 +356,19 @@ def _solve_factorised(
     # Without damping y is long, and F sees the round-off of Aᵀ y.
     norm = jnp.sqrt(system.trace)
     rounded = eps * norm * (norm**2 + damping) * jnp.linalg.norm(y)
-    return solution, jnp.sqrt(inside + dropped**2) + rounded
+    return solution, jnp.sqrt(inside + dropped**2) + rounded, info
 
 
-def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Array]:
+def _split(
+    system: _System, inverse: _Inverse, w: Array, rest: PyTree
+) -> tuple[Array, PyTree, Array]:
     """Moves what the samples span from r to w, and takes null vectors of G out of w.
-
-    Both need G⁺. Round-off of size ε in null vectors of G comes out of it as ε/λ; with
-    √ε for λ, and refinement, it stays small and the rest of the spectrum right.
 
     Returns:
       w, r and A r.
     """
     eps = float(jnp.finfo(w.dtype).eps)
-    shift = jnp.maximum(system.scaled.shift, eps**0.5)
-    shifted = jax.lax.cond(
-        system.scaled.shift >= eps**0.5,
-        lambda: system.factor,
-        lambda: factorise(system.scaled._replace(shift=shift), system.jitter)[0],
-    )
+    pseudo_inverse, null_part = inverse.pseudo_inverse()
 
     def is_left(carry: tuple[Array, Array, PyTree, Array]) -> Array:
         count, w, rest, _ = carry
@@ -264,9 +378,7 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
     def move(carry: tuple[Array, Array, PyTree, Array]) -> tuple[Any, ...]:
         count, w, rest, _ = carry
         pushed = system.push(rest)
-        part = solve(shifted, pushed)
-        for _ in range(_REFINEMENTS):
-            part += solve(shifted, pushed - system.scaled.without_shift(part))
+        part = pseudo_inverse(pushed)
         rest = tree.axpy(-1.0, system.pull(part), rest)
         pushed -= system.scaled.without_shift(part)
         return count + 1, w + part, rest, pushed
@@ -277,15 +389,23 @@ def _split(system: _System, w: Array, rest: PyTree) -> tuple[Array, PyTree, Arra
     # Aᵀ takes a null vector to zero, but not its product with 1/λ, whose round-off is
     # large. Without a gap in the spectrum none can be told apart, and w is left alone.
     def without_null(w: Array) -> Array:
-        null = w
-        for _ in range(_FILTERS):
-            null = shift * solve(shifted, null)
+        null = null_part(w)
         size = _ROUND_OFF * eps * system.trace * jnp.linalg.norm(null)
         is_null = jnp.linalg.norm(system.scaled.without_shift(null)) <= size
         return jnp.where(is_null, w - null, w)
 
-    w, pushed = jax.vmap(without_null)(jnp.stack([w, pushed]))
+    w, pushed = inverse.map(without_null, jnp.stack([w, pushed]))
     return w, rest, pushed
+
+
+def _with_steps(solution: Solution, info: SolverInfo) -> Solution:
+    """The solution with the steps of CG, and whether they were too few."""
+    is_short = (info.status == SolverStatus.MAX_STEPS) & (
+        solution.info.status == SolverStatus.STAGNATED
+    )
+    status = jnp.where(is_short, SolverStatus.MAX_STEPS, solution.info.status)
+    changed = solution.info._replace(num_steps=info.num_steps, status=status)
+    return solution._replace(info=changed)
 
 
 def _coefficients(

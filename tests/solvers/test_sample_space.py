@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import ngd_jax as ngd
 from ngd_jax.dense import ravel_real
@@ -34,7 +36,16 @@ def amplitude(params, x):
 class Problem:
     """A model on a batch, its A in float64, and solves that are compiled once."""
 
-    def __init__(self, model_fn, params, batch, likelihood, block_size=None, **options):
+    def __init__(
+        self,
+        model_fn,
+        params,
+        batch,
+        likelihood,
+        block_size=None,
+        sharding=None,
+        **options,
+    ):
         arguments = (model_fn, params, batch, likelihood)
         self.params = params
         self.root = columns(*arguments, **options).astype(float)
@@ -50,7 +61,7 @@ class Problem:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
             coefficients = ravel_real(zeros)[1](w) if with_coefficients else None
             solution = ngd.solve_scaled(
-                ngd.SampleSpace(block_size),
+                ngd.SampleSpace(block_size, sharding=sharding),
                 fisher,
                 ngd.RightHandSide(rhs, coefficients=coefficients),
                 damping=damping,
@@ -84,8 +95,14 @@ class Problem:
         return np.linalg.norm(solution - truth) / np.linalg.norm(truth)
 
 
+def one_device():
+    """A mesh on which nothing is exchanged, but everything is done as on many."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, P("data"))
+
+
 @functools.cache
-def problem(name):
+def problem(name, is_divided=False):
     """Float64; by name, so that each is compiled once."""
     rng = np.random.default_rng(1)
 
@@ -124,7 +141,8 @@ def problem(name):
         "empirical": {"kind": "empirical", "targets": targets},
         "microbatches": {"microbatch_size": 4, "block_size": 2},
     }
-    return Problem(*make[name](), **options.get(name, {}))
+    sharding = one_device() if is_divided else None
+    return Problem(*make[name](), sharding=sharding, **options.get(name, {}))
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -171,6 +189,49 @@ def test_solution_equals_singular_values_at_every_damping(
             expected = Status.CONVERGED if is_small else Status.STAGNATED
             assert int(info.status) == expected, (kind, damping)
             assert kind != "inside" or is_small
+
+
+@pytest.mark.parametrize(
+    ("name", "with_coefficients"),
+    [
+        pytest.param("softmax", True, marks=pytest.mark.long),
+        pytest.param("complex", False, marks=pytest.mark.long),
+        slow("duplicates", True),
+        slow("density", False),
+        slow("weights", False),
+    ],
+)
+def test_divided_solution_equals_singular_values(name, with_coefficients, x64, rng):
+    """By CG on the rows of G: with coefficients in null vectors, and in any order."""
+    case = problem(name, is_divided=True)
+    for kind in ("inside", "mixed"):
+        w, g, truth = case.draw(rng, kind)
+        for damping in (0.0, 1e-8, 1e-4, 1.0):
+            known = w if with_coefficients else None
+            solution, info = case.solve(g, known, damping)
+            limit = 1e-9 if damping else 1e-6
+            assert case.error(solution, truth(damping)) < limit, (kind, damping)
+            assert int(info.status) in (Status.CONVERGED, Status.STAGNATED)
+            if kind == "inside" and damping:
+                assert int(info.status) == Status.CONVERGED, damping
+            assert int(info.num_steps) > 0
+
+
+@pytest.mark.long
+def test_too_few_steps_of_a_divided_solve_are_reported(rng):
+    params, x = narrow_problem(rng)
+    rhs = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+    # On one device the preconditioner is the matrix itself, but for round-off.
+    solver = ngd.SampleSpace(sharding=one_device(), max_steps=1)
+    _, info = solve_network(ngd.Categorical(), solver, params, x, rhs, 1e-4)
+    assert int(info.status) == Status.MAX_STEPS
+    assert int(info.num_steps) == 1
+    assert float(info.relative_residual) > 1e-4
+
+
+def test_a_sharding_without_mesh_axes_raises():
+    with pytest.raises(ValueError, match="that divide the Gram matrix as its only"):
+        ngd.SampleSpace(sharding=NamedSharding(one_device().mesh, P()))
 
 
 @pytest.mark.parametrize("name", ["softmax", slow("gaussian"), slow("duplicates")])

@@ -10,7 +10,11 @@ import jax
 import numpy as np
 
 from experiments.running.config import TrainConfig
-from experiments.running.distributed import make_mesh, replicated
+from experiments.running.distributed import (
+    examples_sharding,
+    make_mesh,
+    replicated,
+)
 from experiments.running.learner import Advance, Records, Rows
 from experiments.running.optimizers import make_optimizer
 from experiments.running.plots import plot_curves
@@ -110,9 +114,10 @@ class SupervisedLearner:
         if not self._is_streamed:
             return self._train
         stacked = (self._config.steps_per_dispatch, self._batch_size)
+        sharding = examples_sharding(self._mesh, self._batch_size, axis=1)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
-                (*stacked, *leaf.shape[1:]), leaf.dtype, sharding=replicated(self._mesh)
+                (*stacked, *leaf.shape[1:]), leaf.dtype, sharding=sharding
             ),
             self._train,
         )

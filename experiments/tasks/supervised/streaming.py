@@ -3,8 +3,9 @@
     batch(step) = data[permutation(key, epoch)[position]]    exactly as on the device
 
 A separate thread gathers the batches of the next dispatches, from memory or from a
-memory-mapped file, while the devices compute. Since a batch depends only on the key and
-the step, the results do not depend on how far the thread is ahead.
+memory-mapped file, while the devices compute. Each process reads only the examples that
+belong to its own devices, if these can be given equally many. Since a batch depends
+only on the key and the step, the results do not depend on how far the thread is ahead.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.running.distributed import replicate
+from experiments.running.distributed import examples_sharding
 from experiments.tasks import num_examples
 from experiments.tasks.supervised.batches import epoch_permutation
 
@@ -51,21 +52,40 @@ class HostBatches:
         self._batch_size, self._capacity = batch_size, capacity
         self._epoch, self._order = -1, np.zeros(0, np.int32)
 
-    def take(self, step: int, num_steps: int) -> PyTree:
+    def take(self, step: int, num_steps: int, mesh: Mesh | None = None) -> PyTree:
         """Returns the batches from `step` on, `[capacity, batch_size, ...]`.
 
         The first `num_steps` are the batches of these steps; the others are zero.
+
+        Args:
+          step: the first step.
+          num_steps: at most `capacity`.
+          mesh: the devices that share the examples of every batch; None for arrays on
+            the host.
         """
         chosen = [self._indices(step + index) for index in range(num_steps)]
 
-        def gather(leaf: np.ndarray) -> np.ndarray:
-            shape = (self._capacity, self._batch_size, *leaf.shape[1:])
-            batches = np.zeros(shape, leaf.dtype)
+        def gather(leaf: np.ndarray, examples: slice) -> np.ndarray:
+            size = len(range(*examples.indices(self._batch_size)))
+            batches = np.zeros((self._capacity, size, *leaf.shape[1:]), leaf.dtype)
             for batch, indices in zip(batches, chosen, strict=False):
-                batch[...] = leaf[indices]
+                batch[...] = leaf[indices[examples]]
             return batches
 
-        return jax.tree.map(gather, self._data)
+        def place(leaf: np.ndarray) -> Any:
+            if mesh is None:
+                return gather(leaf, slice(None))
+
+            def own(index: Any) -> np.ndarray:
+                return gather(leaf, index[1])
+
+            return jax.make_array_from_callback(
+                (self._capacity, self._batch_size, *leaf.shape[1:]),
+                examples_sharding(mesh, self._batch_size, axis=1),
+                own,
+            )
+
+        return jax.tree.map(place, self._data)
 
     def _indices(self, step: int) -> np.ndarray:
         epoch, position = divmod(step, self._size // self._batch_size)
@@ -93,7 +113,8 @@ def stream(
       batches: where they come from.
       plan: the first step of each dispatch and its number of steps.
       prefetch: largest number of dispatches that wait on the devices.
-      mesh: the devices, each of which gets all batches; None for the default device.
+      mesh: the devices among which the examples of each batch are divided, if they can
+        be divided equally; None for the default device.
 
     Yields:
       An iterator over the results of `batches.take` for each dispatch. It raises any
@@ -113,7 +134,8 @@ def stream(
             for step, num_steps in plan:
                 if is_over.is_set():
                     return
-                hand_over((replicate(batches.take(step, num_steps), mesh), None))
+                taken = batches.take(step, num_steps, mesh)
+                hand_over((jax.device_put(taken) if mesh is None else taken, None))
             hand_over((None, StopIteration()))
         except BaseException as error:  # noqa: BLE001
             hand_over((None, error))

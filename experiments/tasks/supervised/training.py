@@ -18,7 +18,11 @@ from jax.sharding import Mesh
 
 import ngd_jax as ngd
 from experiments.running.dispatch import fix_types, match_types, take_steps
-from experiments.running.distributed import replicate, replicated, split_examples
+from experiments.running.distributed import (
+    place_examples,
+    replicated,
+    split_examples,
+)
 from experiments.running.optimizers import read_step_info, take_step
 from experiments.tasks import Task, num_examples
 from experiments.tasks.supervised.batches import (
@@ -187,7 +191,7 @@ def make_evaluate_fn(
             end = min(start + batch_size, size)
             batch = jax.tree.map(lambda leaf, i=start, j=end: leaf[i:j], data)
             if isinstance(jax.tree.leaves(batch)[0], np.ndarray):
-                batch = replicate(batch, mesh)
+                batch = place_examples(batch, mesh)
             means = evaluate_batch(state.params, state.model_state, batch)
             weight = task.count(batch) / whole
             for name, mean in means.items():

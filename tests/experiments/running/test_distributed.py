@@ -319,3 +319,68 @@ def test_mistake_that_the_processes_find_is_one_line(tmp_path):
     assert output.startswith("error: `batch_size` must be at most the 1437")
     assert len(output.splitlines()) == 1
     assert not list(runs.glob("*"))
+
+
+FOUR = "distributed.num_processes=4"
+# Each process streams its own sixteen digits of every batch; a state that takes a while
+# to write.
+WRITING = (
+    *("optimizer=sgd", "task.hidden_sizes=[2048]", "batch_size=64", "stream_above=0"),
+    *("steps=60", "steps_per_dispatch=5", "eval_every=30", "checkpoint_every=10"),
+    # Large steps would amplify the round-off between different numbers of processes.
+    *("eval_train_examples=64", "log_every=1000", "optimizer.learning_rate=0.01"),
+)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_of_four_was_killed_while_it_wrote(tmp_path):
+    """The checkpoint under way is lost, and the one before it is whole."""
+    folder = tmp_path / "run"
+    launcher = start_program(*WRITING, FOUR, f"hydra.run.dir={folder}")
+    try:
+        wait_for(folder / "checkpoints" / "20.sha256", launcher)
+        pids = worker_pids(folder)
+        assert len(pids) == 4
+        while not (written := unfinished(folder)):
+            assert launcher.poll() is None
+        os.kill(pids[0], signal.SIGKILL)  # the one that writes
+        output, _ = launcher.communicate(timeout=300)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 1, output
+    assert "process 0 of 4 was killed by SIGKILL" in output.splitlines()[-1]
+    # It was in the middle: neither this step nor any later one is there.
+    step = max(int(path.stem) for path in (folder / "checkpoints").glob("*.sha256"))
+    assert step == written - 10
+    config = recorded_config(folder)
+    state = last_state(config, folder)
+
+    alone = tmp_path / "alone"
+    train(alone, *WRITING, f"steps={step}")
+    assert_same_leaves(state, last_state(recorded_config(alone), alone))
+    whole = tmp_path / "whole"
+    train(whole, *WRITING)
+    status, output = run_program(f"resume={folder}", TWO)
+    assert status == 0, output
+    assert f"continues after step {step}," in output
+    assert_same_numbers(folder, whole, rtol=1e-4)
+
+
+def unfinished(folder):
+    """The step of a checkpoint that Orbax has begun and not committed; 0 for none."""
+    begun = (folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")
+    return max((int(path.name.split(".")[0]) for path in begun), default=0)
+
+
+def assert_same_leaves(state, other):
+    """To round-off: the sums over examples are taken in another order."""
+    for leaf, other_leaf in zip(
+        jax.tree.leaves(state._replace(key=())),
+        jax.tree.leaves(other._replace(key=())),
+        strict=True,
+    ):
+        np.testing.assert_allclose(leaf, other_leaf, rtol=1e-4, atol=1e-6)
+    assert jax.random.key_data(state.key).tolist() == (
+        jax.random.key_data(other.key).tolist()
+    )

@@ -1,6 +1,9 @@
 """Streamed batches: equal to the device's, in order, bounded, resumed bit for bit."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,7 +19,12 @@ from experiments.tasks.supervised.batches import (
     take_batch,
 )
 from experiments.tasks.supervised.streaming import HostBatches, size_in_mib, stream
-from tests.experiments.helpers import assert_same_bits, make_config, train_config
+from tests.experiments.helpers import (
+    REPOSITORY,
+    assert_same_bits,
+    make_config,
+    train_config,
+)
 
 KEY = jax.random.key(3)
 DATA = {"x": np.arange(44.0, dtype=np.float32).reshape(22, 2), "y": np.arange(22)}
@@ -52,6 +60,48 @@ def test_memory_mapped_arrays_give_the_same_batches(tmp_path):
     np.save(tmp_path / "x.npy", DATA["x"])
     mapped = {**DATA, "x": np.load(tmp_path / "x.npy", mmap_mode="r")}
     assert_same_bits(make_batches(mapped).take(2, 3), make_batches().take(2, 3))
+
+
+READS_OF_FOUR_DEVICES = """
+import jax, numpy as np
+from experiments.running.distributed import make_mesh
+from experiments.tasks.supervised.streaming import HostBatches
+
+class Reads(np.ndarray):
+    def __getitem__(self, index):
+        sizes.append(len(index))
+        return np.asarray(super().__getitem__(index))
+
+for batch_size in (8, 6):
+    sizes = []
+    data = {"x": np.arange(44.0).reshape(22, 2).view(Reads)}
+    key = jax.random.key(3)
+    batches = HostBatches(data, key, batch_size=batch_size, capacity=3)
+    taken = batches.take(1, 2, make_mesh())["x"]
+    data = {"x": np.asarray(data["x"])}
+    whole = HostBatches(data, key, batch_size=batch_size, capacity=3).take(1, 2)["x"]
+    assert (np.asarray(taken) == whole).all()
+    print(sorted(set(sizes)), tuple(taken.sharding.spec))
+"""
+
+
+def test_a_device_reads_its_own_examples_only():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    printed = subprocess.run(
+        [sys.executable, "-c", READS_OF_FOUR_DEVICES],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    # Six examples cannot be divided equally.
+    divided, whole = printed.splitlines()
+    assert divided == "[2] (None, 'data')"
+    assert whole == "[6] ()"
 
 
 def test_stream_follows_the_plan_and_ends_with_it():
