@@ -207,7 +207,7 @@ def test_blocks_of_a_stack_are_those_of_separate_layers(name, places, x64):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["scales", "microbatches", "averages"])
+@pytest.mark.parametrize("how", ["scales", "microbatches", "averages", "blocks"])
 def test_stacks_are_those_of_separate_layers_in_all_else(how, x64):
     params, x = stack_params(), normal(0, COUNT, WIDTH)
     vector = jax.tree.map(lambda leaf: normal(8, *leaf.shape), params)
@@ -221,8 +221,8 @@ def test_stacks_are_those_of_separate_layers_in_all_else(how, x64):
     )
     results = []
     for model_fn, own_params, own_vector in models:
-        if how == "averages":
-            kronecker = Kronecker()
+        if how in ("averages", "blocks"):
+            kronecker = Kronecker(max_block=4 if how == "blocks" else None)
             state = kronecker.init(own_params)
             for k in range(3):
                 fisher = fisher_of(model_fn, own_params, x + k)
