@@ -97,7 +97,7 @@ def test_in_float32_the_error_is_that_of_its_round_off(tmp_path):
 
 @pytest.mark.slow
 def test_fresh_points_in_five_dimensions(tmp_path):
-    overrides = ("problem=poisson5d", "task.layout=random", "task.fresh_points=true")
+    overrides = ("problem=poisson5d", "task.layout=random", "task.redraw_every=1")
     result = run(tmp_path / "run", *overrides, "steps=10", "eval_every=10")
     assert error_of(result) < 100
 
@@ -108,7 +108,13 @@ def test_fresh_points_in_five_dimensions(tmp_path):
         (("task.interior=50",), "`task.interior` must be a square"),
         (("problem=poisson5d", "task.layout=grid"), "`task.layout` must be halton or"),
         (("task.layout=halton", "task.boundary=10"), "`task.boundary` must be a multi"),
-        (("task.fresh_points=true",), "`task.fresh_points` must be false"),
+        (("task.redraw_every=1",), "`task.redraw_every` must be null"),
+        (("task.residual_power=1",), "`task.residual_power` must be 0 without"),
+        (
+            ("task.causality=1",),
+            "`task.causality` must be 0 for task.problem=poisson2d",
+        ),
+        (("problem=laplace_lshape", "task.layout=grid"), "whose region is no box"),
         (("batch_size=10",), "`batch_size` is about a training set"),
         (("optimizer.learning_rate=null",), "`optimizer.learning_rate` and"),
         (("+optimizer.solver.rcond=1e-8",), "which has .*, slack, factors"),

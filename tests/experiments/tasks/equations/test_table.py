@@ -29,7 +29,9 @@ TASK = PhysicsConfig(
     interior=25,
     boundary=16,
     layout="grid",
-    fresh_points=False,
+    redraw_every=None,
+    residual_power=0.0,
+    causality=0.0,
     test_points=100,
 )
 CONFIG = TableConfig(
