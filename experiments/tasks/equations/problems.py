@@ -117,9 +117,6 @@ def _helmholtz2d() -> Problem:
     )
 
 
-_VISCOSITY = 0.01 / math.pi
-
-
 def _burgers(viscosity: float, **options: Any) -> Problem:
     return Problem(
         low=(-1.0, 0.0),
@@ -132,11 +129,25 @@ def _burgers(viscosity: float, **options: Any) -> Problem:
 
 
 def _burgers1d() -> Problem:
+    """With ν = 0.01 / π; right at t = 0, odd and periodic in x, for all parameters.
+
+    s, an odd function of sin πx, spreads the front, which is as wide as 2ν:
+    u = -sin πx + t s network(cos πx, 2 s², t).
+    """
+
+    def spread(x: jax.Array) -> jax.Array:
+        wave = jnp.sin(jnp.pi * x[0]) / jnp.pi
+        return jnp.arcsinh(math.sinh(6.0) * wave) / 6.0
+
     return _burgers(
-        _VISCOSITY,
+        0.01 / math.pi,
         name="burgers1d",
-        faces=PARABOLIC_FACES,
-        weights=_BOUNDARY_FIRST,
+        faces=(),
+        weights={"interior": 1.0},
+        features=lambda x: jnp.stack(
+            [jnp.cos(jnp.pi * x[0]), 2 * spread(x) ** 2, x[1]]
+        ),
+        hard=lambda x: (-jnp.sin(jnp.pi * x[0]), x[1] * spread(x)),
         stretch=4.0,  # 27 times as dense in the middle as at the ends
     )
 

@@ -76,7 +76,9 @@ def test_the_reference_problem_is_solved_from_every_seed(seed, tmp_path):
         ("heat1d", 150, 1e-6),
         ("helmholtz2d", 200, 1e-5),
         ("poisson5d", 150, 1e-5),
-        ("burgers1d", 300, 5e-3),
+        ("burgers1d", 100, 1e-4),
+        ("laplace_lshape", 100, 1e-2),
+        ("allen_cahn", 100, 1e-2),
         ("poisson20d", 20, 0.2),
     ],
 )

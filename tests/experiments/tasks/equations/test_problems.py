@@ -108,9 +108,10 @@ def test_a_problem_without_a_boundary_has_points_inside_only(layout):
     assert set(residuals) == set(problem.weights)
 
 
-def test_periods_and_hard_values_hold_for_any_parameters(rng):
-    problem = make_problem("burgers_periodic")
-    params = init_network(jax.random.key(1), (problem.num_features, 4, 1), None)
+@pytest.mark.parametrize("name", ["burgers_periodic", "burgers1d"])
+def test_periods_and_hard_values_hold_for_any_parameters(name, rng):
+    problem = make_problem(name)
+    params = problem.init(jax.random.key(1), [4], None)
     value = jax.vmap(functools.partial(problem.value, params))
     points = rng.uniform(-1, 1, (5, 2))
     moved = points + np.asarray([2.0, 0.0])
@@ -119,6 +120,9 @@ def test_periods_and_hard_values_hold_for_any_parameters(rng):
     expected = -np.sin(np.pi * points[:, 0])
     np.testing.assert_allclose(value(start), expected, rtol=1e-14)
     assert np.abs(value(points) - expected).max() > 0.1
+    if name == "burgers1d":
+        mirrored = points * np.asarray([-1.0, 1.0])
+        np.testing.assert_allclose(value(points), -value(mirrored), rtol=1e-13)
 
 
 def test_jets_of_features_and_hard_values_are_those_of_autodiff(rng):
@@ -197,12 +201,13 @@ def test_the_solution_of_allen_cahn_is_that_of_an_implicit_solver():
         for sign in (1, -1):
             exact = make_problem("allen_cahn").solution(points * jnp.asarray([sign, 1]))
             np.testing.assert_allclose(exact, expected, atol=2e-6)
-            assert np.ptp(exact) > 1.5
+            assert np.ptp(exact) > 1.4
 
 
 def test_points_of_a_region_lie_in_it():
     problem = make_problem("laplace_lshape")
-    points = problem.draw_points(jax.random.key(0), Sizes(60, 30, "halton"))
+    draw = jax.jit(problem.draw_points, static_argnums=1)
+    points = draw(jax.random.key(0), Sizes(60, 30, "halton"))
     for name, tolerance in (("interior", 0.0), ("boundary", 1e-9)):
         x, y = np.asarray(points[name]).T
         assert not ((x > tolerance) & (y < -tolerance)).any()
@@ -211,7 +216,7 @@ def test_points_of_a_region_lie_in_it():
     )
     x, y = np.asarray(problem.test_points(900)).T
     assert not ((x > 0) & (y < 0)).any()
-    assert len(x) > 600
+    assert len(x) > 550
 
 
 def test_new_points_follow_the_residual():
@@ -234,15 +239,19 @@ def test_causal_weights_scale_the_squares_of_the_residuals():
     problem = make_problem("allen_cahn")
     params = problem.init(jax.random.key(1), [4], None)
     points = problem.draw_points(jax.random.key(0), Sizes(50, 0, "halton"))
-    weighed = problem.weigh_causally(params, points, 10.0)
+
+    @jax.jit
+    def both(params):
+        weighed = problem.weigh_causally(params, points, 10.0)
+        return weighed, [problem.residuals(params, p) for p in (points, weighed)]
+
+    weighed, residuals = both(params)
     weights = np.asarray(weighed["interior_weights"])
     order = np.argsort(points["interior"][:, 1])
     assert (np.diff(weights[order]) <= 0).all()
     assert weights.max() == 1
     assert weights.min() < 0.9
-    plain, scaled = (
-        problem.residuals(params, p)["interior"] for p in (points, weighed)
-    )
+    plain, scaled = (blocks["interior"] for blocks in residuals)
     np.testing.assert_allclose(scaled**2, weights * plain**2, rtol=1e-12)
 
 
@@ -273,11 +282,11 @@ def test_a_grid_has_every_corner_once():
 
 def test_points_of_a_layer_are_dense_and_count_as_much_as_their_spacing():
     problem = make_problem("burgers1d")
-    points = problem.draw_points(jax.random.key(0), Sizes(400, 9, "grid"))
+    points = problem.draw_points(jax.random.key(0), Sizes(400, 0, "grid"))
     x = np.unique(np.asarray(points["interior"])[:, 0].round(12))
     wide = np.diff(x)
     np.testing.assert_allclose(x, -x[::-1], atol=1e-12)
-    params = init_network(jax.random.key(1), (2, 4, 1), None)
+    params = problem.init(jax.random.key(1), [4], None)
     even = dataclasses.replace(problem, stretch=0.0)
     ratio = problem.residuals(params, points)["interior"]
     ratio /= even.residuals(params, points)["interior"]
