@@ -44,7 +44,7 @@ def allen_cahn_solution(points: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _allen_cahn_coefficients(num_waves: int = 192, num_times: int = 48) -> np.ndarray:
+def _allen_cahn_coefficients(num_waves: int = 288, num_times: int = 48) -> np.ndarray:
     """c, `[num_waves, num_times]`: cosines in space, Runge-Kutta steps in time.
 
     The series in time goes through its values at Chebyshev's points.

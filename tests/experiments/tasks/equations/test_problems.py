@@ -174,7 +174,7 @@ def test_the_solution_of_burgers_is_that_of_a_spectral_solver():
 
 def test_the_solution_of_allen_cahn_is_that_of_an_implicit_solver():
     """Finite differences in space, to fourth order, and LSODA of SciPy in time."""
-    n, times = 401, np.asarray([0.3, 1.0])
+    n, times = 801, np.asarray([0.3, 1.0])
     x = np.linspace(0, 1, n)
     shift = 0.001 * (n - 1) ** 2
 
