@@ -147,7 +147,7 @@ def disk(center: tuple[float, float], radius: float) -> Region:
 
     def curve(s: jax.Array) -> jax.Array:
         angle = 2 * jnp.pi * s
-        return middle + radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+        return radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)]) + middle
 
     low, high = (tuple((middle + sign * radius).tolist()) for sign in (-1, 1))
     return Region(level, curve, 2 * math.pi * radius, low, high)

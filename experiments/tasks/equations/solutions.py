@@ -54,7 +54,8 @@ def _allen_cahn_coefficients(num_waves: int = 288, num_times: int = 48) -> np.nd
     u = np.cos(np.pi * x) * (1 - np.cos(np.pi * x)) / 2
 
     def slope(u: np.ndarray) -> np.ndarray:
-        diffusion = scipy.fft.idct(-decay * scipy.fft.dct(u, type=1), type=1)
+        spectrum = np.asarray(scipy.fft.dct(u, type=1))
+        diffusion = np.asarray(scipy.fft.idct(-decay * spectrum, type=1))
         return diffusion + 5 * (u - u**3)
 
     times = (1 - np.cos(np.pi * np.arange(num_times) / (num_times - 1))) / 2
@@ -68,7 +69,7 @@ def _allen_cahn_coefficients(num_waves: int = 288, num_times: int = 48) -> np.nd
             k3 = slope(u + h / 2 * k2)
             u = u + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(u + h * k3))
         values.append(u)
-    spectrum = scipy.fft.dct(np.asarray(values), type=1, axis=1) / (num_waves - 1)
+    spectrum = np.asarray(scipy.fft.dct(np.asarray(values), type=1)) / (num_waves - 1)
     spectrum[:, [0, -1]] /= 2
     at_times = np.polynomial.chebyshev.chebvander(2 * times - 1, num_times - 1)
     return np.linalg.solve(at_times, spectrum).T

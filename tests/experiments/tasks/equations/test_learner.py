@@ -78,6 +78,7 @@ def test_an_unknown_coefficient_is_found_as_well_as_the_data_tell_it(tmp_path):
     assert abs(found - 0.25) < 4 * standard_error
     assert standard_error < 2e-3
     reported = result.metrics["test_coefficient_error"]
+    assert reported is not None
     np.testing.assert_allclose(reported, abs(found / 0.25 - 1), rtol=1e-6)
 
 
