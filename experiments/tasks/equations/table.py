@@ -96,13 +96,13 @@ def measure(config: TableConfig, say: Any = print) -> dict[str, list[Course]]:
             raise ConfigError(
                 f"`peers` must be some of {', '.join(PEERS)}, got {name!r}."
             )
-    test_points = problem.test_points(task.test_points)
-    error_of = l2_error(problem, test_points)
     if task.redraw_every is not None or task.causality:
         raise ConfigError(
             "`task.redraw_every` must be null and `task.causality` 0 in the table: all "
             "peers lower one loss, on the same points."
         )
+    test_points = problem.test_points(task.test_points)
+    error_of = l2_error(problem, test_points)
     sizes = Sizes(task.interior, task.boundary, task.layout)
     paths: dict[str, list[Course]] = {name: [] for name in names}
     runs = {name: iterate(name, _CHUNKS.get(name, _CHUNK)) for name in names}
