@@ -8,7 +8,10 @@ that loss, and natural gradient descent is known as energy natural gradient.
 * `settings`: the settings of a configuration;
 * `derivatives`: networks with their first and second derivatives in one pass;
 * `problem`: what a problem is, its points, and forms such as periodic features;
-* `problems`: equations, domains, exact solutions;
+* `points`, `weights`: points that follow the residual, weights that respect causality;
+* `regions`: points in and around disks, polygons, their unions and differences;
+* `unknowns`: coefficients of an equation that are found from data;
+* `problems`, `solutions`: equations, domains, exact solutions;
 * `learner`: the learner for the loop of `experiments.train`;
 * `pictures`: solution, error and residual;
 * `peers`, `table`: other methods, compared at equal CPU time.

@@ -22,7 +22,6 @@ from experiments.running.learner import Advance, Records, Rows
 from experiments.running.optimizers import make_optimizer, read_step_info
 from experiments.running.screen import Column
 from experiments.running.settings import ConfigError
-from experiments.tasks.equations.derivatives import init_network
 from experiments.tasks.equations.pictures import draw_curves, draw_solution
 from experiments.tasks.equations.problem import Points, Problem, Sizes
 from experiments.tasks.equations.problems import make_problem
@@ -45,12 +44,14 @@ class PhysicsState(NamedTuple):
       key: for drawing the points of a step.
       params: of the network.
       opt_state: of the optimizer.
+      points: those of the last step.
     """
 
     step: jax.Array
     key: jax.Array
     params: PyTree
     opt_state: PyTree
+    points: Points
 
 
 class PhysicsLearner:
@@ -67,23 +68,36 @@ class PhysicsLearner:
         task: PhysicsConfig = config.task
         self._config = config
         self.problem = make_problem(task.problem)
-        self._sizes = Sizes(task.interior, task.boundary, task.layout)
+        sizes = Sizes(task.interior, task.boundary, task.layout)
         self._task = physics_task(self.problem, task)
         tx = make_optimizer(config.optimizer, self._task)
         key = jax.random.key(config.seed)
         points_key = jax.random.fold_in(key, POINTS_STREAM)
-        points = self.problem.draw_points(points_key, self._sizes)
+        points = self.problem.draw_points(points_key, sizes)
 
-        def points_of(step: jax.Array) -> Points:
-            if not task.fresh_points:
+        def points_of(state: PhysicsState) -> Points:
+            if task.redraw_every is None:
+                return state.points
+            is_due = (state.step > 0) & (state.step % task.redraw_every == 0)
+            step_key = jax.random.fold_in(points_key, state.step)
+            return jax.lax.cond(
+                is_due,
+                lambda: self.problem.redraw_points(
+                    step_key, state.params, state.points, sizes, task.residual_power
+                ),
+                lambda: state.points,
+            )
+
+        def weighed(params: PyTree, points: Points) -> Points:
+            if not task.causality:
                 return points
-            step_key = jax.random.fold_in(points_key, step)
-            return self.problem.draw_points(step_key, self._sizes)
+            return self.problem.weigh_causally(params, points, task.causality)
 
         self._train_chunk = _make_train_chunk(
             self._task,
             tx,
             points_of,
+            weighed,
             capacity=config.steps_per_dispatch,
             measure_kl=config.measure_kl,
         )
@@ -92,7 +106,8 @@ class PhysicsLearner:
 
         def init(key: jax.Array) -> PhysicsState:
             params, _ = self._task.init_fn(key)
-            return PhysicsState(jnp.zeros((), jnp.int32), key, params, tx.init(params))
+            step = jnp.zeros((), jnp.int32)
+            return PhysicsState(step, key, params, tx.init(params), points)
 
         self.first_state = fix_types(jax.jit(init)(key))
         self.columns = (
@@ -100,6 +115,8 @@ class PhysicsLearner:
             Column("scale", "step_scale", ".2g"),
             Column("L2 error", "test_l2_error", ".2e"),
         )
+        if self.problem.unknowns is not None:
+            self.columns += (Column("coeff.", "test_coefficient_error", ".1e"),)
 
     @contextlib.contextmanager
     def start(self, state: PhysicsState) -> Iterator[Advance]:
@@ -120,9 +137,13 @@ class PhysicsLearner:
         return advance
 
     def evaluate(self, state: PhysicsState) -> dict[str, Any]:
-        """Returns the L2 error, absolute and relative to the solution."""
+        """Returns the L2 error, absolute and relative, and that of coefficients."""
         error, relative = self._error(state.params)
-        return {"test_l2_error": error, "test_relative_error": relative}
+        metrics = {"test_l2_error": error, "test_relative_error": relative}
+        if (unknowns := self.problem.unknowns) is not None:
+            found = unknowns.relative_error(state.params["coefficients"])
+            metrics["test_coefficient_error"] = found
+        return metrics
 
     def draw(
         self, state: PhysicsState, records: Rows, folder: Path, title: str
@@ -135,12 +156,12 @@ class PhysicsLearner:
 
 def physics_task(problem: Problem, config: PhysicsConfig) -> Task:
     """The equation in the form that optimizers expect: a task whose data are points."""
-    widths = (problem.num_features, *config.hidden_sizes, 1)
+    sizes, scale = config.hidden_sizes, config.initial_scale
     return Task(
         name="pinn",
         train={},
         test={},
-        init_fn=lambda key: (init_network(key, widths, config.initial_scale), {}),
+        init_fn=lambda key: (problem.init(key, sizes, scale), {}),
         model_fn=problem.residuals,
         likelihood=problem.likelihood,
         output_loss_fn=problem.loss,
@@ -171,7 +192,8 @@ def l2_error(
 def _make_train_chunk(
     task: Task,
     tx: optax.GradientTransformationExtraArgs,
-    points_of: Callable[[jax.Array], Points],
+    points_of: Callable[[PhysicsState], Points],
+    weighed: Callable[[PyTree, Points], Points],
     *,
     capacity: int,
     measure_kl: bool,
@@ -181,7 +203,8 @@ def _make_train_chunk(
     def take_step(
         state: PhysicsState, _index: jax.Array
     ) -> tuple[PhysicsState, Records]:
-        points = points_of(state.step)
+        drawn = points_of(state)
+        points = weighed(state.params, drawn)
         value, grads = jax.value_and_grad(task.loss_fn)(state.params, points)
         updates, opt_state = tx.update(
             grads,
@@ -198,7 +221,7 @@ def _make_train_chunk(
             records["measured_kl"] = ngd.mean_kl(
                 task.model_fn, state.params, params, points, task.likelihood
             )
-        new = PhysicsState(state.step + 1, state.key, params, opt_state)
+        new = PhysicsState(state.step + 1, state.key, params, opt_state, drawn)
         return match_types(new, state), records
 
     def train_chunk(
@@ -230,7 +253,12 @@ def _check(config: TrainConfig) -> None:
                 f"`task.interior` must be a square for task.layout=grid, got "
                 f"{task.interior}."
             )
-    faces = len(problem.faces)
+    if problem.region is not None and task.layout == "grid":
+        raise ConfigError(
+            f"`task.layout` must be halton or random for task.problem={task.problem}, "
+            f"whose region is no box; got grid."
+        )
+    faces = problem.num_faces
     if (faces == 0) != (task.boundary == 0):
         raise ConfigError(
             f"`task.boundary` must be {'positive' if faces else 0} for "
@@ -242,11 +270,7 @@ def _check(config: TrainConfig) -> None:
             f"`task.boundary` must be a multiple of {faces} for "
             f"task.layout={task.layout}, got {task.boundary}."
         )
-    if task.fresh_points and task.layout != "random":
-        raise ConfigError(
-            f"`task.fresh_points` must be false for task.layout={task.layout}: only "
-            f"random points can change in every step."
-        )
+    _check_steps(task, problem)
     for name in ("batch_size", "eval_train_examples", "stream_above"):
         if (value := getattr(config, name)) is not None:
             raise ConfigError(
@@ -257,4 +281,24 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             f"`distributed.num_processes` must be 1 for task=pinn, got "
             f"{config.distributed.num_processes}."
+        )
+
+
+def _check_steps(task: PhysicsConfig, problem: Problem) -> None:
+    """What changes from step to step: points and their weights."""
+    allowed = ("halton", "random") if task.residual_power else ("random",)
+    if task.redraw_every is not None and task.layout not in allowed:
+        raise ConfigError(
+            f"`task.redraw_every` must be null for task.layout={task.layout}: only "
+            f"random points can change, and with task.residual_power those of halton."
+        )
+    if task.residual_power and task.redraw_every is None:
+        raise ConfigError(
+            f"`task.residual_power` must be 0 without task.redraw_every, got "
+            f"{task.residual_power}."
+        )
+    if task.causality and not problem.is_in_time:
+        raise ConfigError(
+            f"`task.causality` must be 0 for task.problem={task.problem}, which has no "
+            f"time; got {task.causality}."
         )

@@ -81,7 +81,7 @@ def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> N
     _draw(panels[0], axes, values, "solution", is_signed_log=False)
     _draw(panels[1], axes, values - exact, "error", is_signed_log=True)
     _draw(panels[2], axes, residual, "residual", is_signed_log=True)
-    is_in_time = problem.operator[1] == 0
+    is_in_time = problem.dimension == 2 and problem.is_in_time
     for panel in panels:
         panel.set_xlabel("x" if is_in_time else "x₁")
         panel.set_ylabel("t" if is_in_time else "x₂")
@@ -94,9 +94,13 @@ def _fields(
     values = jax.vmap(functools.partial(problem.value, params))(points)
     exact = problem.solution(points)
     batch = {"interior": points}
-    if problem.faces:
-        batch |= {"boundary": points[:1], "boundary_values": exact[:1]}
-    return values, exact, problem.residuals(params, batch)["interior"]
+    for name in problem.weights.keys() - batch.keys():
+        batch |= {name: points[:1], f"{name}_values": exact[:1]}
+    fields = values, exact, problem.residuals(params, batch)["interior"]
+    if problem.region is None:
+        return fields
+    is_inside = jax.vmap(problem.region.contains)(points)
+    return jax.tree.map(lambda field: jnp.where(is_inside, field, jnp.nan), fields)
 
 
 def _draw(
@@ -107,7 +111,7 @@ def _draw(
     norm = None
     if is_signed_log:
         norm = SymLogNorm(largest / 10**_DECADES, vmin=-largest, vmax=largest)
-    root_mean_square = np.sqrt(np.mean(field**2))
+    root_mean_square = np.sqrt(np.nanmean(field**2))
     image = panel.pcolormesh(
         *axes, field, cmap="RdBu_r" if is_signed_log else "viridis", norm=norm
     )

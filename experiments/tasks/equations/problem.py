@@ -1,6 +1,8 @@
-"""What a problem is: an equation on a box, with points and a form for its solution.
+"""What a problem is: an equation on a region, with points and a form for its solution.
 
     residuals(params, points) -> {block: residuals [N_b]},    loss = ½ Σ_b w_b mean r_b²
+
+Blocks are "interior" and, where a problem has them, "boundary" and "data".
 
 Knows no optimizer, no equation, and no network except the one that gives it
 derivatives.
@@ -16,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import qmc
 
 import ngd_jax as ngd
 from experiments.tasks.equations.derivatives import (
@@ -24,29 +25,39 @@ from experiments.tasks.equations.derivatives import (
     Params,
     affine,
     forward_operator,
+    init_network,
     jet_of,
     network,
 )
+from experiments.tasks.equations.points import follow_residuals, halton
+from experiments.tasks.equations.regions import Region
+from experiments.tasks.equations.unknowns import Unknowns, observe
+from experiments.tasks.equations.weights import causal_weights
 
 __all__ = ["LAYOUTS", "Points", "Problem", "Sizes", "periodic"]
 
+PyTree = Any
 Points = dict[str, Any]
 LAYOUTS = ("grid", "halton", "random")
+# Candidates for each of the points that follow the residual.
+_CANDIDATES = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """An equation on a box.
+    """An equation on a box, or on a region inside of it.
 
     Attributes:
       name: as in the configuration.
       low: lower corner of the box.
       high: upper corner.
       operator: coefficients c of the second-order operator Σ cᵢ ∂ᵢᵢ.
-      equation: (point, Jet) -> residual inside.
+      equation: (point, Jet) -> residual inside; with `unknowns`, (point, Jet,
+        coefficients).
       solution: points `[N, d]` -> exact u `[N]`.
       faces: (axis, end) of the sides of the box on which u is given; end 0 is low.
-      weights: w of both blocks, "interior" and "boundary".
+      weights: w of all blocks that the problem has: "interior", "boundary" where u is
+        given on a boundary, "data" with `unknowns`.
       features: point -> `[F]`, inputs of the network in place of the point: with
         cos(πx) and sin(πx), u is periodic whatever the parameters are.
       hard: point -> (a, b), and u = a + b × network: where b vanishes, u is a whatever
@@ -55,19 +66,42 @@ class Problem:
         sinh(k s) / sinh(k) for evenly spread s in [-1, 1], and residuals are weighted
         in proportion to the spacing dx/ds, so that the layer does not drown out the
         rest.
+      region: where the equation holds, if not in the whole box, which has no `faces`
+        then: u is given on the boundary of the region.
+      unknowns: coefficients of the equation that are parameters too.
     """
 
     name: str
     low: tuple[float, ...]
     high: tuple[float, ...]
     operator: tuple[float, ...]
-    equation: Callable[[jax.Array, Jet], jax.Array]
+    equation: Callable[..., jax.Array]
     solution: Callable[[jax.Array], jax.Array]
     faces: tuple[tuple[int, int], ...]
     weights: dict[str, float]
     features: Callable[[jax.Array], jax.Array] | None = None
     hard: Callable[[jax.Array], tuple[jax.Array, jax.Array]] | None = None
     stretch: float = 0.0
+    region: Region | None = None
+    unknowns: Unknowns | None = None
+
+    def __post_init__(self) -> None:
+        if self.region is not None and (self.faces or self.stretch):
+            raise ValueError("`faces` and `stretch` must be unset with a `region`.")
+        if ("data" in self.weights) != (self.unknowns is not None):
+            raise ValueError('`weights` must have "data" if there are `unknowns`.')
+        if ("boundary" in self.weights) and not (self.faces or self.region):
+            raise ValueError('`weights` must not have "boundary" without `faces`.')
+
+    @property
+    def num_faces(self) -> int:
+        """Number of faces with a boundary condition; a region has one or none."""
+        return len(self.faces) or int("boundary" in self.weights)
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether the last input is time: the operator has no derivative along it."""
+        return self.operator[-1] == 0
 
     @property
     def dimension(self) -> int:
@@ -82,19 +116,30 @@ class Problem:
         point = jax.ShapeDtypeStruct((self.dimension,), jnp.float32)
         return jax.eval_shape(self.features, point).size
 
-    def value(self, params: Params, x: jax.Array) -> jax.Array:
+    def init(
+        self, key: jax.Array, hidden_sizes: Sequence[int], scale: float | None
+    ) -> PyTree:
+        """The parameters: of a tanh network, see `init_network`, and the unknowns."""
+        widths = (self.num_features, *hidden_sizes, 1)
+        layers = init_network(key, widths, scale)
+        if self.unknowns is None:
+            return layers
+        return {"network": layers, "coefficients": jnp.asarray(self.unknowns.guess)}
+
+    def value(self, params: PyTree, x: jax.Array) -> jax.Array:
         """u_θ(x), a scalar, at one point `[d]`."""
-        inside = network(params, x if self.features is None else self.features(x))
+        layers = self._layers(params)
+        inside = network(layers, x if self.features is None else self.features(x))
         if self.hard is None:
             return inside
         a, b = self.hard(x)
         return a + b * inside
 
-    def jet(self, params: Params, x: jax.Array) -> Jet:
+    def jet(self, params: PyTree, x: jax.Array) -> Jet:
         """u_θ with its derivatives, at one point `[d]`."""
         c = jnp.asarray(self.operator, x.dtype)
         inputs = None if self.features is None else jet_of(self.features, x, c)
-        inside = forward_operator(params, x, c, inputs)
+        inside = forward_operator(self._layers(params), x, c, inputs)
         hard = self.hard
         if hard is None:
             return inside
@@ -108,16 +153,20 @@ class Problem:
         blocks = {name: ngd.Gaussian(event_ndims=0) for name in self.weights}
         return ngd.Product(blocks, weights=self.weights)
 
-    def residuals(self, params: Params, points: Points) -> dict[str, jax.Array]:
+    def residuals(self, params: PyTree, points: Points) -> dict[str, jax.Array]:
         """The residuals of every block at its points: the outputs of the model."""
+        known = () if self.unknowns is None else (params["coefficients"],)
 
         def inside(x: jax.Array) -> jax.Array:
-            return self._spacing(x) * self.equation(x, self.jet(params, x))
+            return self._spacing(x) * self.equation(x, self.jet(params, x), *known)
 
+        value = jax.vmap(functools.partial(self.value, params))
         residuals = {"interior": jax.vmap(inside)(points["interior"])}
-        if self.faces:
-            values = jax.vmap(functools.partial(self.value, params))(points["boundary"])
-            residuals["boundary"] = values - points["boundary_values"]
+        if "interior_weights" in points:
+            residuals["interior"] *= jnp.sqrt(points["interior_weights"])
+        for name in self.weights:
+            if name != "interior":
+                residuals[name] = value(points[name]) - points[f"{name}_values"]
         return residuals
 
     def loss(self, residuals: dict[str, jax.Array], points: Points) -> jax.Array:
@@ -127,36 +176,84 @@ class Problem:
         return sum(total[1:], start=total[0]) / 2
 
     def draw_points(self, key: jax.Array, sizes: "Sizes") -> Points:
-        """Points of all blocks, and the values prescribed on the boundary, if any."""
-        match sizes.layout:
-            case "grid":
-                interior, boundary = self._grid(sizes.interior, sizes.boundary)
-            case "halton":
-                interior, boundary = self._halton(sizes.interior, sizes.boundary)
-            case "random":
-                interior, boundary = self._random(key, sizes.interior, sizes.boundary)
-            case _:
-                raise ValueError(
-                    f"`layout` must be one of {', '.join(LAYOUTS)}, got "
-                    f"{sizes.layout!r}."
-                )
+        """Points of all blocks, with the values of u that are given there."""
+        points = self._collocate(key, sizes)
+        if self.unknowns is None:
+            return points
+        keys = jax.random.split(jax.random.fold_in(key, 1))
+        at = self._place(keys[0], Sizes(self.unknowns.num_values, 0, "random"))[0]
+        return points | observe(keys[1], at, self.solution, self.unknowns.noise)
+
+    def redraw_points(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        points: Points,
+        sizes: "Sizes",
+        power: float,
+    ) -> Points:
+        """New points inside and on the boundary; data stay.
+
+        With `power` > 0, those inside follow the residual: see `follow_residuals`.
+        """
+        if not power:
+            return points | self._collocate(key, sizes)
+        many = dataclasses.replace(sizes, interior=_CANDIDATES * sizes.interior)
+        new = points | self._collocate(key, many)
+        candidates, residuals = new["interior"], self.residuals(params, new)["interior"]
+        chosen = follow_residuals(
+            jax.random.fold_in(key, 1), candidates, residuals, sizes.interior, power
+        )
+        return new | {"interior": chosen}
+
+    def weigh_causally(
+        self, params: PyTree, points: Points, causality: float
+    ) -> Points:
+        """`points` with weights of the interior that respect time."""
+        residuals = self.residuals(params, points)["interior"]
+        times = points["interior"][:, -1]
+        weights = causal_weights(times, residuals, causality)
+        return points | {"interior_weights": weights}
+
+    def test_points(self, num_points: int) -> jax.Array:
+        """A grid in two dimensions, otherwise random points from a separate key."""
+        if self.dimension != 2:
+            return self._uniform(jax.random.key(2024), num_points)
+        side = round(num_points**0.5)
+        axes = [
+            np.linspace(lo, hi, side)
+            for lo, hi in zip(self.low, self.high, strict=True)
+        ]
+        points = jnp.asarray(list(itertools.product(*axes)))
+        if self.region is None:
+            return points
+        return points[jax.jit(jax.vmap(self.region.contains))(points)]
+
+    def _layers(self, params: PyTree) -> Params:
+        return params if self.unknowns is None else params["network"]
+
+    def _collocate(self, key: jax.Array, sizes: "Sizes") -> Points:
+        interior, boundary = self._place(key, sizes)
         points = {"interior": self._stretched(interior)}
-        if self.faces:
+        if self.num_faces:
             boundary = self._stretched(boundary)
             values = self.solution(boundary)
             points |= {"boundary": boundary, "boundary_values": values}
         return points
 
-    def test_points(self, num_points: int) -> jax.Array:
-        """A grid in two dimensions, otherwise random points from a separate key."""
-        if self.dimension == 2:
-            side = round(num_points**0.5)
-            axes = [
-                np.linspace(lo, hi, side)
-                for lo, hi in zip(self.low, self.high, strict=True)
-            ]
-            return jnp.asarray(list(itertools.product(*axes)))
-        return self._uniform(jax.random.key(2024), num_points)
+    def _place(self, key: jax.Array, sizes: "Sizes") -> tuple[jax.Array, jax.Array]:
+        if self.region is not None:
+            return self.region.draw(key, sizes.interior, sizes.boundary, sizes.layout)
+        match sizes.layout:
+            case "grid":
+                return self._grid(sizes.interior, sizes.boundary)
+            case "halton":
+                return self._halton(sizes.interior, sizes.boundary)
+            case "random":
+                return self._random(key, sizes.interior, sizes.boundary)
+        raise ValueError(
+            f"`layout` must be one of {', '.join(LAYOUTS)}, got {sizes.layout!r}."
+        )
 
     def _spacing(self, x: jax.Array) -> jax.Array | float:
         """Spacing of points at x along the first axis, relative to the widest."""
@@ -202,9 +299,9 @@ class Problem:
         which could hide between the lines of a grid.
         """
         low, high = np.asarray(self.low), np.asarray(self.high)
-        inside = low + (high - low) * _halton(self.dimension, interior)
+        inside = low + (high - low) * halton(self.dimension, interior)
         edges = [np.zeros((0, self.dimension))]
-        along = _halton(self.dimension - 1, boundary)
+        along = halton(self.dimension - 1, boundary)
         parts = np.split(along, len(self.faces)) if self.faces else []
         for (axis, end), part in zip(self.faces, parts, strict=True):
             edges.append(low + (high - low) * np.insert(part, axis, end, axis=1))
@@ -247,11 +344,6 @@ class Sizes:
     interior: int
     boundary: int
     layout: str
-
-
-def _halton(dimension: int, count: int) -> np.ndarray:
-    """Points in (0, 1)^d, without the first point of the sequence, which is zero."""
-    return qmc.Halton(dimension, scramble=False).random(count + 1)[1:]
 
 
 def periodic(periods: Sequence[float | None]) -> Callable[[jax.Array], jax.Array]:

@@ -4,6 +4,7 @@ Each is a function without arguments that makes a `Problem`; `make_problem` find
 by name.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -12,14 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.running.build import locate
 from experiments.running.settings import ConfigError
 from experiments.tasks.equations.derivatives import Jet
 from experiments.tasks.equations.problem import Problem, periodic
+from experiments.tasks.equations.regions import polygon
+from experiments.tasks.equations.solutions import allen_cahn_solution, burgers_solution
+from experiments.tasks.equations.unknowns import Unknowns
 
-__all__ = ["PROBLEMS", "burgers_solution", "make_problem"]
+__all__ = ["PROBLEMS", "make_problem"]
 
 ALL_FACES = ((1, 0), (0, 1), (1, 1), (0, 0))
 # Faces of a box in space (the first input) and time: the start and both ends.
@@ -114,9 +117,6 @@ def _helmholtz2d() -> Problem:
     )
 
 
-VISCOSITY = 0.01 / math.pi
-
-
 def _burgers(viscosity: float, **options: Any) -> Problem:
     return Problem(
         low=(-1.0, 0.0),
@@ -129,11 +129,25 @@ def _burgers(viscosity: float, **options: Any) -> Problem:
 
 
 def _burgers1d() -> Problem:
+    """With ν = 0.01 / π; right at t = 0, odd and periodic in x, for all parameters.
+
+    s, an odd function of sin πx, spreads the front, which is as wide as 2ν:
+    u = -sin πx + t s network(cos πx, 2 s², t).
+    """
+
+    def spread(x: jax.Array) -> jax.Array:
+        wave = jnp.sin(jnp.pi * x[0]) / jnp.pi
+        return jnp.arcsinh(math.sinh(6.0) * wave) / 6.0
+
     return _burgers(
-        VISCOSITY,
+        0.01 / math.pi,
         name="burgers1d",
-        faces=PARABOLIC_FACES,
-        weights=_BOUNDARY_FIRST,
+        faces=(),
+        weights={"interior": 1.0},
+        features=lambda x: jnp.stack(
+            [jnp.cos(jnp.pi * x[0]), 2 * spread(x) ** 2, x[1]]
+        ),
+        hard=lambda x: (-jnp.sin(jnp.pi * x[0]), x[1] * spread(x)),
         stretch=4.0,  # 27 times as dense in the middle as at the ends
     )
 
@@ -155,25 +169,73 @@ def _burgers_periodic() -> Problem:
     )
 
 
-def burgers_solution(
-    points: jax.Array, num_nodes: int = 200, viscosity: float = VISCOSITY
-) -> jax.Array:
-    """u(x, t) of u_t + u uₓ = ν uₓₓ from u(x, 0) = -sin πx, by the Cole-Hopf transform.
+def _laplace_lshape() -> Problem:
+    """Δu = 0 with the singularity of a corner: u = r^(2/3) sin(2φ/3)."""
 
-    u = -∫ sin π(x-η) f(x-η) e^(-η²/4νt) dη / ∫ f(x-η) e^(-η²/4νt) dη with
-    f(y) = e^(-cos(πy)/2πν), by Gauss-Hermite quadrature.
+    def solution(x: jax.Array) -> jax.Array:
+        angle = jnp.arctan2(x[..., 1], x[..., 0]) % (2 * jnp.pi)
+        return jnp.sum(x**2, axis=-1) ** (1 / 3) * jnp.sin(2 / 3 * angle)
 
-    References:
-      Basdevant et al., Spectral and finite difference solutions of the Burgers
-      equation, 1986, equations 2.2 and 2.3.
-    """
-    nodes, weights = np.polynomial.hermite.hermgauss(num_nodes)
-    x, t = points[:, :1], points[:, 1:]
-    y = x - jnp.sqrt(4 * viscosity * t) * nodes
-    exponent = -jnp.cos(jnp.pi * y) / (2 * jnp.pi * viscosity)
-    # Only the ratio matters: divide out the largest exponential to avoid overflow.
-    factor = weights * jnp.exp(exponent - exponent.max(axis=1, keepdims=True))
-    return -(factor * jnp.sin(jnp.pi * y)).sum(axis=1) / factor.sum(axis=1)
+    square = polygon([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)])
+    missing = polygon([(0.0, -1.0), (1.0, -1.0), (1.0, 0.0), (0.0, 0.0)])
+    return Problem(
+        name="laplace_lshape",
+        low=(-1.0, -1.0),
+        high=(1.0, 1.0),
+        operator=(1.0, 1.0),
+        equation=lambda _, at: at.second,
+        solution=solution,
+        faces=(),
+        weights={"interior": 1.0, "boundary": 100.0},
+        region=square - missing,
+    )
+
+
+def _allen_cahn() -> Problem:
+    """u_t = 0.001 uₓₓ + 5 (u - u³), periodic and right at t = 0 by its form."""
+
+    def hard(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        wave = jnp.cos(jnp.pi * x[0])
+        return wave * (1 - wave) / 2, x[1]
+
+    def equation(_: jax.Array, at: Jet) -> jax.Array:
+        return at.gradient[1] - at.second - 5 * (at.value - at.value**3)
+
+    return Problem(
+        name="allen_cahn",
+        low=(-1.0, 0.0),
+        high=(1.0, 1.0),
+        operator=(0.001, 0.0),
+        equation=equation,
+        solution=allen_cahn_solution,
+        faces=(),
+        weights={"interior": 1.0},
+        features=periodic((2.0, None)),
+        hard=hard,
+    )
+
+
+def _heat1d_inverse() -> Problem:
+    """u_t = k uₓₓ with an unknown k, from values of u with errors of 0.01."""
+    heat = _heat1d()
+
+    def equation(_: jax.Array, at: Jet, coefficients: jax.Array) -> jax.Array:
+        return at.gradient[1] - coefficients[0] * at.second
+
+    def hard(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sin(jnp.pi * x[0]), x[1] * x[0] * (1 - x[0])
+
+    return dataclasses.replace(
+        heat,
+        name="heat1d_inverse",
+        operator=(1.0, 0.0),
+        equation=equation,
+        faces=(),
+        # The equation is exact, the data are not: u must not bend to their errors.
+        weights={"interior": 1.0, "data": 0.01},
+        hard=hard,
+        unknowns=Unknowns(truth=(0.25,), guess=(1.0,), num_values=200, noise=0.01),
+    )
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
@@ -184,6 +246,9 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "helmholtz2d": _helmholtz2d,
     "burgers1d": _burgers1d,
     "burgers_periodic": _burgers_periodic,
+    "laplace_lshape": _laplace_lshape,
+    "allen_cahn": _allen_cahn,
+    "heat1d_inverse": _heat1d_inverse,
 }
 
 

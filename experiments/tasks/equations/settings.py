@@ -35,7 +35,11 @@ class PhysicsConfig:
       boundary: number of points on its boundary, including the initial time; 0 for a
         problem that needs none.
       layout: "grid", in two dimensions; "halton", evenly scattered; or "random".
-      fresh_points: whether every step draws new points.
+      redraw_every: steps between draws of new points; null for points that stay.
+      residual_power: k > 0 for new points inside that follow the residual, with p ∝
+        |r|^k / mean |r|^k + 1; 0 for evenly spread ones.
+      causality: ε > 0 weighs the residuals of a time down by exp(-ε Σ mean r²) over all
+        earlier slices of time; 0 weighs none.
       test_points: number of evaluation points, on a grid in two dimensions.
     """
 
@@ -47,5 +51,7 @@ class PhysicsConfig:
     interior: Annotated[int, AT_LEAST_ONE]
     boundary: Annotated[int, NON_NEGATIVE]
     layout: Annotated[str, one_of(*LAYOUTS)]
-    fresh_points: bool
+    redraw_every: Annotated[int | None, AT_LEAST_ONE]
+    residual_power: Annotated[float, NON_NEGATIVE]
+    causality: Annotated[float, NON_NEGATIVE]
     test_points: Annotated[int, AT_LEAST_ONE]

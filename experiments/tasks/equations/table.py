@@ -28,7 +28,6 @@ from matplotlib.figure import Figure  # noqa: E402
 from experiments.running.config import CONFIG_DIR, read_as, run_program  # noqa: E402
 from experiments.running.screen import Terminal  # noqa: E402
 from experiments.running.settings import AT_LEAST_ONE, POSITIVE, ConfigError  # noqa: E402
-from experiments.tasks.equations.derivatives import init_network  # noqa: E402
 from experiments.tasks.equations.learner import POINTS_STREAM, l2_error  # noqa: E402
 from experiments.tasks.equations.peers import PEERS, Equation, iterate  # noqa: E402
 from experiments.tasks.equations.problem import Sizes  # noqa: E402
@@ -97,9 +96,13 @@ def measure(config: TableConfig, say: Any = print) -> dict[str, list[Course]]:
             raise ConfigError(
                 f"`peers` must be some of {', '.join(PEERS)}, got {name!r}."
             )
+    if task.redraw_every is not None or task.causality:
+        raise ConfigError(
+            "`task.redraw_every` must be null and `task.causality` 0 in the table: all "
+            "peers lower one loss, on the same points."
+        )
     test_points = problem.test_points(task.test_points)
     error_of = l2_error(problem, test_points)
-    widths = (problem.num_features, *task.hidden_sizes, 1)
     sizes = Sizes(task.interior, task.boundary, task.layout)
     paths: dict[str, list[Course]] = {name: [] for name in names}
     runs = {name: iterate(name, _CHUNKS.get(name, _CHUNK)) for name in names}
@@ -107,7 +110,9 @@ def measure(config: TableConfig, say: Any = print) -> dict[str, list[Course]]:
         jax.random.fold_in(jax.random.key(0), POINTS_STREAM), sizes
     )
     for seed in range(config.seeds):
-        params = init_network(jax.random.key(seed), widths, task.initial_scale)
+        params = problem.init(
+            jax.random.key(seed), task.hidden_sizes, task.initial_scale
+        )
         equation = Equation(problem, points, params, config.sketch_size)
         for name in names:
             path = _follow(

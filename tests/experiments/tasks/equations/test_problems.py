@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.integrate import solve_ivp
 
 import ngd_jax as ngd
 from experiments.tasks.equations.derivatives import (
@@ -17,6 +18,8 @@ from experiments.tasks.equations.derivatives import (
 )
 from experiments.tasks.equations.problem import Sizes
 from experiments.tasks.equations.problems import PROBLEMS, make_problem
+from experiments.tasks.equations.regions import disk
+from experiments.tasks.equations.unknowns import Unknowns
 
 NAMES = list(PROBLEMS)
 
@@ -66,7 +69,8 @@ def test_exact_solutions_have_no_residual(name, rng):
             solution(x), gradient, jnp.sum(operator * diagonal)
         )
         size = jnp.abs(gradient).max() + jnp.abs(diagonal).max() + 1
-        return problem.equation(x, jet) / size
+        known = () if problem.unknowns is None else (problem.unknowns.truth,)
+        return problem.equation(x, jet, *known) / size
 
     np.testing.assert_allclose(residual(points), 0.0, atol=1e-9)
 
@@ -104,9 +108,10 @@ def test_a_problem_without_a_boundary_has_points_inside_only(layout):
     assert set(residuals) == set(problem.weights)
 
 
-def test_periods_and_hard_values_hold_for_any_parameters(rng):
-    problem = make_problem("burgers_periodic")
-    params = init_network(jax.random.key(1), (problem.num_features, 4, 1), None)
+@pytest.mark.parametrize("name", ["burgers_periodic", "burgers1d"])
+def test_periods_and_hard_values_hold_for_any_parameters(name, rng):
+    problem = make_problem(name)
+    params = problem.init(jax.random.key(1), [4], None)
     value = jax.vmap(functools.partial(problem.value, params))
     points = rng.uniform(-1, 1, (5, 2))
     moved = points + np.asarray([2.0, 0.0])
@@ -115,6 +120,9 @@ def test_periods_and_hard_values_hold_for_any_parameters(rng):
     expected = -np.sin(np.pi * points[:, 0])
     np.testing.assert_allclose(value(start), expected, rtol=1e-14)
     assert np.abs(value(points) - expected).max() > 0.1
+    if name == "burgers1d":
+        mirrored = points * np.asarray([-1.0, 1.0])
+        np.testing.assert_allclose(value(points), -value(mirrored), rtol=1e-13)
 
 
 def test_jets_of_features_and_hard_values_are_those_of_autodiff(rng):
@@ -164,6 +172,102 @@ def test_the_solution_of_burgers_is_that_of_a_spectral_solver():
         np.testing.assert_allclose(exact, found, atol=1e-11)
 
 
+def test_the_solution_of_allen_cahn_is_that_of_an_implicit_solver():
+    """Finite differences in space, to fourth order, and LSODA of SciPy in time."""
+    n, times = 801, np.asarray([0.3, 1.0])
+    x = np.linspace(0, 1, n)
+    shift = 0.001 * (n - 1) ** 2
+
+    def slope(_, u):
+        # Even about both ends.
+        wide = np.r_[u[2:0:-1], u, u[-2:-4:-1]]
+        second = -wide[:-4] + 16 * wide[1:-3] - 30 * u + 16 * wide[3:-1] - wide[4:]
+        return shift * second / 12 + 5 * (u - u**3)
+
+    start = np.cos(np.pi * x) * (1 - np.cos(np.pi * x)) / 2
+    found = solve_ivp(
+        slope,
+        (0, 1),
+        start,
+        t_eval=times,
+        method="LSODA",
+        rtol=1e-10,
+        atol=1e-11,
+        lband=2,
+        uband=2,
+    ).y.T
+    for t, expected in zip(times, found, strict=True):
+        points = jnp.asarray(np.stack([x, np.full_like(x, t)], axis=1))
+        for sign in (1, -1):
+            exact = make_problem("allen_cahn").solution(points * jnp.asarray([sign, 1]))
+            np.testing.assert_allclose(exact, expected, atol=2e-6)
+            assert np.ptp(exact) > 1.4
+
+
+def test_points_of_a_region_lie_in_it():
+    problem = make_problem("laplace_lshape")
+    draw = jax.jit(problem.draw_points, static_argnums=1)
+    points = draw(jax.random.key(0), Sizes(60, 30, "halton"))
+    for name, tolerance in (("interior", 0.0), ("boundary", 1e-9)):
+        x, y = np.asarray(points[name]).T
+        assert not ((x > tolerance) & (y < -tolerance)).any()
+    np.testing.assert_allclose(
+        points["boundary_values"], problem.solution(points["boundary"])
+    )
+    x, y = np.asarray(problem.test_points(900)).T
+    assert not ((x > 0) & (y < 0)).any()
+    assert len(x) > 550
+
+
+def test_new_points_follow_the_residual():
+    """A residual that is large in a tenth of the box."""
+    problem = dataclasses.replace(
+        make_problem("heat1d"), equation=lambda x, _: jnp.where(x[0] > 0.9, 1.0, 1e-6)
+    )
+    params = problem.init(jax.random.key(1), [4], None)
+    for layout in ("halton", "random"):
+        sizes = Sizes(200, 30, layout)
+        points = problem.draw_points(jax.random.key(0), sizes)
+        redraw = jax.jit(problem.redraw_points, static_argnums=(3, 4))
+        new = redraw(jax.random.key(2), params, points, sizes, 1.0)
+        share = [(np.asarray(p["interior"])[:, 0] > 0.9).mean() for p in (points, new)]
+        assert share[0] < 0.16
+        assert 0.4 < share[1] < 0.6  # 0.55 with replacement
+
+
+def test_causal_weights_scale_the_squares_of_the_residuals():
+    problem = make_problem("allen_cahn")
+    params = problem.init(jax.random.key(1), [4], None)
+    points = problem.draw_points(jax.random.key(0), Sizes(50, 0, "halton"))
+
+    @jax.jit
+    def both(params):
+        weighed = problem.weigh_causally(params, points, 10.0)
+        return weighed, [problem.residuals(params, p) for p in (points, weighed)]
+
+    weighed, residuals = both(params)
+    weights = np.asarray(weighed["interior_weights"])
+    order = np.argsort(points["interior"][:, 1])
+    assert (np.diff(weights[order]) <= 0).all()
+    assert weights.max() == 1
+    assert weights.min() < 0.9
+    plain, scaled = (blocks["interior"] for blocks in residuals)
+    np.testing.assert_allclose(scaled**2, weights * plain**2, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"region": disk((0.0, 0.0), 1.0)}, "`faces` and `stretch` must be unset"),
+        ({"unknowns": Unknowns((1.0,), (1.0,), 1, 0.0)}, '`weights` must have "data"'),
+        ({"faces": ()}, '`weights` must not have "boundary"'),
+    ],
+)
+def test_a_problem_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(make_problem("heat1d"), **changes)
+
+
 def test_a_grid_has_every_corner_once():
     problem = make_problem("poisson2d")
     points = problem.draw_points(jax.random.key(0), Sizes(784, 116, "grid"))
@@ -178,11 +282,11 @@ def test_a_grid_has_every_corner_once():
 
 def test_points_of_a_layer_are_dense_and_count_as_much_as_their_spacing():
     problem = make_problem("burgers1d")
-    points = problem.draw_points(jax.random.key(0), Sizes(400, 9, "grid"))
+    points = problem.draw_points(jax.random.key(0), Sizes(400, 0, "grid"))
     x = np.unique(np.asarray(points["interior"])[:, 0].round(12))
     wide = np.diff(x)
     np.testing.assert_allclose(x, -x[::-1], atol=1e-12)
-    params = init_network(jax.random.key(1), (2, 4, 1), None)
+    params = problem.init(jax.random.key(1), [4], None)
     even = dataclasses.replace(problem, stretch=0.0)
     ratio = problem.residuals(params, points)["interior"]
     ratio /= even.residuals(params, points)["interior"]

@@ -1,5 +1,7 @@
 """The peers see the right residuals and Jacobian, and the table is printed."""
 
+import dataclasses
+
 import jax
 import jax.flatten_util
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.running.config import CONFIG_DIR
+from experiments.running.settings import ConfigError
 from experiments.tasks.equations.derivatives import init_network
 from experiments.tasks.equations.peers import Equation, broyden_update, iterate
 from experiments.tasks.equations.problem import Sizes
@@ -29,7 +32,9 @@ TASK = PhysicsConfig(
     interior=25,
     boundary=16,
     layout="grid",
-    fresh_points=False,
+    redraw_every=None,
+    residual_power=0.0,
+    causality=0.0,
     test_points=100,
 )
 CONFIG = TableConfig(
@@ -106,6 +111,13 @@ def test_the_jacobian_by_points_is_that_of_all_residuals():
     np.testing.assert_allclose(by_points, whole, rtol=1e-10, atol=1e-12)
     expected = 2 * problem.loss(problem.residuals(params, points), points)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("change", [{"redraw_every": 5}, {"causality": 1.0}])
+def test_a_loss_that_changes_on_the_way_is_refused(change):
+    task = dataclasses.replace(TASK, **change)
+    with pytest.raises(ConfigError, match=r"`task.redraw_every` must be null and"):
+        measure(dataclasses.replace(CONFIG, task=task))
 
 
 def test_the_table_tells_errors_and_times():
