@@ -24,15 +24,16 @@ def check(config: TrainConfig) -> None:
     """
     check_without_data(config)
     task: WaveFunctionConfig = config.task
-    if config.batch_size is None:
+    if (config.batch_size is None) != (task.sampler.name == "all"):
         raise ConfigError(
-            "`batch_size` must be the number of samples of a step, got null."
+            f"`batch_size` must be the number of samples of a step, and null with "
+            f"sampler=all, got {config.batch_size} with sampler={task.sampler.name}."
         )
     _check_optimizer(config.optimizer)
     _check_annealing(config.optimizer, task)
     _check_model(task.model)
-    if task.sampler.name == "exact":
-        _check_exact(task)
+    if config.batch_size is None or task.sampler.name == "exact":
+        _check_listed(task)
     else:
         _check_metropolis(task.sampler, config.batch_size)
 
@@ -87,17 +88,18 @@ def _check_model(model: ModelConfig) -> None:
         )
 
 
-def _check_exact(task: WaveFunctionConfig) -> None:
+def _check_listed(task: WaveFunctionConfig) -> None:
+    sampler = task.sampler.name
     if task.num_spins > MAX_SPINS:
         raise ConfigError(
-            f"`task.num_spins` must be at most {MAX_SPINS} with sampler=exact, got "
+            f"`task.num_spins` must be at most {MAX_SPINS} with sampler={sampler}, got "
             f"{task.num_spins}; sampler=metropolis takes more."
         )
     for name in ("num_chains", "sweeps", "burn_in", "eval_samples"):
         if (value := getattr(task.sampler, name)) is not None:
             raise ConfigError(
                 f"`task.sampler.{name}` is for sampler=metropolis: it must be null "
-                f"with sampler=exact, got {value}."
+                f"with sampler={sampler}, got {value}."
             )
 
 

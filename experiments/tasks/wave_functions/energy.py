@@ -1,9 +1,10 @@
 """The energy of a wave function on samples of |ψ|²: its gradient, and values nearby.
 
-    E = mean(e),   ∂E/∂θ = 2 Re mean(conj(e - E) ∂ log ψ/∂θ)
+    E = mean(w e),   ∂E/∂θ = 2 Re mean(w conj(e - E) ∂ log ψ/∂θ)
 
-with the local energies e. This is also the gradient of a function of the outputs, log
-ψ, at fixed e; an optimizer that works on outputs uses that function.
+with the local energies e, and weights w of mean 1 where a batch has `weights`. This is
+also the gradient of a function of the outputs, log ψ, at fixed e; an optimizer that
+works on outputs uses that function.
 """
 
 from collections.abc import Callable
@@ -47,9 +48,10 @@ def energy_batch(
 
 
 def output_loss(log_psi: jax.Array, batch: Batch) -> jax.Array:
-    """2 Re mean(conj(e - E) log ψ), whose gradient is that of the energy."""
-    deviations = batch["energies"] - jnp.mean(batch["energies"])
-    return 2 * jnp.mean(jnp.real(jnp.conj(deviations) * log_psi))
+    """2 Re mean(w conj(e - E) log ψ), whose gradient is that of the energy."""
+    weights = batch.get("weights", 1.0)
+    deviations = batch["energies"] - jnp.mean(weights * batch["energies"])
+    return 2 * jnp.mean(weights * jnp.real(jnp.conj(deviations) * log_psi))
 
 
 def energy_gradient(model_fn: ModelFn, params: PyTree, batch: Batch) -> PyTree:
@@ -68,11 +70,12 @@ def reweighted_energy(
 ) -> jax.Array:
     """The energy of other parameters on the same samples, by reweighting.
 
-        E(θ') = Σ w e(θ') / Σ w,   w = |ψ'(s)/ψ(s)|²
+        E(θ') = Σ w' e(θ') / Σ w',   w' = w |ψ'(s)/ψ(s)|²
 
     This is the loss for a line search or an adaptive damping. Accurate only near θ.
     """
     moved = energy_batch(system, model_fn, params, batch["spins"], batch_size)
     log_weights = 2 * jnp.real(moved["log_psi"] - batch["log_psi"])
+    log_weights += jnp.log(batch.get("weights", 1.0))
     weights = jax.nn.softmax(log_weights)
     return jnp.sum(weights * jnp.real(moved["energies"]))

@@ -21,6 +21,7 @@ __all__ = [
     "enumerate_configurations",
     "exact_energy",
     "exact_variance",
+    "exact_weights",
     "ground_energy",
     "ising_energy",
     "listed_energies",
@@ -111,13 +112,19 @@ def one_of_each_orbit(
 
 
 def listed_energies(
-    all_of_them: Configurations, log_psi: jax.Array, chosen: jax.Array
+    all_of_them: Configurations, log_psi: jax.Array, chosen: jax.Array | slice
 ) -> jax.Array:
     """Local energies of the `chosen` configurations, from log ψ of all of them."""
     there = log_psi[jnp.asarray(all_of_them.neighbours)[chosen]]
-    ratios = jnp.exp(there - log_psi[chosen, None])
+    ratios = jnp.exp(there - log_psi[chosen][:, None])
     elements = jnp.asarray(all_of_them.elements)[chosen]
     return jnp.asarray(all_of_them.diagonal)[chosen] + (elements * ratios).sum(axis=1)
+
+
+def exact_weights(counts: jax.Array, log_psi: jax.Array) -> jax.Array:
+    """|ψ|² times the counts, with a mean of 1: of every configuration, `[D]`."""
+    log_weights = 2 * jnp.real(log_psi) + jnp.log(counts)
+    return len(counts) * jax.nn.softmax(log_weights)
 
 
 def exact_energy(all_of_them: Configurations, log_psi: jax.Array) -> jax.Array:

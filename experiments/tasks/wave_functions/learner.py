@@ -28,6 +28,7 @@ from experiments.tasks.wave_functions.exact import (
     enumerate_configurations,
     exact_energy,
     exact_variance,
+    exact_weights,
     ground_energy,
     ising_energy,
     listed_energies,
@@ -47,6 +48,7 @@ from experiments.tasks.wave_functions.settings import (
 )
 from experiments.tasks.wave_functions.training import (
     Parts,
+    Samples,
     WaveFunctionState,
     init_state,
     make_train_chunk,
@@ -162,7 +164,8 @@ class WaveFunctionLearner:
         def measure_samples(state: WaveFunctionState) -> Records:
             key = jax.random.fold_in(state.key, EVALUATION_STREAM)
             key = jax.random.fold_in(key, state.step)
-            _, energies, _, mixing = samples(key, state.params, state.chains)
+            drawn = samples(key, state.params, state.chains)
+            energies, mixing = drawn.energies, drawn.records
             energy, variance = jnp.mean(jnp.real(energies)), jnp.var(energies)
             return {
                 "test_energy": energy,
@@ -178,23 +181,27 @@ def make_parts(
 ) -> Parts:
     """Assembles the parts of a run."""
     task: WaveFunctionConfig = config.task
-    assert config.batch_size is not None
     num_samples, batch_size = config.batch_size, config.eval_batch_size
     init_fn, model_fn = make_model(task.model, system)
-    model = model_task(init_fn, model_fn)
     sampler = task.sampler
-    if sampler.name == "exact":
+    model = model_task(init_fn, model_fn, is_weighted=sampler.name == "all")
+    if sampler.name in ("exact", "all"):
         assert all_of_them is not None
         listed, start = all_of_them, _no_chains
 
-        def sample(key: jax.Array, params: PyTree, chains: tuple[()]) -> Any:
+        def sample(key: jax.Array, params: PyTree, chains: tuple[()]) -> Samples:
             log_psi = _log_psi_of(model_fn, params, listed.spins, batch_size)
-            chosen = sample_exactly(
-                key, jnp.asarray(listed.counts), log_psi, num_samples
-            )
-            energies = listed_energies(listed, log_psi, chosen)
-            return jnp.asarray(listed.spins)[None, chosen], energies[None], chains, {}
+            counts = jnp.asarray(listed.counts)
+            if num_samples is None:
+                chosen, weights = slice(None), exact_weights(counts, log_psi)[None]
+            else:
+                chosen = sample_exactly(key, counts, log_psi, num_samples)
+                weights = None
+            spins = jnp.asarray(listed.spins)[None, chosen]
+            energies = listed_energies(listed, log_psi, chosen)[None]
+            return Samples(spins, energies, chains, {}, weights)
     else:
+        assert num_samples is not None
         start = functools.partial(_burn_in, system, model_fn, sampler)
         sample = _metropolis(system, model_fn, sampler, num_samples, batch_size)
     return Parts(
@@ -266,7 +273,7 @@ def _metropolis(
     draws = num_samples // sampler.num_chains
     num_moves = sampler.sweeps * system.num_spins
 
-    def sample(key: jax.Array, params: PyTree, chains: jax.Array) -> Any:
+    def sample(key: jax.Array, params: PyTree, chains: jax.Array) -> Samples:
         def draw(chains: jax.Array, key: jax.Array) -> Any:
             chains, moved = move_chains(
                 system, lambda s: model_fn(params, {"spins": s}), key, chains, num_moves
@@ -280,7 +287,7 @@ def _metropolis(
         if draws > 1:
             time = autocorrelation_time(jnp.real(energies))
             records["autocorrelation_time"] = time
-        return drawn, energies, chains, records
+        return Samples(drawn, energies, chains, records)
 
     return sample
 

@@ -56,16 +56,17 @@ class SamplerConfig:
     """How samples of |ψ|² are drawn; a group, `sampler=...`.
 
     Attributes:
-      name: "exact", from all configurations, or "metropolis".
+      name: "exact", from all configurations; "all", every configuration in every step,
+        weighted by |ψ|², so that nothing is random; or "metropolis".
       num_chains: number of parallel Markov chains, at least 2, whose means determine
-        the error of the energy; null for "exact", as are the others.
+        the error of the energy; null but for "metropolis", as are the others.
       sweeps: moves per spin between two samples of a chain.
       burn_in: sweeps before the very first sample.
       eval_samples: number of samples in an evaluation, if there are too many
         configurations to list.
     """
 
-    name: Annotated[str, one_of("exact", "metropolis")]
+    name: Annotated[str, one_of("exact", "all", "metropolis")]
     num_chains: Annotated[int | None, AT_LEAST_TWO]
     sweeps: Annotated[int | None, AT_LEAST_ONE]
     burn_in: Annotated[int | None, NON_NEGATIVE]

@@ -28,7 +28,14 @@ from experiments.tasks.wave_functions.error_bars import (
 )
 from experiments.tasks.wave_functions.hamiltonians import SpinSystem
 
-__all__ = ["Parts", "WaveFunctionState", "init_state", "make_train_chunk", "model_task"]
+__all__ = [
+    "Parts",
+    "Samples",
+    "WaveFunctionState",
+    "init_state",
+    "make_train_chunk",
+    "model_task",
+]
 
 PyTree = Any
 Records = dict[str, jax.Array]
@@ -53,11 +60,27 @@ class WaveFunctionState(NamedTuple):
     opt_state: PyTree
 
 
-# (key, params, chains) -> samples [draws, C, L] of C independent chains, their local
-# energies [draws, C], the new state of the chains, and records of the sampler's own.
-Sampler = Callable[
-    [jax.Array, PyTree, PyTree], tuple[jax.Array, jax.Array, PyTree, Records]
-]
+class Samples(NamedTuple):
+    """Configurations of C independent chains.
+
+    Attributes:
+      spins: `[draws, C, L]`.
+      energies: local energies, `[draws, C]`.
+      chains: the new state of the chains.
+      records: the sampler's own.
+      weights: of mean 1, `[draws, C]`, of configurations that are no samples but all
+        that there are; None for samples of |ψ|².
+    """
+
+    spins: jax.Array
+    energies: jax.Array
+    chains: PyTree
+    records: Records
+    weights: jax.Array | None = None
+
+
+# Of (key, params, chains).
+Sampler = Callable[[jax.Array, PyTree, PyTree], Samples]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +109,8 @@ class Parts:
 def model_task(
     init_fn: Callable[[jax.Array], PyTree],
     model_fn: Callable[[PyTree, PyTree], jax.Array],
+    *,
+    is_weighted: bool = False,
 ) -> Task:
     """Log ψ in the form that optimizers expect: a task whose data are its samples."""
     return Task(
@@ -96,6 +121,7 @@ def model_task(
         model_fn=model_fn,
         likelihood=ngd.LogAmplitude(),
         output_loss_fn=output_loss,
+        weights_fn=(lambda batch: batch["weights"]) if is_weighted else None,
     )
 
 
@@ -105,13 +131,18 @@ def take_step(
     """One step, on samples of the current model."""
     model_fn, params = parts.model.model_fn, state.params
     key = jax.random.fold_in(state.key, state.step)
-    samples, local, chains, sampled = parts.sample(key, params, state.chains)
+    samples = parts.sample(key, params, state.chains)
     system, batch_size = parts.system, parts.batch_size
-    spins = samples.reshape(-1, system.num_spins)
+    spins, local = samples.spins.reshape(-1, system.num_spins), samples.energies
     log_psi = model_fn(params, {"spins": spins})
     batch = {"spins": spins, "log_psi": log_psi, "energies": local.ravel()}
-    energies = jnp.real(local)
-    energy = jnp.mean(energies)
+    if samples.weights is None:
+        weights, error = 1.0, standard_error(jnp.real(local))
+    else:
+        weights, error = samples.weights, jnp.zeros(())
+        batch["weights"] = weights.ravel()
+    mean = jnp.mean(weights * local)
+    energy, variance = jnp.real(mean), jnp.mean(weights * jnp.abs(local - mean) ** 2)
     grads = energy_gradient(model_fn, params, batch)
     updates, opt_state = parts.tx.update(
         grads,
@@ -125,19 +156,19 @@ def take_step(
         ),
     )
     new_params = optax.apply_updates(params, updates)
-    variance = jnp.var(local)
     record = {
         "loss": energy / system.num_spins,
-        "loss_standard_error": standard_error(energies) / system.num_spins,
+        "loss_standard_error": error / system.num_spins,
         "energy_variance": variance,
         "v_score": v_score(energy, variance, system.num_spins),
-        **sampled,
+        **samples.records,
         **read_step_info(opt_state),
     }
     if parts.measure_kl and "measured_kl" not in record:
         record["measured_kl"] = ngd.mean_kl(
             model_fn, params, new_params, batch, parts.model.likelihood
         )
+    chains = samples.chains
     new = WaveFunctionState(state.step + 1, state.key, new_params, chains, opt_state)
     # The loop over steps needs types that do not change.
     return match_types(new, state), record

@@ -19,6 +19,8 @@ from experiments.tasks.wave_functions.energy import (
 from experiments.tasks.wave_functions.exact import (
     enumerate_configurations,
     exact_energy,
+    exact_weights,
+    one_of_each_orbit,
 )
 from experiments.tasks.wave_functions.hamiltonians import make_ising
 
@@ -158,3 +160,32 @@ def test_reweighted_energy_is_the_energy_of_other_parameters():
     found = reweighted_energy(system, model_fn, moved, batch)
     expected = exact_energy(all_of_them, model_fn(moved, batch))
     assert float(found) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_weighted_configurations_have_the_energy_and_gradient_of_any_state():
+    system = make_ising(4, 0.7)
+    mirrored = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])
+    every = one_of_each_orbit(enumerate_configurations(system), mirrored, flip=True)
+    assert len(set(every.counts)) > 1
+    spins = jnp.asarray(every.spins)
+    weights = np.random.default_rng(1).normal(size=4)
+    weights = jnp.asarray(weights + weights[::-1])
+
+    def model_fn(theta, batch):
+        field = jnp.abs(batch["spins"] @ weights)[:, None] * theta
+        return jnp.sum(jnp.tanh(field), axis=1) + 1j * jnp.sum(jnp.sin(field), axis=1)
+
+    def energy(theta):
+        return exact_energy(every, model_fn(theta, {"spins": spins}))
+
+    theta = jnp.asarray([0.3, -0.7, 1.1])
+    batch = energy_batch(system, model_fn, theta, spins)
+    weighted = exact_weights(jnp.asarray(every.counts), batch["log_psi"])
+    batch["weights"] = weighted
+    assert float(jnp.mean(weighted)) == pytest.approx(1, rel=1e-12)
+    found = jnp.real(jnp.mean(weighted * batch["energies"]))
+    assert float(found) == pytest.approx(float(energy(theta)), rel=1e-12)
+    gradient = energy_gradient(model_fn, theta, batch)
+    np.testing.assert_allclose(gradient, jax.grad(energy)(theta), rtol=1e-10)
+    elsewhere = reweighted_energy(system, model_fn, 1.5 * theta, batch)
+    assert float(elsewhere) == pytest.approx(float(energy(1.5 * theta)), rel=1e-12)

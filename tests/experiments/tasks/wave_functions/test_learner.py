@@ -63,6 +63,18 @@ def test_finds_the_ground_state_within_the_radius(tmp_path):
     assert picture.shape[:2] == (960, 1320)
 
 
+def test_with_all_configurations_nothing_is_random(tmp_path):
+    train(
+        tmp_path,
+        *("model=rbm", "sampler=all", "batch_size=null", "steps=100", "eval_every=100"),
+        *("optimizer.learning_rate=null", "optimizer.max_kl=0.1"),
+        *("task.last_max_kl=1e-8", "optimizer.damping=1e-4"),
+    )
+    last = read_json_lines(tmp_path / "metrics.jsonl")[-1]
+    assert last["loss_standard_error"] == 0
+    assert -1e-13 < last["test_energy_error"] < 1e-7
+
+
 STILL = ("optimizer=sgd", "optimizer.learning_rate=1e-12")
 
 
@@ -207,6 +219,11 @@ def test_a_shrinking_radius_is_better_by_a_factor(tmp_path, seed):
         (("task.hamiltonian=heisenberg", "task.field=1"), "takes .* field=0"),
         (("task.hamiltonian=xy",), "`task.hamiltonian` must be one of ising, .* own"),
         (("batch_size=null",), "`batch_size` must be the number of samples"),
+        (("sampler=all",), "`batch_size` must be .* and null with sampler=all"),
+        (
+            ("sampler=all", "batch_size=null", "task.num_spins=18"),
+            "at most 16 with sampler=all",
+        ),
         (("task.sampler.sweeps=2",), "`task.sampler.sweeps` is for sampler=metrop"),
         (
             ("sampler=metropolis", "task.sampler.burn_in=null"),
