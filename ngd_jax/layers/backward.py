@@ -81,7 +81,7 @@ def read_backward(
         if not _understands_jax():
             return _unread(pull, cotangents)
         program = read_program(pull_leaves, *leaves)
-        gradients = dict(enumerate(program.jaxpr.outvars))
+        gradients = dict(enumerate(program.results))
         found = _find_layers(program, gradients)
         stacks = {}
         for place, gradient in gradients.items():
@@ -270,7 +270,7 @@ def _understands_jax() -> bool:
     with jax.ensure_compile_time_eval():
         outputs, pull = jax.vjp(model_fn, params)
     program = read_program(lambda c: jax.tree.leaves(pull(c)), outputs)
-    found = _find_layers(program, dict(enumerate(program.jaxpr.outvars)))
+    found = _find_layers(program, dict(enumerate(program.results)))
     places = [(one.found.layer.weight, one.found.layer.bias) for one in found]
     is_known = places == [(1, None), (2, 0)]
     if not is_known:

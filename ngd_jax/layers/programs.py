@@ -106,6 +106,11 @@ class Program:
                 if is_moving:
                     self._moving.add(variable)
 
+    @property
+    def results(self) -> list[Any]:
+        """The values that it returns."""
+        return self.jaxpr.outvars
+
     def is_moving(self, variable: Any) -> bool:
         """Whether a value may depend on the arguments."""
         return _is_variable(variable) and variable in self._moving
@@ -171,7 +176,7 @@ class Program:
             return None
         num_carry, first = equation.params["num_carry"], equation.params["num_consts"]
         place, body = equation.outvars.index(source), self._body(equation)
-        result = body.jaxpr.outvars[place]
+        result = body.results[place]
         if place >= num_carry:
             return Loop(equation, body, is_stack=True), result
         total = body.jaxpr.invars[first + place]
@@ -179,7 +184,7 @@ class Program:
         if added is None or added.primitive.name not in ("add", "add_any"):
             return None
         uses = [x for one in body.jaxpr.eqns for x in one.invars if x is total]
-        uses += [x for x in body.jaxpr.outvars if x is total]
+        uses += [x for x in body.results if x is total]
         if len(uses) != 1 or not any(x is total for x in added.invars):
             return None
         if not self._is_zero(equation.invars[first + place]):
@@ -340,7 +345,7 @@ def _run_loop(
     inner = [request._replace(loops=request.loops[1:]) for request in requests]
 
     def run(arguments: list[Array]) -> tuple[list[Array], PyTree, PyTree]:
-        outputs, found = body.evaluate(arguments, body.jaxpr.outvars, inner)
+        outputs, found = body.evaluate(arguments, body.results, inner)
         pairs = list(zip(found, is_stack, strict=True))
         sums = tree.replicate([one for one, is_so in pairs if not is_so])
         return outputs, sums, [one for one, is_so in pairs if is_so]
