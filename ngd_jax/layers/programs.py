@@ -174,7 +174,7 @@ class Program:
         is_in_order = join(one for axis in axes for one in axis) == join([(size, 1)])
         if shape != variable.aval.shape or not is_in_order:
             return None
-        num_carry, first = equation.params["num_carry"], equation.params["num_consts"]
+        _, first, num_carry = _parts_of_scan(equation)
         place, body = equation.outvars.index(source), self._body(equation)
         result = body.results[place]
         if place >= num_carry:
@@ -235,13 +235,13 @@ class Program:
         """The program of an iteration of a `scan`."""
         if id(equation) in self._bodies:
             return self._bodies[id(equation)]
-        closed, first = equation.params["jaxpr"], equation.params["num_consts"]
+        closed, first, num_carry = _parts_of_scan(equation)
         moving = [self.is_moving(x) for x in equation.invars]
         zeros = [k for k, x in enumerate(equation.invars[:first]) if self._is_zero(x)]
         while True:  # until no more of the carry moves than was assumed
             body = Program(closed, moving, zeros)
             before = list(moving)
-            results = closed.jaxpr.outvars[: equation.params["num_carry"]]
+            results = closed.jaxpr.outvars[:num_carry]
             for place, result in enumerate(results, first):
                 moving[place] |= body.is_moving(result)
             if moving == before:
@@ -309,8 +309,9 @@ def _scan(
       The results, the sum, and the stack.
     """
     options = equation.params
-    first, stop = options["num_consts"], options["num_consts"] + options["num_carry"]
-    consts, carry, xs = inputs[:first], inputs[first:stop], inputs[stop:]
+    _, first, num_carry = _parts_of_scan(equation)
+    consts, others = inputs[:first], inputs[first:]
+    carry, xs = others[:num_carry], others[num_carry:]
 
     def step(state: Any, xs: list[Any]) -> tuple[Any, Any]:
         carry, totals = state
@@ -367,13 +368,28 @@ def read_program(fn: Callable[..., list[Any]], *arguments: Any) -> Program:
 def _has_calls(jaxpr: core.Jaxpr) -> bool:
     return any(
         equation.primitive.name in _CALLS
-        or (equation.primitive.name == "scan" and _has_calls(_inner(equation)))
+        or (
+            equation.primitive.name == "scan"
+            and _has_calls(_parts_of_scan(equation)[0].jaxpr)
+        )
         for equation in jaxpr.eqns
     )
 
 
-def _inner(equation: Any) -> core.Jaxpr:
-    return equation.params["jaxpr"].jaxpr
+def _closed(program: Any) -> core.ClosedJaxpr:
+    is_open = isinstance(program, core.Jaxpr)
+    return core.ClosedJaxpr(program, ()) if is_open else program
+
+
+def _parts_of_scan(equation: Any) -> tuple[core.ClosedJaxpr, int, int]:
+    """The body; the number of constants among its arguments; of the carry after them."""
+    params = equation.params
+    if "num_consts" in params:
+        numbers = params["num_consts"], params["num_carry"]
+    else:  # from jax 0.12 on
+        consts, carry, _ = params["ft_in"].unpack()
+        numbers = len(consts), len(carry)
+    return _closed(params["jaxpr"]), *numbers
 
 
 def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
@@ -381,8 +397,8 @@ def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
 
     def apply(equation: Any, inputs: list[Any]) -> list[Any]:
         name = equation.primitive.name
-        if name == "scan" and _has_calls(_inner(equation)):
-            run = _written_out(equation.params["jaxpr"])
+        if name == "scan" and _has_calls((closed := _parts_of_scan(equation)[0]).jaxpr):
+            run = _written_out(closed)
 
             def body(values: list[Any]) -> tuple[list[Any], list, list]:
                 return run(*values), [], []
@@ -390,9 +406,7 @@ def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
             return _scan(equation, inputs, body, has_sum=False)[0]
         if name not in _CALLS:
             return _apply(equation, inputs)
-        called = equation.params[_CALLS[name]]
-        if isinstance(called, core.Jaxpr):
-            called = core.ClosedJaxpr(called, ())
+        called = _closed(equation.params[_CALLS[name]])
         if name == "remat2" and _is_kept_apart(equation):
             inputs = jax.lax.optimization_barrier(inputs)
         return _written_out(called)(*inputs)
