@@ -382,14 +382,13 @@ def _closed(program: Any) -> core.ClosedJaxpr:
 
 
 def _parts_of_scan(equation: Any) -> tuple[core.ClosedJaxpr, int, int]:
-    """The body; the number of constants among its arguments; of the carry after them."""
+    """The body, the number of constants among its arguments, and that of the carry."""
     params = equation.params
+    body = _closed(params["jaxpr"])
     if "num_consts" in params:
-        numbers = params["num_consts"], params["num_carry"]
-    else:  # from jax 0.12 on
-        consts, carry, _ = params["ft_in"].unpack()
-        numbers = len(consts), len(carry)
-    return _closed(params["jaxpr"]), *numbers
+        return body, params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from jax 0.12 on
+    return body, len(consts), len(carry)
 
 
 def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
