@@ -54,6 +54,8 @@ _ROUND_OFF = 16.0
 _REFINEMENTS = 3
 # Powers of λ (G + λI)⁻¹ that make a projection onto the null space of G.
 _FILTERS = 4
+# Of CG on a Gram matrix that is divided over devices.
+_MAX_STEPS = 1000
 
 
 _OnVectors = Callable[[Array], Array]
@@ -107,11 +109,13 @@ class SampleSpace(Solver):
         round-off of G takes a few solves in place of one.
         The number of examples must be a multiple of D. None if every device has all
         of G and factorises it.
-      max_steps: the most steps of such a solve; if they are too few, the status is
-        MAX_STEPS, and `relative_residual` says how far it has come.
+      max_steps: the most steps of such a solve, with `sharding`; None for 1,000. If
+        they are too few, the status is MAX_STEPS, and `relative_residual` says how far
+        it has come.
 
     Raises:
-      ValueError: for a `sharding` without mesh axes; at trace time where the model
+      ValueError: for a `sharding` without mesh axes, or `max_steps` without
+        `sharding`; at trace time where the model
         cannot be run on single examples, since no leaf of the batch has the leading
         axis of the outputs, and for examples that `sharding` cannot divide.
 
@@ -141,11 +145,17 @@ class SampleSpace(Solver):
     block_size: int | None = None
     verify: bool = True
     sharding: NamedSharding | None = None
-    max_steps: int = 1000
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         placement.check_sharding(self.sharding, "the Gram matrix")
-        check_count("max_steps", self.max_steps)
+        if self.max_steps is not None:
+            check_count("max_steps", self.max_steps)
+            if self.sharding is None:
+                raise ValueError(
+                    f"`max_steps` is for `sharding`, with which the solve iterates: "
+                    f"leave it None without, got {self.max_steps}."
+                )
 
     uses_coefficients: ClassVar[bool] = True
 
@@ -162,7 +172,8 @@ class SampleSpace(Solver):
             scaled = make_positive_definite(matrix, damping)
         else:
             matrix, order = divided_gram(fisher, self.sharding, self.block_size)
-            scaled = DividedGram(matrix, damping, self.sharding, self.max_steps)
+            max_steps = _MAX_STEPS if self.max_steps is None else self.max_steps
+            scaled = DividedGram(matrix, damping, self.sharding, max_steps)
         system, w, rest = _in_units(fisher, rhs, scaled, order)
         is_known = rhs.coefficients is not None
 

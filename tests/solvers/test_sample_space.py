@@ -229,6 +229,11 @@ def test_too_few_steps_of_a_divided_solve_are_reported(rng):
     assert float(info.relative_residual) > 1e-4
 
 
+def test_a_budget_without_an_iteration_raises():
+    with pytest.raises(ValueError, match=r"`max_steps` is for `sharding`.* got 5"):
+        ngd.SampleSpace(max_steps=5)
+
+
 def test_a_sharding_without_mesh_axes_raises():
     with pytest.raises(ValueError, match="that divide the Gram matrix as its only"):
         ngd.SampleSpace(sharding=NamedSharding(one_device().mesh, P()))

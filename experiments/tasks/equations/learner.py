@@ -74,6 +74,11 @@ class PhysicsLearner:
         key = jax.random.key(config.seed)
         points_key = jax.random.fold_in(key, POINTS_STREAM)
         points = self.problem.draw_points(points_key, sizes)
+        if any(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(points)):
+            raise ConfigError(
+                f"`task.problem={task.problem}` has too few points: the region must "
+                f"fill a twentieth of its box, and its boundary as much of its curves."
+            )
 
         def points_of(state: PhysicsState) -> Points:
             if task.redraw_every is None:

@@ -1,5 +1,7 @@
 """The task `pinn` as the program runs it: solved, resumed, drawn, and refused."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from experiments.running.loop import run_training
 from experiments.running.run_folder import read_json_lines
 from experiments.running.settings import ConfigError
 from experiments.tasks.equations.learner import PhysicsLearner
+from experiments.tasks.equations.problems import make_problem
+from experiments.tasks.equations.regions import disk
 
 SMALL = (
     "task=pinn",
@@ -146,3 +150,15 @@ def test_fresh_points_in_five_dimensions(tmp_path):
 def test_settings_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         PhysicsLearner(read(*overrides))
+
+
+def slivers():
+    """A problem in two small disks, far apart in their box."""
+    region = disk((-1.0, -1.0), 0.01) | disk((1.0, 1.0), 0.01)
+    return dataclasses.replace(make_problem("laplace_lshape"), region=region)
+
+
+def test_a_region_in_which_too_few_points_are_found_is_refused():
+    own = f"task.problem={__name__}:slivers"
+    with pytest.raises(ConfigError, match=r"`task.problem=.*slivers` has too few"):
+        PhysicsLearner(read("problem=laplace_lshape", own))
