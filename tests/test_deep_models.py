@@ -309,6 +309,29 @@ def test_the_block_of_a_recurrent_weight_is_of_all_times_together(options, x64):
         np.testing.assert_allclose(outputs, delta.T @ delta, rtol=1e-10)
 
 
+@pytest.mark.parametrize("solver", [ngd.KFAC(), ngd.CG(2)], ids=["KFAC", "CG"])
+def test_a_loop_over_no_times_has_no_layers(solver):
+    """Its weights do nothing; the layer after it still learns."""
+    params = recurrent_params() | {"head": normal(4, WIDTH, 3)}
+
+    def model_fn(params, x):
+        start = jnp.ones((len(x), WIDTH))
+        times = x.swapaxes(0, 1)
+        end, _ = jax.lax.scan(lambda h, x: (cell(params, h, x), None), start, times)
+        return end @ params["head"]
+
+    no_times = jnp.ones((COUNT, 0, 2))
+    found = claims(fisher_of(model_fn, params, no_times))
+    assert not any("in a loop" in claim for claim in found)
+    tx = ngd.natural_gradient(
+        None, model_fn, ngd.Categorical(), solver=solver, max_kl=0.1
+    )
+    gradient = jax.tree.map(jnp.zeros_like, params) | {"head": params["head"]}
+    _, state = tx.update(gradient, tx.init(params), params, batch=no_times)
+    assert int(state.info.status) == ngd.StepStatus.TAKEN
+    assert 0.09 < float(state.info.measured_kl) <= 0.1
+
+
 def test_a_linear_recurrent_layer_without_a_loop_has_the_same_solution(x64):
     # Σₜ xₜ W over five times is a dense layer at five places.
     params, x = {"w": normal(1, 3, WIDTH)}, normal(0, COUNT, 5, 3)

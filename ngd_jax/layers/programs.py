@@ -170,6 +170,8 @@ class Program:
         equation = self.source(source)
         if equation is None or equation.primitive.name != "scan":
             return None
+        if equation.params["length"] == 0:  # there is nothing to sum or to stack
+            return None
         shape, size = source.aval.shape, math.prod(source.aval.shape)
         is_in_order = join(one for axis in axes for one in axis) == join([(size, 1)])
         if shape != variable.aval.shape or not is_in_order:
