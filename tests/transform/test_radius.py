@@ -192,6 +192,21 @@ def test_kl_is_that_of_the_parameters_as_rounded(dtype, radii):
     assert unrounded >= 2  # or this test would show nothing
 
 
+def test_steps_below_the_normal_numbers_of_float16_are_rounded_not_lost():
+    grads = jnp.array([3e-6, -7.4e-7, 6.1e-5, 1e-8, 0.25])
+    params = jnp.zeros(5, jnp.float16)
+    tx = ngd.natural_gradient(1.0, lambda w, x: x * w, ngd.Gaussian(), damping=1.0)
+
+    @jax.jit
+    def step(grads):
+        # F is zero on such a batch, and d = g.
+        batch = jnp.zeros((2, 5), jnp.float32)
+        return tx.update(grads, tx.init(params), params, batch=batch)[0]
+
+    updates = np.asarray(step(grads))
+    np.testing.assert_array_equal(updates, -np.asarray(grads).astype(np.float16))
+
+
 def test_steps_at_the_radius_take_a_handful_of_measurements():
     params, batch = make_problem()
     for _ in range(5):
