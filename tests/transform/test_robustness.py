@@ -153,6 +153,26 @@ def test_fixed_rate_that_leads_to_infinite_outputs_is_refused():
     assert not updates["w"].any()
 
 
+def test_a_damping_that_is_not_a_number_is_refused_and_not_reported():
+    params = jnp.ones(2)
+    tx = ngd.natural_gradient(
+        1.0,
+        lambda w, x: x * w,
+        ngd.Gaussian(),
+        damping=lambda count: jnp.where(count == 0, 0.5, jnp.nan),
+        solver=ngd.CG(2),
+    )
+    update = jax.jit(tx.update)
+    batch = jnp.array([[1.0, 2.0], [3.0, 1.0]])
+    _, before = update(params, tx.init(params), params, batch=batch)
+    updates, state = update(params, before, params, batch=batch)
+    assert before.info.status == ngd.StepStatus.TAKEN
+    assert state.info.status == ngd.StepStatus.NON_FINITE_MODEL
+    assert state.info.damping == 0.5
+    assert not updates.any()
+    assert_finite(state)
+
+
 # --- Updates that would not be finite, whatever their KL.
 
 
