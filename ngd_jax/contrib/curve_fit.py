@@ -28,6 +28,7 @@ from ngd_jax.metric import check_count
 from ngd_jax.solvers.protocol import (
     RightHandSide,
     SolverStatus,
+    first_cause,
     forward_only,
     solve_scaled,
 )
@@ -370,20 +371,12 @@ def _fit(
     size = tree.norm(whiten(ydata)) / ydata.size**0.5
     size += jnp.sum(local.norms * jnp.abs(loop.theta))
     is_stationary = offset <= eps ** (1 / 3) * rms + _ROUND_OFF * eps * size
-    status = jnp.select(
-        [
-            ~(jnp.isfinite(rms) & tree.all_finite(local.root)),
-            ~is_stationary & ~loop.is_done,
-            ~is_stationary,
-            ~jnp.isfinite(inverse[0, 0]),
-        ],
-        [
-            jnp.int32(CurveFitStatus.NON_FINITE),
-            jnp.int32(CurveFitStatus.MAX_STEPS),
-            jnp.int32(CurveFitStatus.STALLED),
-            jnp.int32(CurveFitStatus.UNDETERMINED),
-        ],
-        jnp.int32(CurveFitStatus.CONVERGED),
+    status = first_cause(
+        (~(jnp.isfinite(rms) & tree.all_finite(local.root)), CurveFitStatus.NON_FINITE),
+        (~is_stationary & ~loop.is_done, CurveFitStatus.MAX_STEPS),
+        (~is_stationary, CurveFitStatus.STALLED),
+        (~jnp.isfinite(inverse[0, 0]), CurveFitStatus.UNDETERMINED),
+        otherwise=CurveFitStatus.CONVERGED,
     )
     freedom = ydata.size - start.size
     noise = rms**2 / freedom if freedom > 0 else jnp.inf

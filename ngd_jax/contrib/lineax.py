@@ -18,6 +18,7 @@ from ngd_jax.solvers.protocol import (
     Solver,
     SolverInfo,
     SolverStatus,
+    first_cause,
 )
 from ngd_jax.types import ArrayLike, PyTree
 
@@ -86,18 +87,18 @@ class Lineax(Solver):
         # If even the product with zero is not finite, there is nothing to go by.
         is_finite = jnp.isfinite(residual)
         results = lineax.RESULTS
-        causes = [
+        status = first_cause(
             (~is_finite, SolverStatus.NON_FINITE),
             (~is_sound, SolverStatus.BREAKDOWN),
             (result.result == results.successful, SolverStatus.CONVERGED),
             (result.result == results.max_steps_reached, SolverStatus.MAX_STEPS),
             (result.result == results.stagnation, SolverStatus.STAGNATED),
-        ]
-        conditions, statuses = map(list, zip(*causes, strict=True))
+            otherwise=SolverStatus.BREAKDOWN,
+        )
         info = SolverInfo(
             num_steps=jnp.asarray(result.stats.get("num_steps", 0), jnp.int32),
             relative_residual=jnp.where(is_finite & is_sound, residual, 1.0),
-            status=jnp.select(conditions, statuses, SolverStatus.BREAKDOWN),
+            status=status,
         )
         direction = tree.select(is_finite, direction, zeros)
         return Solution(direction, None, info, state)

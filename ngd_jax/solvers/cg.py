@@ -37,6 +37,7 @@ from ngd_jax.solvers.protocol import (
     SolverInfo,
     SolverStatus,
     check_budget,
+    first_cause,
     forward_only,
     solve_scaled,
 )
@@ -233,13 +234,14 @@ def minimize(
         if observer is not None:
             seen = state.observed, num_steps, x, residual, model
             observed, should_stop = observer.update(*seen)
-        status = _first_of(
+        status = first_cause(
             (~is_finite, SolverStatus.NON_FINITE),
             (failed & ~is_guess, SolverStatus.BREAKDOWN),
             (is_past, SolverStatus.STAGNATED),
             (reached & ~is_doubtful, SolverStatus.CONVERGED),
             (should_stop & ~is_doubtful, SolverStatus.SETTLED),
             (is_suspect, _SUSPECT),
+            otherwise=_RUNNING,
         )
         return _State(
             x=x,
@@ -291,10 +293,11 @@ def minimize(
             residual=jnp.where(is_finite, here.residual, b_norm),
             smallest=residual,
             model=here.model,
-            status=_first_of(
+            status=first_cause(
                 (~is_finite, SolverStatus.NON_FINITE),
                 (here.residual <= tolerance, SolverStatus.CONVERGED),
                 (is_stuck | is_worse, SolverStatus.STAGNATED),
+                otherwise=_RUNNING,
             ),
             drift=_Drift(size, last_miss, best),
         )
@@ -321,7 +324,9 @@ def minimize(
         spread=zero,
         model=zero,
         num_steps=jnp.asarray(0 if guess is None else -1, jnp.int32),
-        status=_first_of((b_norm <= tolerance, SolverStatus.CONVERGED)),
+        status=jnp.where(b_norm <= tolerance, SolverStatus.CONVERGED, _RUNNING).astype(
+            jnp.int32
+        ),
         observed=() if observer is None else observer.init(b),
         drift=_Drift(zero, infinity, best) if replaces else None,
     )
@@ -333,15 +338,6 @@ def minimize(
     status = jnp.where(is_over, SolverStatus.MAX_STEPS, state.status)
     info = SolverInfo(num_steps, relative, status)
     return unpack(state.x), state.pushed, info, state.observed
-
-
-def _first_of(*causes: tuple[Array, int]) -> Array:
-    """The status of the first cause that applies, else _RUNNING."""
-    status = jnp.asarray(_RUNNING, jnp.int32)
-    # `jnp.select` would be an argmax, which takes two more kernels.
-    for condition, cause in reversed(causes):
-        status = jnp.where(condition, jnp.int32(cause), status)
-    return status
 
 
 @dataclasses.dataclass(frozen=True)

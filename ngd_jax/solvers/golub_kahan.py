@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
-from ngd_jax.solvers.protocol import SolverInfo, SolverStatus
+from ngd_jax.solvers.protocol import SolverInfo, SolverStatus, first_cause
 from ngd_jax.types import Array, MatVec, PyTree
 
 __all__ = ["LeastSquares", "inverse", "solve"]
@@ -243,17 +243,18 @@ def _attempt(
     size = tree.norm(system.w) + new.spread * tree.norm(new.x[0])
     is_stuck = new.residual <= 4 * system.precision * new.spread * size
     is_stuck |= new.residual > 0.5 * state.residual
-    causes = {
-        SolverStatus.NON_FINITE: (last.status == SolverStatus.NON_FINITE) | ~is_finite,
-        SolverStatus.CONVERGED: new.residual <= tolerance,
-        SolverStatus.BREAKDOWN: last.status == SolverStatus.BREAKDOWN,
-        SolverStatus.MAX_STEPS: last.num_steps >= max_steps,
-        SolverStatus.STAGNATED: is_stuck,
-    }
-    status = jnp.select(list(causes.values()), list(causes), _RUNNING)
+    has_overflowed = (last.status == SolverStatus.NON_FINITE) | ~is_finite
+    status = first_cause(
+        (has_overflowed, SolverStatus.NON_FINITE),
+        (new.residual <= tolerance, SolverStatus.CONVERGED),
+        (last.status == SolverStatus.BREAKDOWN, SolverStatus.BREAKDOWN),
+        (last.num_steps >= max_steps, SolverStatus.MAX_STEPS),
+        (is_stuck, SolverStatus.STAGNATED),
+        otherwise=_RUNNING,
+    )
     return new._replace(
         residual=jnp.where(is_finite, new.residual, jnp.abs(last.zeta_bar)),
-        status=status.astype(jnp.int32),
+        status=status,
     )
 
 

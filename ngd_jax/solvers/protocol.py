@@ -28,6 +28,7 @@ __all__ = [
     "SolverStatus",
     "check_budget",
     "check_solution",
+    "first_cause",
     "forward_only",
     "solve_scaled",
 ]
@@ -399,13 +400,22 @@ def check_solution(
     explained = 2 * jnp.asarray(own_residual) + _ROUND_OFF * narrow * (1 + length)
     is_converged = residual <= eps**0.5
     is_taken = is_converged | (residual <= explained)
-    status = jnp.select(
-        [is_converged, is_taken],
-        [jnp.int32(SolverStatus.CONVERGED), jnp.int32(SolverStatus.STAGNATED)],
-        jnp.int32(SolverStatus.NOT_SEPARABLE),
+    status = first_cause(
+        (is_converged, SolverStatus.CONVERGED),
+        (is_taken, SolverStatus.STAGNATED),
+        otherwise=SolverStatus.NOT_SEPARABLE,
     )
     info = SolverInfo(jnp.zeros((), jnp.int32), residual.astype(dtype), status)
     return pushed, info, is_taken
+
+
+def first_cause(*causes: tuple[Array, int], otherwise: int) -> Array:
+    """The status of the first condition that holds; later ones are consequences."""
+    status = jnp.int32(otherwise)
+    # `jnp.select` would be an argmax, which takes two more kernels.
+    for condition, cause in reversed(causes):
+        status = jnp.where(condition, jnp.int32(cause), status)
+    return status
 
 
 def check_budget(max_steps: Any, rtol: float, atol: float = 0.0) -> None:

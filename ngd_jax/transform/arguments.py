@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ngd_jax import tree
 from ngd_jax.damping import CovariantDamping, LevenbergMarquardt, RelativeDamping
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.metric import Metric
@@ -32,8 +31,8 @@ __all__ = [
     "Rate",
     "Settings",
     "check_manual_axes",
-    "check_params",
     "check_wrappers",
+    "is_zero",
     "split_functions",
 ]
 
@@ -79,8 +78,8 @@ class Settings:
         """Whether the next step uses the last direction."""
         rate = self.learning_rate
         return (
-            not _is_zero(self.momentum)
-            or not _is_zero(self.solver.warm_start)
+            not is_zero(self.momentum)
+            or not is_zero(self.solver.warm_start)
             or (isinstance(rate, RateRule) and rate.uses_previous)
         )
 
@@ -161,14 +160,15 @@ class Settings:
                 f"for solvers in the space of outputs (SampleSpace, LSMR) without "
                 f"`batch_fn`; got damping={self.damping!r}, solver={self.solver!r}."
             )
-        if isinstance(self.learning_rate, RateRule) and not _is_zero(self.momentum):
+        if isinstance(self.learning_rate, RateRule) and not is_zero(self.momentum):
             raise ValueError(
                 f"`momentum` is chosen by learning_rate={self.learning_rate!r}: leave "
                 f"it 0, got {self.momentum!r}."
             )
 
 
-def _is_zero(value: Any) -> bool:
+def is_zero(value: Any) -> bool:
+    """Whether a setting is the number 0, and no schedule that may become it."""
     return isinstance(value, int | float) and value == 0
 
 
@@ -217,11 +217,6 @@ def split_functions(
         return model_of_arrays
 
     return jax.tree.unflatten(structure, arrays), model_from
-
-
-def check_params(params: Params) -> None:
-    """Raises unless the parameters can be differentiated."""
-    tree.check_parameters(params)
 
 
 def check_manual_axes(values: PyTree) -> None:

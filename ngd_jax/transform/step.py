@@ -26,14 +26,15 @@ from ngd_jax.solvers.protocol import (
     RightHandSide,
     Solution,
     SolverStatus,
+    first_cause,
     forward_only,
     solve_scaled,
 )
 from ngd_jax.transform.arguments import (
     Settings,
     check_manual_axes,
-    check_params,
     check_wrappers,
+    is_zero,
     split_functions,
 )
 from ngd_jax.transform.state import (
@@ -73,7 +74,7 @@ class NaturalGradientStep:
         """Optax's `init`."""
         check_wrappers()
         params, _ = split_functions(params)
-        check_params(params)
+        tree.check_parameters(params)
         settings = self.settings
         rule = settings.damping_rule
         return initial_state(
@@ -105,7 +106,7 @@ class NaturalGradientStep:
                     f"The metric is that of the model at its parameters, on that batch."
                 )
         params, model_from = split_functions(params)
-        check_params(params)
+        tree.check_parameters(params)
         tree.check_like(updates, params, name="updates", like_name="params")
         check_manual_axes((params, updates, batch))
         gradient = tree.placed_like(tree.widen(updates), params)
@@ -168,7 +169,7 @@ class NaturalGradientStep:
         gradient_size = tree.max_abs(gradient)
         solver_failed = solution.info.status == SolverStatus.NON_FINITE
         is_stuck = (largest == 0) & (gradient_size > 0)
-        status = _first_cause(
+        status = first_cause(
             (~jnp.isfinite(gradient_size), StepStatus.NON_FINITE_GRADIENT),
             (~jnp.asarray(value_is_finite), StepStatus.NON_FINITE_VALUE),
             (solver_failed, StepStatus.NON_FINITE_MODEL),
@@ -177,6 +178,7 @@ class NaturalGradientStep:
             (~tree.all_finite(after), StepStatus.NON_FINITE_UPDATE),
             (~is_accepted, StepStatus.NO_REDUCTION),
             (~step.filled, StepStatus.TAKEN_SHORT),
+            otherwise=StepStatus.TAKEN,
         )
         next_damping = damping
         rule = settings.damping_rule
@@ -284,7 +286,7 @@ class NaturalGradientStep:
 
         pulled, pulled_pushed, guess, coefficients = None, None, None, rhs_of_outputs
         rhs = gradient
-        if not _is_static_zero(settings.momentum):
+        if not is_zero(settings.momentum):
             momentum = _value_at(settings.momentum, state.count)
             pulled = tree.scale(momentum, state.direction)
             product, pulled_pushed = fisher.matvec_and_push(pulled)
@@ -292,7 +294,7 @@ class NaturalGradientStep:
             if coefficients is not None:
                 shift = fisher.metric.sqrt_matvec(pulled_pushed)
                 coefficients = jax.tree.map(jnp.subtract, coefficients, shift)
-        elif not _is_static_zero(settings.solver.warm_start):
+        elif not is_zero(settings.solver.warm_start):
             guess = tree.scale(settings.solver.warm_start, state.direction)
 
         def objective(direction: PyTree) -> Scalar:
@@ -454,15 +456,6 @@ class _Loss:
         return self.at(self.fisher.params)
 
 
-def _first_cause(*causes: tuple[Array, StepStatus]) -> Array:
-    """The first status whose condition holds; the later ones are consequences."""
-    status = jnp.int32(StepStatus.TAKEN)
-    # `jnp.select` would be an argmax, which takes longer to compile.
-    for condition, cause in reversed(causes):
-        status = jnp.where(condition, jnp.int32(cause), status)
-    return status
-
-
 def _is_taken(status: Array) -> Array:
     return (status == StepStatus.TAKEN) | (status == StepStatus.TAKEN_SHORT)
 
@@ -505,10 +498,6 @@ def _num_arguments(fn: Callable[..., Any]) -> int:
 def _value_at(value: Any, count: Array) -> Any:
     """The number, or the schedule's value after `count` steps."""
     return value(count) if callable(value) else value
-
-
-def _is_static_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and value == 0
 
 
 def _identity(values: PyTree) -> PyTree:
