@@ -330,7 +330,8 @@ def _probe(fisher: Fisher) -> PyTree:
     entries of v are, leaf by leaf, the inverse of the sensitivity of A to the leaf:
     E (Aᵀu)ⱼ² = Fⱼⱼ for random signs u.
     """
-    pulled = fisher.sqrt_rmatvec(_signs(per_example.coefficient_shapes(fisher)))
+    signs = per_example.random_signs(per_example.coefficient_shapes(fisher))
+    pulled = fisher.sqrt_rmatvec(signs)
     dtype = per_example.working_dtype(fisher)
     sizes = jax.tree.map(
         lambda x: tree.norm(x).astype(dtype) / max(1, x.size) ** 0.5, pulled
@@ -342,17 +343,8 @@ def _probe(fisher: Fisher) -> PyTree:
     return jax.tree.map(
         lambda size, signs: tree.scale(1 / jnp.maximum(size / largest, least), signs),
         sizes,
-        _signs(pulled),
+        per_example.random_signs(pulled),
     )
-
-
-def _signs(like: PyTree) -> PyTree:
-    """Always the same pseudorandom signs: an integer hash costs no loop to compile."""
-    bits = jnp.arange(real_size(like), dtype=jnp.uint32)
-    for multiplier in (0x7FEB352D, 0x846CA68B):
-        bits = (bits ^ (bits >> 16)) * jnp.uint32(multiplier)
-    signs = 1 - 2 * (bits >> 31).astype(jnp.float32)
-    return unravel_real(signs, like)
 
 
 def _is_small(fisher: Fisher, error: PyTree, truth: PyTree) -> Array:

@@ -36,7 +36,6 @@ __all__ = [
     "random_like",
     "real_dtype",
     "replicate",
-    "rows_like",
     "scale",
     "select",
     "size",
@@ -175,15 +174,6 @@ def placed_like(values: PyTree, like: PyTree) -> PyTree:
         return jax.sharding.reshard(value, NamedSharding(mesh, there.spec))
 
     return jax.tree.map(place, values, like)
-
-
-def rows_like(matrix: Array, like: Array) -> Array:
-    """A matrix whose rows are divided like the first axis of an array, if explicit."""
-    if not _is_split(like):
-        return matrix
-    sharding = jax.typeof(like).sharding
-    spec = PartitionSpec(sharding.spec[0], None)
-    return jax.sharding.reshard(matrix, NamedSharding(sharding.mesh, spec))
 
 
 def first_axis_sharding(tree: PyTree) -> NamedSharding | None:

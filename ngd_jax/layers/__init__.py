@@ -11,7 +11,6 @@ claimed only where the program proves the formula. Knows nothing of metrics or s
 from ngd_jax.layers.backward import (
     Backward,
     Wanted,
-    backward_pass,
     check_partition,
     read_backward,
 )
@@ -22,7 +21,6 @@ __all__ = [
     "Layer",
     "LayerValues",
     "Wanted",
-    "backward_pass",
     "check_partition",
     "read_backward",
 ]
