@@ -14,11 +14,7 @@ from ngd_jax.kfac.blocks import BlockRoots, Blocks, zero_blocks
 from ngd_jax.kfac.division import divide
 from ngd_jax.kfac.factors import batch_factors, total
 from ngd_jax.kfac.groups import Block, Group, Member, groups_of, padded, shape_in
-from ngd_jax.kfac.inverses import (
-    damping_weights,
-    inverse_matvec,
-    refreshed_inverses,
-)
+from ngd_jax.kfac.inverses import damping_weights, inverse_matvec, refreshed_inverses
 from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
 from ngd_jax.metric import check_count
 from ngd_jax.types import Array, ArrayLike, MatVec, Params, PyTree

@@ -362,20 +362,7 @@ def _run_loop(
 def read_program(fn: Callable[..., list[Any]], *arguments: Any) -> Program:
     """The program of `fn`, with the functions that it calls written out."""
     program = jax.make_jaxpr(fn)(*arguments)
-    if _has_calls(program.jaxpr):
-        program = jax.make_jaxpr(_written_out(program))(*arguments)
-    return Program(program)
-
-
-def _has_calls(jaxpr: core.Jaxpr) -> bool:
-    return any(
-        equation.primitive.name in _CALLS
-        or (
-            equation.primitive.name == "scan"
-            and _has_calls(_parts_of_scan(equation)[0].jaxpr)
-        )
-        for equation in jaxpr.eqns
-    )
+    return Program(jax.make_jaxpr(_written_out(program))(*arguments))
 
 
 def _closed(program: Any) -> core.ClosedJaxpr:
@@ -398,8 +385,8 @@ def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
 
     def apply(equation: Any, inputs: list[Any]) -> list[Any]:
         name = equation.primitive.name
-        if name == "scan" and _has_calls((closed := _parts_of_scan(equation)[0]).jaxpr):
-            run = _written_out(closed)
+        if name == "scan":
+            run = _written_out(_parts_of_scan(equation)[0])
 
             def body(values: list[Any]) -> tuple[list[Any], list, list]:
                 return run(*values), [], []
