@@ -351,10 +351,7 @@ _CLAIMS = {
         "the loss has {factor:.3g} times the curvature of the mean of -log p",
         _SCALE,
     ),
-    "damping": (
-        "λ is below the sum of all eigenvalues of F, as λ / tr F",
-        _DROWNED,
-    ),
+    "damping": ("λ is below the sum of all eigenvalues of F, as λ / tr F", _DROWNED),
 }
 
 

@@ -10,13 +10,7 @@ from ngd_jax.likelihoods import Likelihood
 from ngd_jax.metric import check_count, leading_size
 from ngd_jax.types import Array, Batch, ModelFn, Outputs, Params, PyTree
 
-__all__ = [
-    "Chunks",
-    "chunks_of",
-    "map_microbatches",
-    "model_on",
-    "sum_microbatches",
-]
+__all__ = ["Chunks", "chunks_of", "map_microbatches", "model_on", "sum_microbatches"]
 
 
 class Chunks(NamedTuple):
@@ -130,10 +124,7 @@ def chunks_of(
 
 
 def model_on(
-    model_fn: ModelFn,
-    likelihood: Likelihood,
-    batch: Batch,
-    microbatch_size: int | None,
+    model_fn: ModelFn, likelihood: Likelihood, batch: Batch, microbatch_size: int | None
 ) -> Callable[[Params], Outputs]:
     """Params -> model_fn(params, batch), by microbatches."""
 

@@ -107,11 +107,7 @@ def outer_products(
 
 
 def _of_product(
-    place: int,
-    operation: Any,
-    still: int,
-    ranges: list[Range],
-    shape: tuple[int, ...],
+    place: int, operation: Any, still: int, ranges: list[Range], shape: tuple[int, ...]
 ) -> Found | None:
     """A matrix product Σₜ aₜ ⊗ δₜ; operand `still` is a."""
     contracted, (batch, _) = operation.params["dimension_numbers"]

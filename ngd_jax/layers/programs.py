@@ -36,12 +36,7 @@ _LAYOUT = (
 # The same where axes of length 1 come or go.
 _ALMOST_LAYOUT = ("broadcast_in_dim", "reduce_sum")
 # Operations that call a program, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "linear_call": "callee",
-    "pjit": "jaxpr",
-    "remat2": "jaxpr",
-}
+_CALLS = {"jit": "jaxpr", "linear_call": "callee", "pjit": "jaxpr", "remat2": "jaxpr"}
 
 
 class Loop(NamedTuple):
