@@ -38,17 +38,17 @@ __all__ = [
 Kind = Literal["exact", "sampled", "empirical"]
 
 
-def check_count(name: str, value: Any, hint: str = "") -> None:
+def check_count(name: str, value: Any) -> None:
     """Raises unless `value` is a positive int, static under jit.
 
     Raises:
-      TypeError: for anything but a Python int; `hint` ends the message.
+      TypeError: for anything but a Python int.
       ValueError: for a number below 1.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"`{name}` must be a Python int (static under jit), got "
-            f"{type(value).__name__}.{hint}"
+            f"{type(value).__name__}."
         )
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")

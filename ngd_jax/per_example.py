@@ -23,7 +23,7 @@ from ngd_jax import placement, tree
 from ngd_jax.fisher import Fisher
 from ngd_jax.jacobian import linearize
 from ngd_jax.metric import OutputMetric, join, split, terms
-from ngd_jax.microbatches import Chunks
+from ngd_jax.microbatches import Chunks, part_of
 from ngd_jax.types import Array, ArrayLike, Batch, Outputs, Params, PyTree
 
 __all__ = [
@@ -270,9 +270,7 @@ class Group:
         def take(leaf: Any) -> Array:
             if self.size % size:
                 return jax.lax.dynamic_slice_in_dim(leaf, start, size)
-            shape = (size, self.size // size, *jnp.shape(leaf)[1:])
-            parts = jnp.reshape(leaf, shape)
-            return jax.lax.dynamic_index_in_dim(parts, block, 1, keepdims=False)
+            return part_of(leaf, size, block)
 
         def on_example(batch: Batch, data: PyTree) -> PyTree:
             alone = jax.tree.map(lambda x, c: x[None] if c else x, batch, self.cut)

@@ -24,7 +24,7 @@ from ngd_jax.microbatches import sum_microbatches
 from ngd_jax.per_example import coefficient_shapes, random_signs
 from ngd_jax.types import Array, PyTree
 
-__all__ = ["batch_factors", "total"]
+__all__ = ["batch_factors"]
 
 
 def batch_factors(
@@ -149,13 +149,6 @@ def _gram(
     if max_block is not None:
         return block_gram(rows, size, max_block)
     return tree.contract(rows, rows, (0,), (0,))
-
-
-def total(values: Array) -> Array:
-    """The sum of all entries, as products: much faster to compile than a reduction."""
-    for _ in range(values.ndim):
-        values = jnp.tensordot(jnp.ones(len(values), values.dtype), values, 1)
-    return values
 
 
 def _mean_square(leaf: Array) -> Array:

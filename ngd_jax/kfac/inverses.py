@@ -60,22 +60,17 @@ def refreshed_inverses(
             every = zip(sides, shifts, inverses[place], strict=True)
             inverses[place] = Pair(*(_inverse(group, sharding, *x) for x in every))
             # No entry of an inverse is above 1 / ε, and a Cholesky factorisation that
-            # breaks down leaves only NaN: checking one entry is enough.
+            # breaks down leaves only NaN: checking its trace is enough.
             witnesses += [1 / shift for shift in shifts]
-            witnesses += [_witness(side, sharding) for side in inverses[place]]
+            witnesses += map(_witness, inverses[place])
     sums = [jnp.sum(x).astype(damping.dtype) for x in witnesses]
     is_finite = jnp.isfinite(sum(sums, jnp.zeros_like(damping)))
     age = jnp.where(is_finite, 1, state.age)
     return age, tree.select(is_finite, tuple(inverses), state.inverses)
 
 
-def _witness(inverse: Any, sharding: NamedSharding | None) -> Array:
-    if isinstance(inverse, LongInverse):
-        return inverse.diagonal
-    if isinstance(inverse, BlockRoots):
-        return trace(inverse)
-    # A single entry of a divided array cannot be cut out of it.
-    return inverse[:, 0, 0] if sharding is None else _trace(inverse)
+def _witness(inverse: Any) -> Array:
+    return inverse.diagonal if isinstance(inverse, LongInverse) else _trace(inverse)
 
 
 def _damped(
@@ -122,7 +117,7 @@ def _trace(side: Any) -> Array:
     """The trace of each."""
     if isinstance(side, Long):
         return jnp.sum(side.square, 1)
-    if isinstance(side, Blocks):
+    if isinstance(side, Blocks | BlockRoots):
         return trace(side)
     # As a product: `jnp.trace` is a gather and a reduction.
     identity = jnp.eye(*side.shape[1:], dtype=side.dtype)
@@ -137,8 +132,8 @@ def _inverse(
         square, mean = side
         diagonal = 1 / (jnp.maximum(square - mean**2, 0) + shift[:, None])
         scaled = diagonal * mean
-        downdate = 1 + jnp.sum(mean * scaled, 1)
-        return LongInverse(diagonal, scaled / downdate[:, None], downdate)
+        norm = jnp.sqrt(1 + jnp.sum(mean * scaled, 1, keepdims=True))
+        return LongInverse(diagonal, scaled / norm)
     if isinstance(side, Blocks):
         return inverse_roots(side, shift, old.values.dtype)
     return map_factors(_inverse_of_one, group, side, shift, sharding)
@@ -174,12 +169,9 @@ def _multiply(inverse: Any, values: Array, axis: int) -> Array:
         # Multiplied from the right: transposing twice would make two copies.
         is_whole = inverse.shape[1] == inverse.shape[2]
         return _matmul(values, inverse if is_whole else jnp.swapaxes(inverse, 1, 2))
-    diagonal, solved = (
-        jnp.expand_dims(x, 3 - axis) for x in (inverse.diagonal, inverse.solved)
-    )
-    along = jnp.sum(solved * values, axis=axis, keepdims=True)
-    along *= inverse.downdate[:, None, None]
-    return diagonal * values - solved * along
+    diagonal, downdate = (jnp.expand_dims(x, 3 - axis) for x in inverse)
+    along = jnp.sum(downdate * values, axis=axis, keepdims=True)
+    return diagonal * values - downdate * along
 
 
 def inverse_matvec(

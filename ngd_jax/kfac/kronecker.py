@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from ngd_jax import placement, tree
 from ngd_jax.kfac.blocks import BlockRoots, Blocks, zero_blocks
 from ngd_jax.kfac.division import divide
-from ngd_jax.kfac.factors import batch_factors, total
+from ngd_jax.kfac.factors import batch_factors
 from ngd_jax.kfac.groups import Block, Group, Member, groups_of, padded, shape_in
 from ngd_jax.kfac.inverses import damping_weights, inverse_matvec, refreshed_inverses
 from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
@@ -47,9 +47,8 @@ class Factors:
             raise ValueError(
                 "`sharding` divides whole factors: leave out `max_block` and `dtype`."
             )
-        check_count("refresh_every", self.refresh_every)
-        check_count("observe_every", self.observe_every)
-        check_count("max_size", self.max_size)
+        for name in ("refresh_every", "observe_every", "max_size"):
+            check_count(name, getattr(self, name))
         if not 0 <= self.decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
 
@@ -202,7 +201,7 @@ class Factors:
     def _identity(self, group: Group) -> Any:
         def with_ones(side: Any) -> Any:
             if isinstance(side, Long):
-                return LongInverse(side.square + 1, side.mean, side.mean[:, 0])
+                return LongInverse(side.square + 1, side.mean)
             if isinstance(side, Blocks):
                 return BlockRoots(with_ones(side.values))
             return side + jnp.eye(*side.shape[-2:], dtype=side.dtype)
@@ -219,11 +218,8 @@ class Factors:
         blocks, factors = batch_factors(
             fisher, state.num_batches, self.max_size, self._block
         )
-        # A sum of finite numbers is finite, unless they are too large for any average.
-        sums = map(total, jax.tree.leaves(factors))
+        is_finite, count = tree.all_finite(factors), state.num_batches + 1
         dtype = tree.accumulator_dtype(state.averages)
-        is_finite = jnp.isfinite(sum(x.astype(dtype) for x in sums))
-        count = state.num_batches + 1
         share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
 
         def mix(group: Group, old: Array, *new: Array | None) -> Array:

@@ -83,11 +83,8 @@ def read_backward(
         program = read_program(pull_leaves, *leaves)
         gradients = dict(enumerate(program.results))
         found = _find_layers(program, gradients)
-        stacks = {}
-        for place, gradient in gradients.items():
-            inside = program.in_loop(gradient)
-            if inside is not None and inside[0].is_stack:
-                stacks[place] = inside
+        inside = {place: program.in_loop(x) for place, x in gradients.items()}
+        stacks = {place: x for place, x in inside.items() if x and x[0].is_stack}
     except Exception as error:  # noqa: BLE001  # internals of JAX may change in any way
         # An error of the model itself is raised again by its own program, here.
         jax.eval_shape(pull, cotangents)
@@ -106,12 +103,21 @@ def read_backward(
                 one.factors,
                 lambda a, delta: wanted.fn(LayerValues(*one.rows(a, delta))),
             )
+        gradient, shape = gradients[wanted.weight], shapes[wanted.weight]
+        loops, around = (), program
         if wanted.is_stacked:
             loop, gradient = stacks[wanted.weight]
-            shape = shapes[wanted.weight][1:]
-            return _of_gradient(wanted, loop.body, gradient, shape, (loop,))
-        gradient, shape = gradients[wanted.weight], shapes[wanted.weight]
-        return _of_gradient(wanted, program, gradient, shape)
+            loops, around, shape = (loop,), loop.body, shape[1:]
+        total = around.sum_of(gradient) if wanted.keep_terms else None
+        if total is None:
+            return Request(loops, (gradient,), wanted.fn)
+        axes = total.params["axes"]
+
+        def of_terms(values: Array) -> PyTree:
+            values = jnp.moveaxis(values, axes, range(len(axes)))
+            return wanted.fn(values.reshape(-1, *shape))
+
+        return Request(loops, (total.invars[0],), of_terms)
 
     def evaluate(wanted: Sequence[Wanted]) -> list[PyTree]:
         return program.evaluate(leaves, (), list(map(request, wanted)))[1]
@@ -138,26 +144,6 @@ def _unread(pull: Callable[[PyTree], Params], cotangents: PyTree) -> Backward:
         return [one.fn(gradients[one.weight]) for one in wanted]
 
     return Backward([], frozenset(), evaluate)
-
-
-def _of_gradient(
-    wanted: Wanted,
-    program: Program,
-    gradient: Any,
-    shape: tuple[int, ...],
-    loops: tuple[Loop, ...] = (),
-) -> Request:
-    """A function of a gradient, which `program` computes, or of its terms."""
-    total = program.sum_of(gradient) if wanted.keep_terms else None
-    if total is None:
-        return Request(loops, (gradient,), wanted.fn)
-    axes = total.params["axes"]
-
-    def of_terms(values: Array) -> PyTree:
-        values = jnp.moveaxis(values, axes, range(len(axes)))
-        return wanted.fn(values.reshape(-1, *shape))
-
-    return Request(loops, (total.invars[0],), of_terms)
 
 
 # --- Which gradients are sums of outer products
