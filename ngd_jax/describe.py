@@ -167,9 +167,6 @@ def describe(
             _check_loss(loss_fn, fisher)
         return fisher
 
-    def survey_only(params: Params, batch: Batch) -> None:
-        survey(params, batch)
-
     @jax.jit
     def errors_of(params: Params, batch: Batch) -> dict[str, Array]:
         fisher = survey(params, batch)
@@ -192,7 +189,7 @@ def describe(
         errors = errors_of(params, batch)
         checks = _checks(errors, params, found["solver"])
     else:
-        jax.eval_shape(survey_only, params, batch)
+        jax.eval_shape(lambda *shapes: survey(*shapes).outputs, params, batch)
         errors, checks = {}, []
     plan = memory_of(step, model_fn, params, batch, loss_fn, compiled=not run)
     leaves = jax.tree.leaves_with_path(params)

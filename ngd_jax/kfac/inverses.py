@@ -83,7 +83,9 @@ def _damped(
     if any(of_gradients):  # L ⊗ R / tr L
         divides = group.repeated(of_gradients) & (row_trace > 0)
         factor = 1 / jnp.where(divides, row_trace, 1)
-        columns = jax.tree.map(functools.partial(_times, factor), columns)
+        columns = jax.tree.map(
+            lambda x: x * factor.reshape(-1, *[1] * (x.ndim - 1)), columns
+        )
         column_trace *= factor
     num_rows, num_columns = (_lengths(group, is_turned=x) for x in (False, True))
     row_size, column_size = row_trace / num_rows, column_trace / num_columns
@@ -106,11 +108,6 @@ def _lengths(group: Group, *, is_turned: bool) -> np.ndarray:
         for block in group.blocks
     ]
     return group.shape[is_turned] + group.repeated(has_bias)
-
-
-def _times(factors: Array, values: Array) -> Array:
-    """Every entry along the first axis times its own number."""
-    return values * factors.reshape(-1, *(1,) * (values.ndim - 1))
 
 
 def _trace(side: Any) -> Array:

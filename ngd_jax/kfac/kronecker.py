@@ -148,10 +148,7 @@ class Factors:
             def stacked(group: Group) -> Any:
                 empty = empty_fn(group)
                 spare = jax.tree.map(lambda x: x[0], empty)
-                parts = [
-                    spare if place is None else by_place.get(place, spare)
-                    for place in _places(group)
-                ]
+                parts = [by_place.get(place, spare) for place in _places(group)]
                 return jax.tree.map(
                     lambda like, *own: jnp.stack(
                         [_fitted(x, like.shape[1:]) for x in own]
