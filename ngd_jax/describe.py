@@ -17,6 +17,7 @@ from ngd_jax.auto import Auto
 from ngd_jax.damping import CovariantDamping
 from ngd_jax.fisher import Fisher
 from ngd_jax.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+from ngd_jax.per_example import coefficient_shapes, random_signs
 from ngd_jax.plan import Memory, memory_of
 from ngd_jax.solvers.protocol import Solver, SolverStatus
 from ngd_jax.transform import natural_gradient
@@ -234,9 +235,7 @@ def _relative_damping(
     if isinstance(rule, CovariantDamping):
         fisher = rule.coordinates(fisher)
     damping = step.damping(step.init(params), fisher)
-    like = jax.eval_shape(fisher.metric.sqrt_matvec, fisher.outputs)
-    signs = tree.random_like(jax.random.rademacher, jax.random.key(3), like)
-    root = fisher.sqrt_rmatvec(signs)
+    root = fisher.sqrt_rmatvec(random_signs(coefficient_shapes(fisher)))
     trace = tree.vdot(root, root)
     return jnp.where(damping > 0, damping / trace, 0)
 

@@ -326,15 +326,8 @@ def output_metric(
       ValueError: for an empty batch, or weights that do not fit.
     """
     likelihood.batch_shape(outputs)  # raises where the outputs do not fit
-    parts = zip(
-        terms(likelihood),
-        split(likelihood, outputs),
-        _spread(likelihood, weights),
-        strict=True,
-    )
-    measure = tuple(
-        _normalise(term, out, weight, factor) for (term, factor), out, weight in parts
-    )
+    by_term = split(likelihood, outputs), _spread(likelihood, weights)
+    measure = tuple(map(_normalise, terms(likelihood), *by_term))
     if targets is None:
         return OutputMetric(likelihood, outputs, measure)
 
@@ -368,14 +361,13 @@ def _spread(likelihood: Likelihood, values: PyTree | None) -> list[Any]:
     ]
 
 
-def _normalise(
-    term: Likelihood, outputs: Outputs, weights: Any, factor: float
-) -> Array:
-    shape = tuple(term.batch_shape(outputs))
+def _normalise(term: tuple[Any, float], outputs: Outputs, weights: Any) -> Array:
+    likelihood, factor = term
+    shape = tuple(likelihood.batch_shape(outputs))
     dtype, count = tree.accumulator_dtype(outputs), math.prod(shape)
     if count == 0:
         raise ValueError(
-            f"`batch` must hold at least one example: {term!r} got outputs with "
+            f"`batch` must hold at least one example: {likelihood!r} got outputs with "
             f"examples of shape {shape}."
         )
     if weights is None:

@@ -138,7 +138,7 @@ class Factors:
             )
 
         def moved(values: PyTree, empty_fn: Callable[[Group], Any]) -> PyTree:
-            by_place = {
+            by_place: dict[Any, Any] = {
                 place: jax.tree.map(lambda x, k=k: x[k], entry)
                 for group, entry in zip(old, values, strict=True)
                 for k, place in enumerate(_places(group))
