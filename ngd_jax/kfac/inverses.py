@@ -38,7 +38,7 @@ def damping_weights(fisher: Any) -> list[Array] | None:
     if fisher.scales is None:
         return None
     scales = zip(
-        jax.tree.leaves(tree.widen(fisher.scales)),
+        jax.tree.leaves(tree.replicate(tree.widen(fisher.scales))),
         jax.tree.leaves(fisher.params),
         strict=True,
     )
