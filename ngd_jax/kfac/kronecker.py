@@ -201,7 +201,8 @@ class Factors:
                 return LongInverse(side.square + 1, side.mean)
             if isinstance(side, Blocks):
                 return BlockRoots(with_ones(side.values))
-            return side + jnp.eye(*side.shape[-2:], dtype=side.dtype)
+            one = jnp.eye(*side.shape[-2:], dtype=side.dtype)
+            return jnp.broadcast_to(one, side.shape)
 
         return Pair(*map(with_ones, self._zeros(group))) if group.is_matrices else ()
 
