@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ngd_jax.dense import real_size
 from ngd_jax.fisher import linearize_fisher
 from ngd_jax.kfac import KFAC, Kronecker
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.metric import Kind
+from ngd_jax.per_example import coefficient_shapes, real_size
 from ngd_jax.solvers.cg import CG
 from ngd_jax.solvers.cholesky import Cholesky
 from ngd_jax.solvers.protocol import RightHandSide, Solution, Solver
@@ -106,8 +106,7 @@ class Auto(Solver):
     def choose(self, fisher: Any) -> Choice:
         """What is taken for this Fisher."""
         num_params = real_size(fisher.params)
-        coefficients = jax.eval_shape(lambda: fisher.metric.sqrt_matvec(fisher.outputs))
-        num_outputs = real_size(coefficients)
+        num_outputs = real_size(coefficient_shapes(fisher))
         num_examples = sum(math.prod(mu.shape) for mu in fisher.measure)
         steps = getattr(self._iterative, "max_steps", 1)
         iterative = steps * 6 * num_examples * num_params

@@ -9,7 +9,7 @@ differ, columns and products are used instead. All in real coordinates. Sits abo
 """
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from ngd_jax import metric, per_example, tree
 from ngd_jax.fisher import Fisher, FisherOptions, linearize_fisher
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.per_example import precision, ravel_real, real_size, unravel_real
-from ngd_jax.types import Array, Batch, Float, ModelFn, Params, PyTree, Scalar
+from ngd_jax.types import Array, Batch, Float, ModelFn, Params, PyTree
 
 __all__ = [
     "dense",
@@ -31,7 +31,6 @@ __all__ = [
     "ravel_real",
     "real_size",
     "sketched_root",
-    "trace",
     "unravel_real",
 ]
 
@@ -52,7 +51,7 @@ def dense_root(fisher: Fisher) -> Float[Array, "M P"]:
     parameter.
     """
 
-    def put(matrix: Array, rows: Array, place: Array, _is_new: Array) -> Array:
+    def put(matrix: Array, rows: Array, place: Array, *_: Any) -> Array:
         rows = per_example.flat_rows(rows)
         return jax.lax.dynamic_update_slice(matrix, rows, (place, 0))
 
@@ -84,12 +83,14 @@ def sketched_root(
       num_rows: R.
     """
 
-    def add(matrix: Array, rows: Array, place: Array, is_new: Array) -> Array:
-        num_new, size = is_new.size * rows.shape[1], num_params
-        rows = jnp.where(is_new[:, None, None], rows, 0).reshape(num_new, size)
-        rows = tree.replicate(rows)
-        into, sign = (jax.lax.dynamic_slice(x, (place,), (num_new,)) for x in by_group)
-        return matrix.at[into].add(sign[:, None] * rows)
+    def add(
+        matrix: Array, rows: Array, place: Array, is_new: Array, order: np.ndarray
+    ) -> Array:
+        rows = per_example.flat_rows(jnp.where(is_new[:, None, None], rows, 0))
+        # Rows come by group and block, coefficients in the order of the outputs.
+        own = jax.lax.dynamic_slice(np.argsort(order), (place,), (len(rows),))
+        rows = signs[own][:, None] * tree.replicate(rows)
+        return matrix.at[buckets[own]].add(rows)
 
     def from_columns() -> Array:
         columns = _map_basis(fisher, fisher.sqrt_matvec)
@@ -98,15 +99,6 @@ def sketched_root(
     dtype, num_params = per_example.working_dtype(fisher), real_size(fisher.params)
     signs = signs.astype(dtype)
     total = jnp.zeros((num_rows, num_params), dtype)
-    try:
-        groups = per_example.groups_of(fisher)
-    except per_example.NoRowsError:
-        return from_columns()
-    sizes = [group.blocks(None)[0] for group in groups]
-    order = per_example.order_of(fisher, groups, sizes)
-    # Rows come by group and block, coefficients in the order of the outputs.
-    back = np.argsort(order)
-    by_group = buckets[back], signs[back]
     return _from_rows(fisher, _all_rows, add, total, otherwise=from_columns)
 
 
@@ -122,7 +114,7 @@ def dense(fisher: Fisher) -> Float[Array, "P P"]:
         matrix = _map_basis(fisher, fisher.matvec)
         return (matrix + matrix.T) / 2
 
-    def add(matrix: Array, rows: Array, _place: Array, is_new: Array) -> Array:
+    def add(matrix: Array, rows: Array, _: Array, is_new: Array, *__: Any) -> Array:
         rows = per_example.flat_rows(jnp.where(is_new[:, None, None], rows, 0))
         return matrix + tree.contract(rows, rows, (0,), (0,)).astype(dtype)
 
@@ -153,7 +145,7 @@ def diagonal(fisher: Fisher) -> Float[Array, " P"]:
 
         return jax.lax.scan(step, jnp.zeros(probe.size, dtype), units)
 
-    def add(total: Array, block: Array, _place: Array, is_new: Array) -> Array:
+    def add(total: Array, block: Array, _: Array, is_new: Array, *__: Any) -> Array:
         return total + jnp.sum(jnp.where(is_new[:, None], block, 0), axis=0)
 
     dtype = per_example.working_dtype(fisher)
@@ -165,11 +157,6 @@ def diagonal(fisher: Fisher) -> Float[Array, " P"]:
         otherwise=lambda: _map_basis(fisher, fisher.quadratic)[:, 0],
         count=16,
     )
-
-
-def trace(fisher: Fisher) -> Scalar:
-    """The trace of F, at the cost of its diagonal."""
-    return jnp.sum(diagonal(fisher))
 
 
 def dense_fisher(
@@ -257,7 +244,7 @@ def _all_rows(row: per_example.Row, units: Array, probe: Array) -> tuple[Array, 
 def _from_rows(
     fisher: Fisher,
     fn: Callable[[per_example.Row, Array, Array], tuple[PyTree, Array]],
-    add: Callable[[Array, PyTree, Array, Array], Array],
+    add: Callable[..., Array],
     total: Array,
     *,
     otherwise: Callable[[], Array],
@@ -275,12 +262,12 @@ def _from_rows(
       fisher: the Fisher.
       fn: `fn(row, units, probe)` for one example: some result, and its rows times
         `probe`, `[K]`.
-      add: `add(total, results, place, is_new)` with the results of a block of examples,
-        the place of its first row among all rows, and which of its examples were in no
-        block before.
+      add: `add(total, results, place, is_new, order)` with the results of a block of
+        examples, the place of its first row among all rows, which of its examples were
+        in no block before, and the `order_of` all rows.
       total: where to start.
       otherwise: the same without rows, for any model.
-      finish: what to do with the sum, and the `order_of` its rows.
+      finish: what to do with the sum, and that order.
       count: examples in a block; None for `BLOCK_ROWS` rows.
       most: the most rows of an example for which this is worthwhile; None for any
         number.
@@ -294,6 +281,8 @@ def _from_rows(
     probe = _probe(fisher)
     truth, unravel = ravel_real(fisher.sqrt_matvec(probe))
     vector, truth = (x.astype(total.dtype) for x in (ravel_real(probe)[0], truth))
+    sizes = [group.blocks(count)[0] for group in groups]
+    order = per_example.order_of(fisher, groups, sizes)
     carry = total, jnp.zeros_like(truth)
 
     def add_group(
@@ -308,15 +297,13 @@ def _from_rows(
             )
             part = tree.replicate(per_example.flat_rows(part))
             pushed = jax.lax.dynamic_update_slice(pushed, part, (place,))
-            return add(total, results, place, is_new), pushed
+            return add(total, results, place, is_new, order), pushed
 
         return per_example.loop(num_blocks, step, carry)
 
     for group in groups:
         carry = add_group(group, carry)
     total, pushed = carry
-    sizes = [group.blocks(count)[0] for group in groups]
-    order = per_example.order_of(fisher, groups, sizes)
     error = per_example.permuted(pushed, order) - truth
     is_right = _is_small(fisher, unravel(error), unravel(truth))
     return jax.lax.cond(is_right, lambda: finish(total, order), otherwise)
@@ -330,7 +317,8 @@ def _probe(fisher: Fisher) -> PyTree:
     entries of v are, leaf by leaf, the inverse of the sensitivity of A to the leaf:
     E (Aᵀu)ⱼ² = Fⱼⱼ for random signs u.
     """
-    pulled = fisher.sqrt_rmatvec(_signs(per_example.coefficient_shapes(fisher)))
+    signs = per_example.random_signs(per_example.coefficient_shapes(fisher))
+    pulled = fisher.sqrt_rmatvec(signs)
     dtype = per_example.working_dtype(fisher)
     sizes = jax.tree.map(
         lambda x: tree.norm(x).astype(dtype) / max(1, x.size) ** 0.5, pulled
@@ -342,17 +330,8 @@ def _probe(fisher: Fisher) -> PyTree:
     return jax.tree.map(
         lambda size, signs: tree.scale(1 / jnp.maximum(size / largest, least), signs),
         sizes,
-        _signs(pulled),
+        per_example.random_signs(pulled),
     )
-
-
-def _signs(like: PyTree) -> PyTree:
-    """Always the same pseudorandom signs: an integer hash costs no loop to compile."""
-    bits = jnp.arange(real_size(like), dtype=jnp.uint32)
-    for multiplier in (0x7FEB352D, 0x846CA68B):
-        bits = (bits ^ (bits >> 16)) * jnp.uint32(multiplier)
-    signs = 1 - 2 * (bits >> 31).astype(jnp.float32)
-    return unravel_real(signs, like)
 
 
 def _is_small(fisher: Fisher, error: PyTree, truth: PyTree) -> Array:

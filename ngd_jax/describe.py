@@ -17,6 +17,7 @@ from ngd_jax.auto import Auto
 from ngd_jax.damping import CovariantDamping
 from ngd_jax.fisher import Fisher
 from ngd_jax.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+from ngd_jax.per_example import coefficient_shapes, random_signs
 from ngd_jax.plan import Memory, memory_of
 from ngd_jax.solvers.protocol import Solver, SolverStatus
 from ngd_jax.transform import natural_gradient
@@ -167,9 +168,6 @@ def describe(
             _check_loss(loss_fn, fisher)
         return fisher
 
-    def survey_only(params: Params, batch: Batch) -> None:
-        survey(params, batch)
-
     @jax.jit
     def errors_of(params: Params, batch: Batch) -> dict[str, Array]:
         fisher = survey(params, batch)
@@ -192,7 +190,7 @@ def describe(
         errors = errors_of(params, batch)
         checks = _checks(errors, params, found["solver"])
     else:
-        jax.eval_shape(survey_only, params, batch)
+        jax.eval_shape(lambda *shapes: survey(*shapes).outputs, params, batch)
         errors, checks = {}, []
     plan = memory_of(step, model_fn, params, batch, loss_fn, compiled=not run)
     leaves = jax.tree.leaves_with_path(params)
@@ -237,9 +235,7 @@ def _relative_damping(
     if isinstance(rule, CovariantDamping):
         fisher = rule.coordinates(fisher)
     damping = step.damping(step.init(params), fisher)
-    like = jax.eval_shape(fisher.metric.sqrt_matvec, fisher.outputs)
-    signs = tree.random_like(jax.random.rademacher, jax.random.key(3), like)
-    root = fisher.sqrt_rmatvec(signs)
+    root = fisher.sqrt_rmatvec(random_signs(coefficient_shapes(fisher)))
     trace = tree.vdot(root, root)
     return jnp.where(damping > 0, damping / trace, 0)
 
@@ -351,10 +347,7 @@ _CLAIMS = {
         "the loss has {factor:.3g} times the curvature of the mean of -log p",
         _SCALE,
     ),
-    "damping": (
-        "λ is below the sum of all eigenvalues of F, as λ / tr F",
-        _DROWNED,
-    ),
+    "damping": ("λ is below the sum of all eigenvalues of F, as λ / tr F", _DROWNED),
 }
 
 

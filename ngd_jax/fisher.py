@@ -21,12 +21,7 @@ import optax
 from ngd_jax import tree
 from ngd_jax.jacobian import Linearization, adjoint, linearize
 from ngd_jax.likelihoods import Categorical, Likelihood
-from ngd_jax.metric import (
-    Kind,
-    OutputMetric,
-    output_metric,
-    terms,
-)
+from ngd_jax.metric import Kind, OutputMetric, output_metric, terms
 from ngd_jax.microbatches import (
     Chunks,
     chunks_of,
@@ -386,8 +381,9 @@ def _warn_of_one_example(fisher: Fisher) -> None:
     (size,) = sizes if is_one else ((),)
     leaves = jax.tree.leaves(fisher.batch)
     if len(size) == 1 and size[0] > 1 and any(jnp.shape(x)[:1] == size for x in leaves):
-        number = f"{size[0]} examples of one number each"
-        remedy = f"If they are {number}, give it event_ndims=0."
+        remedy = (
+            f"If they are {size[0]} examples of one number each, give it event_ndims=0."
+        )
         if isinstance(fisher.likelihood, Categorical):
             remedy = (
                 "A Categorical needs logits [N, K]; two classes with one logit per "

@@ -9,6 +9,7 @@ knows nothing of solvers.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ngd_jax import metric, per_example, placement, tree
 from ngd_jax.fisher import Fisher
-from ngd_jax.layers import Layer, backward_pass
+from ngd_jax.layers import Layer, Wanted, read_backward
 from ngd_jax.types import Array, Float, Params
 
 __all__ = ["divided_gram", "gram"]
@@ -46,13 +47,8 @@ def gram(fisher: Fisher, block_size: int | None = None) -> Float[Array, "M M"]:
     Raises:
       NoRowsError: at trace time, where the model cannot be run on single examples.
     """
-    if block_size is not None:
-        metric.check_count("block_size", block_size)
     groups = per_example.groups_of(fisher)
-    matrix = _by_layers(fisher, groups) if block_size is None else None
-    sizes = [group.size for group in groups]
-    if matrix is None:
-        matrix, sizes = _by_blocks(groups, block_size)
+    matrix, sizes = _by_cheapest(fisher, groups, block_size)
     order = per_example.order_of(fisher, groups, sizes)
     return per_example.permuted(matrix, order, order)
 
@@ -78,18 +74,29 @@ def divided_gram(
       ValueError: at trace time, for terms with different numbers of examples, or
         examples that cannot be divided equally.
     """
-    if block_size is not None:
-        metric.check_count("block_size", block_size)
     groups = per_example.groups_of(fisher, sharding)
     if len(groups) > 1:
         raise ValueError(
             f"`sharding` needs terms with the same number of examples, got "
             f"{[group.size for group in groups]}."
         )
+    matrix, _ = _by_cheapest(fisher, groups, block_size, sharding)
+    return matrix, per_example.order_of(fisher, groups, [groups[0].size])
+
+
+def _by_cheapest(
+    fisher: Fisher,
+    groups: list[per_example.Group],
+    block_size: int | None,
+    sharding: NamedSharding | None = None,
+) -> tuple[Array, list[int]]:
+    """A Aᵀ by layers or blocks, and the sizes of blocks in whose order it is."""
+    if block_size is not None:
+        metric.check_count("block_size", block_size)
     matrix = _by_layers(fisher, groups, sharding) if block_size is None else None
     if matrix is None:
-        matrix, _ = _by_blocks(groups, block_size, sharding)
-    return matrix, per_example.order_of(fisher, groups, [groups[0].size])
+        return _by_blocks(groups, block_size, sharding)
+    return matrix, [group.size for group in groups]
 
 
 # --- From rows.
@@ -259,16 +266,20 @@ def _factored_rows(
 
     def on_unit(unit: Array) -> tuple[list[Array], list[Array]]:
         cotangents = metric.join(fisher.likelihood, group.cotangents(data, unit))
-        found, values, _ = backward_pass(fisher.pullback, cotangents, fisher.params)
-        # A layer that is used at several places of an example is a sum of products.
-        used = [
-            (layer, one)
-            for layer, one in zip(found, values, strict=True)
-            if len(one.inputs) == group.size
-            and _is_large(layer.num_inputs, layer.num_outputs)
+        backward = read_backward(fisher.pullback, cotangents, fisher.params)
+        found = [
+            one
+            for one in backward.layers
+            if not one.in_loop and _is_large(one.num_inputs, one.num_outputs)
         ]
-        layers[:] = [layer for layer, _ in used]
-        return [one.inputs for _, one in used], [one.cotangents for _, one in used]
+        values = backward.evaluate(
+            [Wanted(one.weight, one, lambda values: values) for one in found]
+        )
+        # A layer that is used at several places of an example is a sum of products.
+        used = [len(one.inputs) == group.size for one in values]
+        layers[:] = itertools.compress(found, used)
+        values = list(itertools.compress(values, used))
+        return [one.inputs for one in values], [one.cotangents for one in values]
 
     # The inputs are the same for all coefficients.
     inputs, deltas = jax.vmap(on_unit, out_axes=(None, 1))(group.units())
@@ -312,7 +323,8 @@ def _factored_gram(
     """
     if root is None:
         # Over explicit mesh axes too, each device computes the rows of its examples.
-        rest = tree.rows_like(rest, outer[0][0])
+        where = tree.first_axis_sharding(outer)
+        rest = placement.place(rest, where, placement.axes_of(where))
         gram = tree.replicate(_inner(own(rest), rest))
         products: Any = 0
         for a, delta in outer:

@@ -38,17 +38,17 @@ __all__ = [
 Kind = Literal["exact", "sampled", "empirical"]
 
 
-def check_count(name: str, value: Any, hint: str = "") -> None:
+def check_count(name: str, value: Any) -> None:
     """Raises unless `value` is a positive int, static under jit.
 
     Raises:
-      TypeError: for anything but a Python int; `hint` ends the message.
+      TypeError: for anything but a Python int.
       ValueError: for a number below 1.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"`{name}` must be a Python int (static under jit), got "
-            f"{type(value).__name__}.{hint}"
+            f"{type(value).__name__}."
         )
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -326,15 +326,8 @@ def output_metric(
       ValueError: for an empty batch, or weights that do not fit.
     """
     likelihood.batch_shape(outputs)  # raises where the outputs do not fit
-    parts = zip(
-        terms(likelihood),
-        split(likelihood, outputs),
-        _spread(likelihood, weights),
-        strict=True,
-    )
-    measure = tuple(
-        _normalise(term, out, weight, factor) for (term, factor), out, weight in parts
-    )
+    by_term = split(likelihood, outputs), _spread(likelihood, weights)
+    measure = tuple(map(_normalise, terms(likelihood), *by_term))
     if targets is None:
         return OutputMetric(likelihood, outputs, measure)
 
@@ -368,14 +361,13 @@ def _spread(likelihood: Likelihood, values: PyTree | None) -> list[Any]:
     ]
 
 
-def _normalise(
-    term: Likelihood, outputs: Outputs, weights: Any, factor: float
-) -> Array:
-    shape = tuple(term.batch_shape(outputs))
+def _normalise(term: tuple[Any, float], outputs: Outputs, weights: Any) -> Array:
+    likelihood, factor = term
+    shape = tuple(likelihood.batch_shape(outputs))
     dtype, count = tree.accumulator_dtype(outputs), math.prod(shape)
     if count == 0:
         raise ValueError(
-            f"`batch` must hold at least one example: {term!r} got outputs with "
+            f"`batch` must hold at least one example: {likelihood!r} got outputs with "
             f"examples of shape {shape}."
         )
     if weights is None:

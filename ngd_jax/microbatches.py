@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.metric import check_count, leading_size
-from ngd_jax.types import Array, Batch, ModelFn, Outputs, Params, PyTree
+from ngd_jax.types import Array, ArrayLike, Batch, ModelFn, Outputs, Params, PyTree
 
 __all__ = [
     "Chunks",
     "chunks_of",
     "map_microbatches",
     "model_on",
+    "part_of",
     "sum_microbatches",
 ]
 
@@ -36,14 +37,20 @@ class Chunks(NamedTuple):
         return jnp.shape(leaf)[:1] == (self.leading,)
 
 
+def part_of(values: ArrayLike, size: int, index: ArrayLike) -> Array:
+    """`size` examples, one from each of as many equal parts of an array.
+
+    So every device that has a part of a batch works on every microbatch.
+    """
+    length, *rest = jnp.shape(values)
+    parts = jnp.reshape(values, (size, length // size, *rest))
+    return jax.lax.dynamic_index_in_dim(parts, index, 1, keepdims=False)
+
+
 def _cut(
     data: Batch, chunks: Chunks
 ) -> tuple[Array, Callable[[Array], Batch], Batch | None]:
-    """The indices of microbatches, these by their index, and the remainder or None.
-
-    Each takes one example from each of `size` equal parts of the batch. So every device
-    that has a part of it works on every microbatch.
-    """
+    """The indices of microbatches, these by their index, and the remainder or None."""
     count, rest = divmod(chunks.leading, chunks.size)
     whole = count * chunks.size
 
@@ -51,12 +58,7 @@ def _cut(
         return jax.tree.map(lambda x: fn(x) if chunks.cuts(x) else x, data)
 
     def take(index: Array) -> Batch:
-        def from_leaf(leaf: Any) -> Array:
-            leaf = leaf[:whole] if rest else leaf
-            parts = jnp.reshape(leaf, (chunks.size, count, *leaf.shape[1:]))
-            return jax.lax.dynamic_index_in_dim(parts, index, 1, keepdims=False)
-
-        return of_cut(from_leaf)
+        return of_cut(lambda x: part_of(x[:whole] if rest else x, chunks.size, index))
 
     last = of_cut(lambda leaf: leaf[whole:]) if rest else None
     return jnp.arange(count), take, last
@@ -130,10 +132,7 @@ def chunks_of(
 
 
 def model_on(
-    model_fn: ModelFn,
-    likelihood: Likelihood,
-    batch: Batch,
-    microbatch_size: int | None,
+    model_fn: ModelFn, likelihood: Likelihood, batch: Batch, microbatch_size: int | None
 ) -> Callable[[Params], Outputs]:
     """Params -> model_fn(params, batch), by microbatches."""
 

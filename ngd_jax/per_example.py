@@ -23,8 +23,8 @@ from ngd_jax import placement, tree
 from ngd_jax.fisher import Fisher
 from ngd_jax.jacobian import linearize
 from ngd_jax.metric import OutputMetric, join, split, terms
-from ngd_jax.microbatches import Chunks
-from ngd_jax.types import Array, Batch, Outputs, Params, PyTree
+from ngd_jax.microbatches import Chunks, part_of
+from ngd_jax.types import Array, ArrayLike, Batch, Outputs, Params, PyTree
 
 __all__ = [
     "BLOCK_ROWS",
@@ -39,6 +39,7 @@ __all__ = [
     "order_of",
     "permuted",
     "precision",
+    "random_signs",
     "ravel_real",
     "real_parts",
     "real_size",
@@ -113,6 +114,25 @@ def real_size(like: PyTree) -> int:
         math.prod(leaf.shape) * (1 + jnp.issubdtype(leaf.dtype, jnp.complexfloating))
         for leaf in jax.tree.leaves(like)
     )
+
+
+def random_signs(like: PyTree, count: ArrayLike | None = None) -> PyTree:
+    """±1 from a hash of the position (and a number), in both parts of complex leaves.
+
+    Any signs that are independent of the data and of each other will do; this takes one
+    kernel, a random number generator many. The hash is the finalizer of MurmurHash3, in
+    which every input bit flips every output bit in half of all cases.
+    """
+
+    def mixed(bits: Array) -> Array:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+        return bits ^ (bits >> 16)
+
+    bits = mixed(jnp.arange(real_size(like), dtype=jnp.uint32))
+    if count is not None:
+        bits = mixed(bits + mixed(jnp.asarray(count, jnp.uint32) + np.uint32(1)))
+    return unravel_real(1 - 2 * (bits & 1).astype(jnp.float32), like)
 
 
 def working_dtype(fisher: Fisher) -> jnp.dtype:
@@ -250,9 +270,7 @@ class Group:
         def take(leaf: Any) -> Array:
             if self.size % size:
                 return jax.lax.dynamic_slice_in_dim(leaf, start, size)
-            shape = (size, self.size // size, *jnp.shape(leaf)[1:])
-            parts = jnp.reshape(leaf, shape)
-            return jax.lax.dynamic_index_in_dim(parts, block, 1, keepdims=False)
+            return part_of(leaf, size, block)
 
         def on_example(batch: Batch, data: PyTree) -> PyTree:
             alone = jax.tree.map(lambda x, c: x[None] if c else x, batch, self.cut)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ngd_jax.types import Array, ArrayLike, KeyArray, PyTree, Scalar
@@ -36,7 +37,6 @@ __all__ = [
     "random_like",
     "real_dtype",
     "replicate",
-    "rows_like",
     "scale",
     "select",
     "size",
@@ -138,13 +138,13 @@ def contract(a: Array, b: Array, axes_a: Sequence[int], axes_b: Sequence[int]) -
     spec = PartitionSpec(*free, *_free_spec(b, axes_b))
     mesh = jax.typeof(a if _is_split(a) else b).sharding.mesh
     # One of the operands may be split along a contracted axis and the other one not.
-    split = [
+    a, b = (
         x if _is_split(x) else jax.sharding.reshard(x, _replicated(x, mesh))
         for x in (a, b)
-    ]
+    )
     out_sharding = NamedSharding(mesh, spec)
     return jax.lax.dot_general(
-        split[0], split[1], dimensions, precision=highest, out_sharding=out_sharding
+        a, b, dimensions, precision=highest, out_sharding=out_sharding
     )
 
 
@@ -175,15 +175,6 @@ def placed_like(values: PyTree, like: PyTree) -> PyTree:
         return jax.sharding.reshard(value, NamedSharding(mesh, there.spec))
 
     return jax.tree.map(place, values, like)
-
-
-def rows_like(matrix: Array, like: Array) -> Array:
-    """A matrix whose rows are divided like the first axis of an array, if explicit."""
-    if not _is_split(like):
-        return matrix
-    sharding = jax.typeof(like).sharding
-    spec = PartitionSpec(sharding.spec[0], None)
-    return jax.sharding.reshard(matrix, NamedSharding(sharding.mesh, spec))
 
 
 def first_axis_sharding(tree: PyTree) -> NamedSharding | None:
@@ -231,27 +222,28 @@ def pack(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """
     leaves, structure = jax.tree.flatten(tree)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    groups: dict[jnp.dtype, list[int]] = {}
+    groups: dict[Any, list[int]] = {}  # by dtype; a large leaf by its index
     for index, leaf in enumerate(leaves):
-        if leaf.size < _SMALL and not _is_split(leaf):
-            groups.setdefault(leaf.dtype, []).append(index)
-    small = {index for group in groups.values() for index in group}
-    alone = [index for index in range(len(leaves)) if index not in small]
+        is_small = leaf.size < _SMALL and not _is_split(leaf)
+        groups.setdefault(leaf.dtype if is_small else index, []).append(index)
 
-    joined = [leaves[index] for index in alone] + [
-        jnp.concatenate([jnp.ravel(leaves[index]) for index in group])
-        for group in groups.values()
+    joined = [
+        leaves[key]
+        if isinstance(key, int)
+        else jnp.concatenate([jnp.ravel(leaves[index]) for index in group])
+        for key, group in groups.items()
     ]
 
     def unpack(packed: list[Array]) -> PyTree:
-        values: dict[int, Array] = dict(zip(alone, packed, strict=False))
-        for group, vector in zip(groups.values(), packed[len(alone) :], strict=True):
-            start = 0
-            for index in group:
-                stop = start + leaves[index].size
-                values[index] = jnp.reshape(vector[start:stop], leaves[index].shape)
-                start = stop
-        return jax.tree.unflatten(structure, [values[i] for i in range(len(leaves))])
+        values = list(leaves)
+        for (key, group), vector in zip(groups.items(), packed, strict=True):
+            if isinstance(key, int):
+                values[key] = vector
+                continue
+            stops = np.cumsum([leaves[index].size for index in group])
+            for index, part in zip(group, jnp.split(vector, stops[:-1]), strict=True):
+                values[index] = jnp.reshape(part, leaves[index].shape)
+        return jax.tree.unflatten(structure, values)
 
     return joined, unpack
 

@@ -647,8 +647,8 @@ MUTANTS = [
     ),
     Mutant(
         "kfac/inverses.py",
-        "jnp.sqrt(damping * _mean_weights(group, weights))",
-        "jnp.sqrt(damping * jnp.ones(group.num_places))",
+        "damping = damping * (total / (num_rows * num_columns))",
+        "damping = damping * jnp.ones_like(total)",
         "tests/test_kfac.py",
     ),
     Mutant(

@@ -21,8 +21,10 @@ from ngd_jax.gram import gram
 from ngd_jax.jacobian import linearize
 from ngd_jax.kfac import Kronecker, claims
 from ngd_jax.kfac.groups import Member, Room, groups_of, rooms_of
-from ngd_jax.layers import Wanted, backward_pass, read_backward
+from ngd_jax.layers import Wanted, read_backward
+from ngd_jax.per_example import random_signs
 from tests.test_dense import columns
+from tests.test_layers import backward_pass
 
 DEPTH, WIDTH, HIDDEN, COUNT, DAMPING = 3, 4, 6, 7, 0.1
 
@@ -292,7 +294,7 @@ def test_the_block_of_a_recurrent_weight_is_of_all_times_together(options, x64):
     copies = [params] * 5
     other = fisher_of(copied, copies, x)
     like = jax.eval_shape(other.metric.sqrt_matvec, other.outputs)
-    signs = ngd.kfac.factors.random_signs(jnp.zeros((), jnp.int32), like)
+    signs = random_signs(like, 0)
     found, values, _ = backward_pass(
         other.pullback, other.sqrt_cotangents(signs), copies
     )

@@ -10,7 +10,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngd_jax as ngd
-from ngd_jax.kfac.division import Division
+from ngd_jax import placement
+from ngd_jax.kfac.division import spec_of
 from ngd_jax.kfac.groups import Block, groups_of
 from ngd_jax.kfac.inverses import refreshed_inverses
 
@@ -37,14 +38,14 @@ def numbers_on_one(params, where):
     """The numbers of the state on one device."""
     kronecker = ngd.Kronecker(sharding=where)
     state = jax.eval_shape(kronecker.init, params)
-    groups = groups_of(params, kronecker.max_size, Division(where).num_devices)
+    groups = groups_of(params, kronecker.max_size, placement.num_parts(where))
     total = 0
     for entries in (state.averages, state.inverses):
         for group, entry in zip(groups, entries, strict=True):
             for leaf in jax.tree.leaves(entry):
                 shape = leaf.shape
                 if where is not None:
-                    spec = Division(where).spec(group, leaf.ndim)
+                    spec = spec_of(group, leaf.ndim, where)
                     shape = NamedSharding(where.mesh, spec).shard_shape(shape)
                 total += np.prod(shape)
     return total
@@ -72,7 +73,6 @@ def operations(jaxpr):
 
 
 def operations_of_refresh(params, where):
-    division = Division(where)
     groups = [
         group._replace(
             blocks=tuple(
@@ -80,12 +80,10 @@ def operations_of_refresh(params, where):
                 for one in group.members
             )
         )
-        for group in groups_of(params, 2048, division.num_devices)
+        for group in groups_of(params, 2048, placement.num_parts(where))
     ]
     state = jax.eval_shape(ngd.Kronecker(sharding=where).init, params)
-    refresh = functools.partial(
-        refreshed_inverses, groups, division, weights=[1.0] * len(params)
-    )
+    refresh = functools.partial(refreshed_inverses, groups, where, weights=None)
     damping = jax.ShapeDtypeStruct((), jnp.float32)
     return operations(jax.make_jaxpr(refresh)(state, damping).jaxpr)
 
@@ -112,4 +110,7 @@ def test_state_and_work_of_eight_devices_are_an_eighth(name):
 )
 def test_a_wrong_sharding_raises(where, message):
     with pytest.raises((TypeError, ValueError), match=f"`sharding` .*{message}"):
-        Division(where)
+        placement.check_sharding(where, "the factors")
+    if not isinstance(where, str):  # which beartype refuses earlier
+        with pytest.raises(ValueError, match=f"`sharding` .*{message}"):
+            ngd.Kronecker(sharding=where)

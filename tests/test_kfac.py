@@ -13,7 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from ngd_jax import layers, tree
-from ngd_jax.kfac import KFAC, Kronecker, claims, factors, groups
+from ngd_jax.kfac import KFAC, Kronecker, claims, groups
+from ngd_jax.per_example import random_signs
 from tests import reference
 
 COUNT = 12
@@ -158,7 +159,7 @@ def test_a_square_weight_has_its_factors_on_the_right_sides(model_fn, x64, rng):
     a = np.asarray(x)
     if has_bias:
         a = np.concatenate([a, np.ones((COUNT, 1))], axis=1)
-    signs = factors.random_signs(jnp.zeros((), jnp.int32), jnp.zeros((COUNT, 4)))
+    signs = random_signs(jnp.zeros((COUNT, 4)), 0)
     p = reference.softmax(np.asarray(model_fn(params, x)))
     # The root of diag(p) - p pᵀ whose cotangents are √p (u - √p ⟨√p, u⟩).
     root = np.sqrt(p)
@@ -726,7 +727,7 @@ def test_complex_parameters_are_left_to_the_diagonal(x64, rng):
 
 def test_signs_are_random(x64):
     like = {"c": jnp.zeros(500, complex), "r": jnp.zeros((40, 50))}
-    draw = jax.jit(jax.vmap(lambda count: factors.random_signs(count, like)))
+    draw = jax.jit(jax.vmap(lambda count: random_signs(like, count)))
     signs = draw(jnp.arange(600))
     assert signs["c"].dtype == jnp.complex128
     parts = [signs["c"].real, signs["c"].imag, signs["r"].reshape(600, -1)]

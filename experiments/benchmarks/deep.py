@@ -23,7 +23,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngd_jax as ngd
-from ngd_jax.kfac.division import Division
+from ngd_jax import placement
+from ngd_jax.kfac.division import spec_of
 from ngd_jax.kfac.groups import groups_of
 
 __all__ = ["Transformer", "measure_step", "operations", "plan"]
@@ -240,10 +241,9 @@ def plan(
 
 def _numbers(init: Callable, params: Any, sharding: Any, max_size: int) -> float:
     """The numbers of the factors and their inverses on one device."""
-    division = Division(sharding)
     zero = np.zeros((), np.float32)
     leaves = [np.broadcast_to(zero, x.shape) for x in jax.tree.leaves(params)]
-    groups = groups_of(leaves, max_size, division.num_devices)
+    groups = groups_of(leaves, max_size, placement.num_parts(sharding))
     state = jax.eval_shape(init, params)
     total = 0
     for entries in (state.averages, state.inverses):
@@ -251,7 +251,7 @@ def _numbers(init: Callable, params: Any, sharding: Any, max_size: int) -> float
             for leaf in jax.tree.leaves(entry):
                 shape = leaf.shape
                 if sharding is not None:
-                    spec = division.spec(group, leaf.ndim)
+                    spec = spec_of(group, leaf.ndim, sharding)
                     shape = NamedSharding(sharding.mesh, spec).shard_shape(shape)
                 total += int(np.prod(shape))
     return total

@@ -20,7 +20,6 @@ __all__ = [
     "BlockRoots",
     "Blocks",
     "block_gram",
-    "identity_roots",
     "inverse_roots",
     "multiply",
     "trace",
@@ -50,12 +49,6 @@ def zero_blocks(count: int, size: int, max_block: int, dtype: Any) -> Blocks:
     """Of `count` factors with sides of that size."""
     num_blocks, side = _layout(size, max_block)
     return Blocks(jnp.zeros((count, num_blocks, side, side), dtype))
-
-
-def identity_roots(count: int, size: int, max_block: int, dtype: Any) -> BlockRoots:
-    """Those of M = I."""
-    zeros = zero_blocks(count, size, max_block, dtype).values
-    return BlockRoots(zeros + jnp.eye(zeros.shape[-1], dtype=dtype))
 
 
 def block_gram(rows: Array, size: int, max_block: int) -> Blocks:

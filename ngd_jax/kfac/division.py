@@ -4,91 +4,58 @@
 
 Whole factors divide the work without a remainder. Of those that are left over, each
 device has its rows of A and of (A + ε)⁻¹: for the latter it gathers A, factorises it as
-all others do, and solves for its own columns of I.
+all others do, and solves for its own columns of I. The axes of the mesh that divide
+them are the only entry of the specification of a sharding; without a sharding, factors
+are whole wherever they are used.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ngd_jax import placement
 from ngd_jax.kfac.groups import Group
 from ngd_jax.types import Array, PyTree
 
-__all__ = ["Division"]
+__all__ = ["divide", "map_factors", "spec_of"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Division:
-    """Where the factors and inverses of a group are, and how they get there.
+def divide(group: Group, values: PyTree, sharding: NamedSharding | None) -> PyTree:
+    """What belongs to the factors of a group, on their devices."""
 
-    Attributes:
-      sharding: the mesh, and its axes that divide the factors, as the only entry of the
-        specification; None for factors that are whole wherever they are used.
+    def place(x: Array) -> Array:
+        return placement.place(x, sharding, *spec_of(group, x.ndim, sharding))
 
-    Raises:
-      ValueError, TypeError: for anything else.
-    """
+    return jax.tree.map(place, values)
 
-    sharding: Any
 
-    def __post_init__(self) -> None:
-        placement.check_sharding(self.sharding, "the factors")
+def map_factors(
+    fn: Any, group: Group, side: Array, shift: Array, sharding: NamedSharding | None
+) -> Array:
+    """`fn(factor, shift, axes)` for each; `axes` divide its rows, if any do."""
+    axes = placement.axes_of(sharding) if group.is_by_rows else ()
 
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The mesh axes that divide the factors."""
-        return placement.axes_of(self.sharding)
+    def local(side: Array, shift: Array) -> Array:
+        if len(side) == 1:
+            return fn(side[0], shift[0], axes)[None]
+        # One at a time: one program for all, and no batched LAPACK, which hung.
+        return jax.lax.map(lambda one: fn(*one, axes), (side, shift))
 
-    @property
-    def num_devices(self) -> int:
-        """How many parts there are."""
-        return placement.num_parts(self.sharding)
+    if sharding is None:
+        return local(side, shift)
+    side, shift = divide(group, (side, shift), sharding)
+    specs = spec_of(group, 3, sharding), spec_of(group, 1, sharding)
+    mapped = jax.shard_map(
+        local, mesh=sharding.mesh, in_specs=specs, out_specs=specs[0]
+    )
+    return mapped(side, shift)
 
-    def divide(self, group: Group, values: PyTree) -> PyTree:
-        """What belongs to the factors of a group, on their devices."""
 
-        def place(x: Array) -> Array:
-            return placement.place(x, self.sharding, *self.spec(group, x.ndim))
-
-        return jax.tree.map(place, values)
-
-    def share(self, group: Group, matrices: Array) -> Array:
-        """Matrices `[K, rows, columns]` that the factors of a group multiply."""
-        if group.is_by_rows:
-            return self.gather(matrices)
-        return self.divide(group, matrices)
-
-    def gather(self, values: Array) -> Array:
-        """The same values on every device."""
-        return placement.place(values, self.sharding)
-
-    def map(self, fn: Any, group: Group, side: Array, shift: Array) -> Array:
-        """`fn(factor, shift, axes)` for each; `axes` divide its rows, if any do."""
-        axes = self.axes if group.is_by_rows else ()
-
-        def local(side: Array, shift: Array) -> Array:
-            if len(side) == 1:
-                return fn(side[0], shift[0], axes)[None]
-            # One at a time: one program for all, and no batched LAPACK, which hung.
-            return jax.lax.map(lambda one: fn(*one, axes), (side, shift))
-
-        if self.sharding is None:
-            return local(side, shift)
-        side, shift = self.divide(group, (side, shift))
-        specs = self.spec(group, 3), self.spec(group, 1)
-        mapped = jax.shard_map(
-            local, mesh=self.sharding.mesh, in_specs=specs, out_specs=specs[0]
-        )
-        return mapped(side, shift)
-
-    def spec(self, group: Group, ndim: int) -> PartitionSpec:
-        """What divides an array with that many axes among those of a group."""
-        if not group.is_matrices:
-            return PartitionSpec()
-        if not group.is_by_rows:
-            return PartitionSpec(self.axes)
-        # A long side has only vectors, which are small.
-        return PartitionSpec(None, self.axes) if ndim == 3 else PartitionSpec()
+def spec_of(group: Group, ndim: int, sharding: NamedSharding | None) -> PartitionSpec:
+    """What divides an array with that many axes among those of a group."""
+    # A long side has only vectors, which are small.
+    if not group.is_matrices or (group.is_by_rows and ndim != 3):
+        return PartitionSpec()
+    axes = placement.axes_of(sharding)
+    return PartitionSpec(None, axes) if group.is_by_rows else PartitionSpec(axes)

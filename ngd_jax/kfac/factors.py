@@ -8,12 +8,11 @@ inverses.
 """
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ngd_jax import tree
 from ngd_jax.jacobian import linearize
@@ -22,9 +21,10 @@ from ngd_jax.kfac.groups import Block, blocks_of, shape_in
 from ngd_jax.kfac.state import Long, Pair
 from ngd_jax.layers import LayerValues, Wanted, read_backward
 from ngd_jax.microbatches import sum_microbatches
+from ngd_jax.per_example import coefficient_shapes, random_signs
 from ngd_jax.types import Array, PyTree
 
-__all__ = ["batch_factors", "random_signs", "total"]
+__all__ = ["batch_factors"]
 
 
 def batch_factors(
@@ -36,9 +36,9 @@ def batch_factors(
     at most that side in place of whole factors.
     """
     at = fisher if fisher.scales is None else fisher.base
-    like = jax.eval_shape(at.metric.sqrt_matvec, at.outputs)
-    cotangents = at.sqrt_cotangents(random_signs(count, like))
+    cotangents = at.sqrt_cotangents(random_signs(coefficient_shapes(at), count))
     leaves = jax.tree.leaves(at.params)
+    gram = functools.partial(_gram, max_size=max_size, max_block=max_block)
     blocks: list[Block] = []
 
     def on_part(data: PyTree) -> Any:
@@ -54,13 +54,7 @@ def batch_factors(
 
         def wanted(block: Block) -> Wanted:
             if block.layer is not None:
-                has_bias = block.bias is not None
-                of_layer = functools.partial(
-                    _layer_sums,
-                    has_bias=has_bias,
-                    max_size=max_size,
-                    max_block=max_block,
-                )
+                of_layer = functools.partial(_layer_sums, gram, block.bias is not None)
                 return Wanted(block.weight, block.layer, of_layer)
             shape, room = jnp.shape(leaves[block.weight]), block.room
             # The squares of a vector may come from every layer of a stack too.
@@ -74,8 +68,7 @@ def batch_factors(
                 if room.split is None:
                     return (jnp.sum(_mean_square(samples), 0).reshape(-1),)
                 sides = shape_in(room, jnp.shape(leaves[block.weight]))
-                samples = samples.reshape(-1, *sides)
-                return _gradient_sums(samples, max_size, max_block)
+                return _gradient_sums(gram, samples.reshape(-1, *sides))
 
             return Wanted(block.weight, None, of_gradient, is_stacked, keep_terms=True)
 
@@ -99,31 +92,22 @@ def _samples(gradient: Array, shape: tuple[int, ...], num_examples: int) -> Arra
     return jnp.sum(gradient.reshape(num_examples, -1, *shape), 1)
 
 
-def _layer_sums(
-    values: LayerValues, has_bias: bool, max_size: int, max_block: int | None
-) -> tuple:
+def _layer_sums(gram: Callable, has_bias: bool, values: LayerValues) -> tuple:
     """Σ a aᵀ and Σ δ δᵀ, with 1 appended to a for a bias; and the number of terms."""
     a, delta = values
-    number = jnp.asarray(len(a), a.dtype)
+    number, size = jnp.asarray(len(a), a.dtype), a.shape[1]
     if has_bias:
         a = jnp.pad(a, ((0, 0), (0, 1)), constant_values=1)
-    inputs = _gram(a, values.inputs.shape[1], max_size, max_block)
-    outputs = _gram(delta, delta.shape[1], max_size, max_block)
-    if isinstance(outputs, Long):
-        outputs = outputs._replace(mean=jnp.zeros_like(outputs.mean))
-    return inputs, outputs, number
+    return gram(a, size, has_mean=True), gram(delta, delta.shape[1]), number
 
 
-def _gradient_sums(matrices: Array, max_size: int, max_block: int | None) -> tuple:
+def _gradient_sums(gram: Callable, matrices: Array) -> tuple:
     """Σ γ γᵀ and Σ γᵀ γ of samples `[N, rows, columns]`."""
-    _, rows, columns = matrices.shape
     sums = []
-    for axis, size in ((1, rows), (2, columns)):
-        vectors = jnp.moveaxis(matrices, axis, -1).reshape(-1, size)
-        square = _gram(vectors, size, max_size, max_block)
-        if isinstance(square, Long):
-            square = square._replace(mean=jnp.zeros_like(square.mean))
-        elif matrices.size == size:
+    for axis in (1, 2):
+        size = matrices.shape[axis]
+        square = gram(jnp.moveaxis(matrices, axis, -1).reshape(-1, size), size)
+        if matrices.size == size and not isinstance(square, Long):
             # A single vector gives only the squares of its entries.
             square = jax.tree.map(
                 lambda x: x * jnp.eye(x.shape[-1], dtype=x.dtype), square
@@ -143,26 +127,28 @@ def _factors(block: Block, sums: tuple) -> Any:
     return Pair(outputs, inputs) if block.is_turned else Pair(inputs, outputs)
 
 
-def _gram(rows: Array, size: int, max_size: int, max_block: int | None) -> Any:
-    """Σ row rowᵀ; for long rows Σ row² and Σ row.
+def _gram(
+    rows: Array,
+    size: int,
+    *,
+    max_size: int,
+    max_block: int | None,
+    has_mean: bool = False,
+) -> Any:
+    """Σ row rowᵀ; for long rows Σ row², and Σ row or zeros.
 
     Args:
       rows: `[N, size]`, or one longer with the 1 of a bias.
       size: of the side.
       max_size, max_block: as in `Kronecker`.
+      has_mean: whether the mean of long rows counts.
     """
     if size > max_size:
-        return Long(jnp.sum(rows**2, 0), jnp.sum(rows, 0))
+        square = jnp.sum(rows**2, 0)
+        return Long(square, jnp.sum(rows, 0) if has_mean else jnp.zeros_like(square))
     if max_block is not None:
         return block_gram(rows, size, max_block)
     return tree.contract(rows, rows, (0,), (0,))
-
-
-def total(values: Array) -> Array:
-    """The sum of all entries, as products: much faster to compile than a reduction."""
-    for _ in range(values.ndim):
-        values = jnp.tensordot(jnp.ones(len(values), values.dtype), values, 1)
-    return values
 
 
 def _mean_square(leaf: Array) -> Array:
@@ -171,31 +157,3 @@ def _mean_square(leaf: Array) -> Array:
     if jnp.iscomplexobj(leaf):
         return (jnp.real(leaf) ** 2 + jnp.imag(leaf) ** 2) / 2
     return leaf**2
-
-
-def random_signs(count: Array, like: PyTree) -> PyTree:
-    """±1 from a hash of the position and the batch number.
-
-    Any signs that are independent of the data and of each other will do; this takes one
-    kernel, a random number generator many. The hash is the finalizer of MurmurHash3, in
-    which every input bit flips every output bit in half of all cases.
-    """
-
-    def mixed(bits: Array) -> Array:
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            bits = (bits ^ (bits >> shift)) * np.uint32(factor)
-        return bits ^ (bits >> 16)
-
-    seed, start = mixed(count.astype(jnp.uint32) + np.uint32(1)), 0
-    leaves, structure = jax.tree.flatten(like)
-    signs = []
-    for leaf in leaves:
-        parts = 2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1
-        size = parts * math.prod(leaf.shape)
-        places = jnp.arange(start, start + size, dtype=jnp.uint32)
-        bits = mixed(mixed(places) + seed) & 1
-        real = 1 - 2 * bits.astype(jnp.finfo(leaf.dtype).dtype)
-        real = real.reshape(parts, *leaf.shape)
-        signs.append(jax.lax.complex(*real) if parts == 2 else real[0])
-        start += size
-    return jax.tree.unflatten(structure, signs)

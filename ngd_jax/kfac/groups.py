@@ -16,7 +16,7 @@ import numpy as np
 
 from ngd_jax import tree
 from ngd_jax.layers import Layer
-from ngd_jax.types import ArrayLike, Params
+from ngd_jax.types import Array, ArrayLike, Params
 
 __all__ = [
     "Block",
@@ -25,6 +25,7 @@ __all__ = [
     "Room",
     "blocks_of",
     "groups_of",
+    "padded",
     "rooms_of",
     "shape_in",
     "splits_of",
@@ -65,6 +66,15 @@ class Member(NamedTuple):
     room: Room
     first: int
     num_layers: int
+
+    def layers_of(self, leaf: Array) -> Array:
+        """`[num_layers, ...]`: those layers of a leaf that are a member."""
+        if not self.room.is_stack:
+            return leaf[None]
+        if len(leaf) == self.num_layers:
+            return leaf
+        stop = self.first + self.num_layers
+        return jax.lax.slice_in_dim(leaf, self.first, stop)
 
 
 class Block(NamedTuple):
@@ -295,6 +305,14 @@ def _numbers(shape: tuple[int, ...], split: int, max_size: int) -> int:
 def sides_of(shape: tuple[int, ...], split: int) -> tuple[int, int]:
     """The numbers of rows and columns of a matrix that is split there."""
     return math.prod(shape[:split]), math.prod(shape[split:])
+
+
+def padded(values: Array, shape: Sequence[int]) -> Array:
+    """The values with zeros after them along each axis, up to that shape."""
+    if values.shape == tuple(shape):
+        return values
+    sizes = zip(values.shape, shape, strict=True)
+    return jnp.pad(values, [(0, stop - size) for size, stop in sizes])
 
 
 def shape_in(room: Room, shape: tuple[int, ...]) -> tuple[int, ...]:

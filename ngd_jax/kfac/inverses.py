@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from ngd_jax import tree
+from ngd_jax import placement, tree
 from ngd_jax.kfac.blocks import BlockRoots, Blocks, inverse_roots, multiply, trace
-from ngd_jax.kfac.division import Division
-from ngd_jax.kfac.groups import Block, Group, Member
+from ngd_jax.kfac.division import divide, map_factors
+from ngd_jax.kfac.groups import Block, Group, Member, padded
 from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
-from ngd_jax.types import Array, ArrayLike, MatVec, PyTree, Scalar
+from ngd_jax.types import Array, MatVec, PyTree, Scalar
 
 __all__ = ["damping_weights", "inverse_matvec", "refreshed_inverses"]
 
@@ -29,54 +30,51 @@ _SMALLEST_SHARE = 0.1
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def damping_weights(fisher: Any) -> list[ArrayLike]:
-    """S⁻² of every leaf: in coordinates θ = S φ, M_φ + λ I = S (M + λ S⁻²) S."""
+def damping_weights(fisher: Any) -> list[Array] | None:
+    """S⁻² of every leaf: in coordinates θ = S φ, M_φ + λ I = S (M + λ S⁻²) S.
+
+    None where S = I.
+    """
     if fisher.scales is None:
-        return [1.0] * len(jax.tree.leaves(fisher.params))
-    return [1 / scale**2 for scale in jax.tree.leaves(tree.widen(fisher.scales))]
+        return None
+    scales = zip(
+        jax.tree.leaves(tree.replicate(tree.widen(fisher.scales))),
+        jax.tree.leaves(fisher.params),
+        strict=True,
+    )
+    return [jnp.broadcast_to(1 / scale**2, like.shape) for scale, like in scales]
 
 
 def refreshed_inverses(
     groups: list[Group],
-    division: Division,
+    sharding: NamedSharding | None,
     state: KroneckerState,
     damping: Scalar,
-    weights: list[ArrayLike],
+    weights: list[Array] | None,
 ) -> tuple[Array, PyTree]:
     """Age 1 and new inverses; if these are not finite, the old ones, still due."""
     inverses, witnesses = list(state.inverses), []
     for place, group in enumerate(groups):
         if group.is_matrices and group.is_used:
             sides, shifts = _damped(group, state.averages[place], damping, weights)
-            inverses[place] = Pair(
-                *(
-                    _inverse(side, shift, group, division, old)
-                    for side, shift, old in zip(
-                        sides, shifts, inverses[place], strict=True
-                    )
-                )
-            )
+            every = zip(sides, shifts, inverses[place], strict=True)
+            inverses[place] = Pair(*(_inverse(group, sharding, *x) for x in every))
             # No entry of an inverse is above 1 / ε, and a Cholesky factorisation that
-            # breaks down leaves only NaN: checking one entry is enough.
+            # breaks down leaves only NaN: checking its trace is enough.
             witnesses += [1 / shift for shift in shifts]
-            witnesses += [_witness(side, division) for side in inverses[place]]
+            witnesses += map(_witness, inverses[place])
     sums = [jnp.sum(x).astype(damping.dtype) for x in witnesses]
     is_finite = jnp.isfinite(sum(sums, jnp.zeros_like(damping)))
     age = jnp.where(is_finite, 1, state.age)
     return age, tree.select(is_finite, tuple(inverses), state.inverses)
 
 
-def _witness(inverse: Any, division: Division) -> Array:
-    if isinstance(inverse, LongInverse):
-        return inverse.diagonal
-    if isinstance(inverse, BlockRoots):
-        return trace(inverse)
-    # A single entry of a divided array cannot be cut out of it.
-    return inverse[:, 0, 0] if division.sharding is None else _trace(inverse)
+def _witness(inverse: Any) -> Array:
+    return inverse.diagonal if isinstance(inverse, LongInverse) else _trace(inverse)
 
 
 def _damped(
-    group: Group, averages: Pair, damping: Scalar, weights: list[ArrayLike]
+    group: Group, averages: Pair, damping: Scalar, weights: list[Array] | None
 ) -> tuple[Pair, Pair]:
     """The factors of both sides, and ε of each."""
     rows, columns = averages
@@ -85,14 +83,19 @@ def _damped(
     if any(of_gradients):  # L ⊗ R / tr L
         divides = group.repeated(of_gradients) & (row_trace > 0)
         factor = 1 / jnp.where(divides, row_trace, 1)
-        columns = jax.tree.map(functools.partial(_times, factor), columns)
+        columns = jax.tree.map(
+            lambda x: x * factor.reshape(-1, *[1] * (x.ndim - 1)), columns
+        )
         column_trace *= factor
-    row_size = row_trace / _lengths(group, is_turned=False)
-    column_size = column_trace / _lengths(group, is_turned=True)
+    num_rows, num_columns = (_lengths(group, is_turned=x) for x in (False, True))
+    row_size, column_size = row_trace / num_rows, column_trace / num_columns
     is_usable = (row_size > 0) & (column_size > 0)
     ratio = jnp.where(is_usable, row_size / jnp.where(is_usable, column_size, 1), 1)
     balance = jnp.sqrt(ratio)
-    root = jnp.sqrt(damping * _mean_weights(group, weights)).astype(balance.dtype)
+    if weights is not None:  # one number for each whole block: it stays a product
+        total = jnp.sum(_bordered(group, weights), (1, 2))
+        damping = damping * (total / (num_rows * num_columns))
+    root = jnp.sqrt(damping).astype(balance.dtype)
     tiny = jnp.finfo(balance.dtype).eps
     shifts = root * balance + tiny * row_trace, root / balance + tiny * column_trace
     return Pair(rows, columns), Pair(*(jnp.where(x > 0, x, 1) for x in shifts))
@@ -107,42 +110,11 @@ def _lengths(group: Group, *, is_turned: bool) -> np.ndarray:
     return group.shape[is_turned] + group.repeated(has_bias)
 
 
-def _mean_weights(group: Group, weights: list[ArrayLike]) -> Array:
-    """One number for each whole block, so that it stays a product."""
-
-    def means(member: Member, block: Block | None) -> Array:
-        if block is None:
-            return jnp.ones(member.num_layers)
-        own = [weights[x] for x in (block.weight, block.bias) if x is not None]
-        if not member.room.is_stack or all(jnp.ndim(x) == 0 for x in own):
-            mean = sum(map(jnp.sum, own)) / sum(map(jnp.size, own))
-            return jnp.full(member.num_layers, mean)
-        own = [_layers_of(member, jnp.asarray(x)) for x in own]
-        total = sum(jnp.sum(x.reshape(member.num_layers, -1), 1) for x in own)
-        return jnp.asarray(total) / sum(x.size // member.num_layers for x in own)
-
-    return jnp.concatenate(list(map(means, group.members, group.blocks)))
-
-
-def _layers_of(member: Member, leaf: Array) -> Array:
-    """`[count, ...]`: the layers of a leaf that are a member."""
-    if not member.room.is_stack:
-        return leaf[None]
-    if len(leaf) == member.num_layers:
-        return leaf
-    return jax.lax.slice_in_dim(leaf, member.first, member.first + member.num_layers)
-
-
-def _times(factors: Array, values: Array) -> Array:
-    """Every entry along the first axis times its own number."""
-    return values * factors.reshape(-1, *(1,) * (values.ndim - 1))
-
-
 def _trace(side: Any) -> Array:
     """The trace of each."""
     if isinstance(side, Long):
         return jnp.sum(side.square, 1)
-    if isinstance(side, Blocks):
+    if isinstance(side, Blocks | BlockRoots):
         return trace(side)
     # As a product: `jnp.trace` is a gather and a reduction.
     identity = jnp.eye(*side.shape[1:], dtype=side.dtype)
@@ -150,18 +122,18 @@ def _trace(side: Any) -> Array:
 
 
 def _inverse(
-    side: Any, shift: Array, group: Group, division: Division, old: Any
+    group: Group, sharding: NamedSharding | None, side: Any, shift: Array, old: Any
 ) -> Any:
     """(A + ε)⁻¹ of each, in the form and the dtype of the old ones."""
     if isinstance(side, Long):
         square, mean = side
         diagonal = 1 / (jnp.maximum(square - mean**2, 0) + shift[:, None])
         scaled = diagonal * mean
-        downdate = 1 + jnp.sum(mean * scaled, 1)
-        return LongInverse(diagonal, scaled / downdate[:, None], downdate)
+        norm = jnp.sqrt(1 + jnp.sum(mean * scaled, 1, keepdims=True))
+        return LongInverse(diagonal, scaled / norm)
     if isinstance(side, Blocks):
         return inverse_roots(side, shift, old.values.dtype)
-    return division.map(_inverse_of_one, group, side, shift)
+    return map_factors(_inverse_of_one, group, side, shift, sharding)
 
 
 def _inverse_of_one(rows: Array, shift: Array, axes: tuple[str, ...]) -> Array:
@@ -194,21 +166,18 @@ def _multiply(inverse: Any, values: Array, axis: int) -> Array:
         # Multiplied from the right: transposing twice would make two copies.
         is_whole = inverse.shape[1] == inverse.shape[2]
         return _matmul(values, inverse if is_whole else jnp.swapaxes(inverse, 1, 2))
-    diagonal, solved = (
-        jnp.expand_dims(x, 3 - axis) for x in (inverse.diagonal, inverse.solved)
-    )
-    along = jnp.sum(solved * values, axis=axis, keepdims=True)
-    along *= inverse.downdate[:, None, None]
-    return diagonal * values - solved * along
+    diagonal, downdate = (jnp.expand_dims(x, 3 - axis) for x in inverse)
+    along = jnp.sum(downdate * values, axis=axis, keepdims=True)
+    return diagonal * values - downdate * along
 
 
 def inverse_matvec(
     fisher: Any,
     groups: list[Group],
-    division: Division,
+    sharding: NamedSharding | None,
     state: KroneckerState,
     damping: Scalar,
-    weights: list[ArrayLike],
+    weights: list[Array] | None,
 ) -> MatVec:
     """The map v -> M⁻¹ v; I before the first batch."""
     scales = None if fisher.scales is None else tree.widen(fisher.scales)
@@ -227,24 +196,21 @@ def inverse_matvec(
         for place, group in enumerate(groups):
             if not group.is_used:
                 continue
+            solved = _bordered(group, leaves)
             if group.is_matrices:
-                solved = division.share(group, _bordered(group, leaves))
+                if group.is_by_rows:
+                    solved = placement.place(solved, sharding)
+                else:
+                    solved = divide(group, solved, sharding)
                 for axis, inverse in enumerate(state.inverses[place], 1):
                     solved = _multiply(inverse, solved, axis)
                     if group.is_by_rows:
                         stop = group.shape[axis - 1] + 1
-                        solved = division.gather(solved)
+                        solved = placement.place(solved, sharding)
                         solved = jax.lax.slice_in_dim(solved, 0, stop, axis=axis)
-                solved = division.gather(solved)
+                solved = placement.place(solved, sharding)
             else:
-                own = [
-                    _layers_of(member, leaves[block.weight]).reshape(
-                        member.num_layers, -1
-                    )
-                    for member, block in zip(group.members, group.blocks, strict=True)
-                    if block is not None
-                ]
-                solved = jnp.concatenate(own) / diagonals[place]
+                solved = solved / diagonals[place]
             _spread(group, solved, results)
         solved = tree.placed_like(jax.tree.unflatten(structure, results), given)
         if scales is not None:
@@ -255,43 +221,38 @@ def inverse_matvec(
 
 
 def _bordered(group: Group, leaves: list[Array]) -> Array:
-    """`[K, rows + 1, columns + 1]`: matrices, with a bias next to its inputs."""
+    """`[K, rows + 1, columns + 1]`: matrices, with a bias next to its inputs.
+
+    Of vectors `[K, size]`. Zeros for members without a block.
+    """
 
     def some(member: Member, block: Block | None) -> Array:
         count = member.num_layers
         if block is None:
-            return jnp.zeros([count, *(n + 1 for n in group.shape)], group.dtype)
-        matrices = _layers_of(member, leaves[block.weight])
-        matrices = matrices.reshape(count, *group.shape)
-        if block.bias is None:
-            return jnp.pad(matrices, ((0, 0), (0, 1), (0, 1)))
-        bias = _layers_of(member, leaves[block.bias])
-        if block.is_turned:
-            bias = bias.reshape(count, -1, 1)
-            padding = ((0, 0), (0, 1), (0, 0))
-        else:
-            bias = bias.reshape(count, 1, -1)
-            padding = ((0, 0), (0, 0), (0, 1))
-        axis = 2 if block.is_turned else 1
-        return jnp.pad(jnp.concatenate([matrices, bias], axis), padding)
+            return jnp.zeros((count, *shape), dtype)
+        values = member.layers_of(leaves[block.weight])
+        values = values.reshape(count, *group.shape)
+        if block.bias is not None:
+            axis = 2 if block.is_turned else 1
+            bias = member.layers_of(leaves[block.bias]).reshape(count, -1)
+            values = jnp.concatenate([values, jnp.expand_dims(bias, axis)], axis)
+        return padded(values, (count, *shape))
 
+    shape = [size + group.is_matrices for size in group.shape]
+    dtype = next(leaves[x.weight].dtype for x in group.blocks if x is not None)
     return jnp.concatenate(list(map(some, group.members, group.blocks)))
 
 
 def _spread(group: Group, solved: Array, results: list[Array]) -> None:
-    """Inverse of `_bordered`, and of joining vectors, written into the leaves."""
+    """Inverse of `_bordered`, written into the leaves."""
     start = 0
     for member, block in zip(group.members, group.blocks, strict=True):
+        first, start = start, start + member.num_layers
         if block is None:
-            # Vectors without a block were left out.
-            start += member.num_layers * group.is_matrices
             continue
-        values = jax.lax.slice_in_dim(solved, start, start + member.num_layers)
-        start += member.num_layers
-        if not group.is_matrices:
-            _write(member, block.weight, values, results)
-            continue
-        _write(member, block.weight, values[:, :-1, :-1], results)
+        values = jax.lax.slice_in_dim(solved, first, start)
+        weight = values[:, :-1, :-1] if group.is_matrices else values
+        _write(member, block.weight, weight, results)
         if block.bias is not None:
             bias = values[:, :-1, -1] if block.is_turned else values[:, -1, :-1]
             _write(member, block.bias, bias, results)
@@ -310,21 +271,12 @@ def _write(member: Member, leaf: int, values: Array, results: list[Array]) -> No
 
 
 def _diagonals(
-    group: Group, averages: Array, damping: Scalar, weights: list[ArrayLike]
+    group: Group, averages: Array, damping: Scalar, weights: list[Array] | None
 ) -> Array:
     """The diagonal of F + λI, kept positive whatever single samples say."""
-    diagonals, own_weights, start = [], [], 0
-    for member, block in zip(group.members, group.blocks, strict=True):
-        if block is not None:
-            diagonals.append(averages[start : start + member.num_layers])
-            weight = weights[block.weight]
-            if jnp.ndim(weight):
-                weight = _layers_of(member, jnp.asarray(weight))
-                weight = weight.reshape(member.num_layers, -1)
-            own_weights.append(jnp.broadcast_to(weight, diagonals[-1].shape))
-        start += member.num_layers
-    diagonal, weight = jnp.concatenate(diagonals), jnp.concatenate(own_weights)
-    mean = jnp.mean(diagonal, 1, keepdims=True)
-    damped = jnp.maximum(diagonal, _SMALLEST_SHARE * mean)
-    damped += (damping * weight).astype(diagonal.dtype)
+    mean = jnp.mean(averages, 1, keepdims=True)
+    damped = jnp.maximum(averages, _SMALLEST_SHARE * mean)
+    if weights is not None:
+        damping = damping * _bordered(group, weights)
+    damped += damping.astype(averages.dtype)
     return jnp.where(damped > 0, damped, 1)

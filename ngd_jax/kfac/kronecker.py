@@ -9,28 +9,250 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from ngd_jax import tree
-from ngd_jax.kfac.blocks import identity_roots, zero_blocks
-from ngd_jax.kfac.division import Division
-from ngd_jax.kfac.factors import batch_factors, total
-from ngd_jax.kfac.groups import Block, Group, Member, groups_of, shape_in
-from ngd_jax.kfac.inverses import (
-    damping_weights,
-    inverse_matvec,
-    refreshed_inverses,
-)
+from ngd_jax import placement, tree
+from ngd_jax.kfac.blocks import BlockRoots, Blocks, zero_blocks
+from ngd_jax.kfac.division import divide
+from ngd_jax.kfac.factors import batch_factors
+from ngd_jax.kfac.groups import Block, Group, Member, groups_of, padded, shape_in
+from ngd_jax.kfac.inverses import damping_weights, inverse_matvec, refreshed_inverses
 from ngd_jax.kfac.state import KroneckerState, Long, LongInverse, Pair
 from ngd_jax.metric import check_count
 from ngd_jax.types import Array, ArrayLike, MatVec, Params, PyTree
 
-__all__ = ["Kronecker", "claims"]
+__all__ = ["Factors", "Kronecker", "claims"]
 
 # Of a state that is divided anew; the search takes time in proportion.
 _MOST_DEVICES = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Kronecker:
+class Factors:
+    """The settings of factors and the way to their state; see `Kronecker`."""
+
+    decay: float = 0.95
+    refresh_every: int = 20
+    observe_every: int = 5
+    max_size: int = 2048
+    sharding: NamedSharding | None = None
+    max_block: int | None = None
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        placement.check_sharding(self.sharding, "the factors")
+        if self.max_block is not None:
+            check_count("max_block", self.max_block)
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"`dtype` must be a floating one, got {self.dtype}.")
+        if self.sharding is not None and self._block is not None:
+            raise ValueError(
+                "`sharding` divides whole factors: leave out `max_block` and `dtype`."
+            )
+        for name in ("refresh_every", "observe_every", "max_size"):
+            check_count(name, getattr(self, name))
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
+
+    @property
+    def _block(self) -> int | None:
+        """The largest side of a block; None for whole factors in their own dtype."""
+        if self.max_block is None and self.dtype is not None:
+            return self.max_size
+        return self.max_block
+
+    def init(self, params: Params) -> KroneckerState:
+        """The state before anything is built; M is then I."""
+        groups = self._groups(params)
+        # `optax.tree.map_params` treats the state made from no parameters as a prefix
+        # of every state: a leaf there stands for everything not shaped like the
+        # parameters.
+        averages = tuple(map(self._zeros, groups)) if groups else jnp.zeros(())
+        inverses = tuple(map(self._identity, groups)) if groups else jnp.zeros(())
+        state = KroneckerState(
+            num_batches=jnp.zeros((), jnp.int32),
+            age=jnp.asarray(self.refresh_every, jnp.int32),
+            averages=averages,
+            inverses=inverses,
+        )
+        return self._divided(groups, state) if groups else state
+
+    def prepare(
+        self, fisher: Any, state: KroneckerState, damping: ArrayLike
+    ) -> tuple[MatVec, KroneckerState]:
+        """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
+        groups = self._groups(fisher.params)
+        if not groups:
+            return lambda vector: vector, state
+        state = self._divided(groups, state)
+        # A mean of few batches needs every batch; a long memory changes slowly.
+        is_young = state.num_batches < 1 / (1 - self.decay)
+        is_observed = is_young | (state.age % self.observe_every == 0)
+        num_batches, averages = jax.lax.cond(
+            is_observed,
+            lambda: self._observe(fisher, state, groups),
+            lambda: (state.num_batches, state.averages),
+        )
+        state = state._replace(num_batches=num_batches, averages=averages)
+        damping = jnp.asarray(damping).astype(tree.accumulator_dtype(state.averages))
+        weights = damping_weights(fisher)
+        # While the averages are young, half as many batches again change them a lot.
+        half = (state.num_batches - state.age + 1) // 2
+        is_due = state.age >= jnp.minimum(half, self.refresh_every)
+        age, inverses = jax.lax.cond(
+            is_due & is_observed & (state.num_batches > 0),
+            lambda: refreshed_inverses(groups, self.sharding, state, damping, weights),
+            lambda: (state.age + 1, state.inverses),
+        )
+        state = self._divided(groups, state._replace(age=age, inverses=inverses))
+        precondition = inverse_matvec(
+            fisher, groups, self.sharding, state, damping, weights
+        )
+        return precondition, state
+
+    def redivide(self, state: KroneckerState, params: Params) -> KroneckerState:
+        """A state from any number of devices, in the shapes that `sharding` gives it.
+
+        For a checkpoint that is restored on another number of devices; the old number
+        follows from the shapes.
+
+        Args:
+          state: made by these settings but for `sharding`; on the host, or whole on
+            every device.
+          params: the parameters.
+
+        Raises:
+          ValueError: for a state of other parameters or settings.
+        """
+        groups, leaves = self._groups(params), jax.tree.leaves(params)
+        if not groups:
+            return state
+        shapes = jax.tree.map(jnp.shape, state.averages)
+        for num_devices in range(1, _MOST_DEVICES + 1):
+            old = groups_of(leaves, self.max_size, num_devices)
+            like = jax.eval_shape(lambda old=old: tuple(map(self._zeros, old)))
+            if jax.tree.map(jnp.shape, like) == shapes:
+                break
+        else:
+            raise ValueError(
+                f"`state` must be that of these parameters and settings, on at most "
+                f"{_MOST_DEVICES} devices, got averages of shapes {shapes}."
+            )
+
+        def moved(values: PyTree, empty_fn: Callable[[Group], Any]) -> PyTree:
+            by_place: dict[Any, Any] = {
+                place: jax.tree.map(lambda x, k=k: x[k], entry)
+                for group, entry in zip(old, values, strict=True)
+                for k, place in enumerate(_places(group))
+                if place is not None
+            }
+
+            def stacked(group: Group) -> Any:
+                empty = empty_fn(group)
+                spare = jax.tree.map(lambda x: x[0], empty)
+                parts = [by_place.get(place, spare) for place in _places(group)]
+                return jax.tree.map(
+                    lambda like, *own: jnp.stack(
+                        [_fitted(x, like.shape[1:]) for x in own]
+                    ),
+                    *(empty, *parts),
+                )
+
+            return tuple(map(stacked, groups))
+
+        return self._divided(
+            groups,
+            state._replace(
+                averages=moved(state.averages, self._zeros),
+                inverses=moved(state.inverses, self._identity),
+            ),
+        )
+
+    def _groups(self, params: Params) -> list[Group]:
+        num_devices = placement.num_parts(self.sharding)
+        return groups_of(jax.tree.leaves(params), self.max_size, num_devices)
+
+    def _divided(self, groups: list[Group], state: KroneckerState) -> KroneckerState:
+        """The state with every device's share on it."""
+        divided = functools.partial(divide, sharding=self.sharding)
+        return state._replace(
+            averages=tuple(map(divided, groups, state.averages)),
+            inverses=tuple(map(divided, groups, state.inverses)),
+        )
+
+    def _zeros(self, group: Group) -> Any:
+        count = group.num_places
+        if not group.is_matrices:
+            return jnp.zeros((count, *group.shape), group.real_dtype)
+
+        def side(size: int) -> Any:
+            vectors = (count, size + 1)
+            if size > self.max_size:
+                return Long(*(jnp.zeros(vectors, group.real_dtype) for _ in range(2)))
+            if self._block is not None:
+                dtype = self.dtype or group.real_dtype
+                return zero_blocks(count, size, self._block, dtype)
+            shape = (count, group.num_rows(size), size + 1)
+            return jnp.zeros(shape, group.real_dtype)
+
+        return Pair(*map(side, group.shape))
+
+    def _identity(self, group: Group) -> Any:
+        def with_ones(side: Any) -> Any:
+            if isinstance(side, Long):
+                return LongInverse(side.square + 1, side.mean)
+            if isinstance(side, Blocks):
+                return BlockRoots(with_ones(side.values))
+            one = jnp.eye(*side.shape[-2:], dtype=side.dtype)
+            return jnp.broadcast_to(one, side.shape)
+
+        return Pair(*map(with_ones, self._zeros(group))) if group.is_matrices else ()
+
+    def _observe(
+        self, fisher: Any, state: KroneckerState, groups: list[Group]
+    ) -> tuple[Array, PyTree]:
+        """Adds this batch to the averages, if its factors are finite.
+
+        Records in `groups` which block each member is.
+        """
+        blocks, factors = batch_factors(
+            fisher, state.num_batches, self.max_size, self._block
+        )
+        is_finite, count = tree.all_finite(factors), state.num_batches + 1
+        dtype = tree.accumulator_dtype(state.averages)
+        share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
+
+        def mix(group: Group, old: Array, *new: Array | None) -> Array:
+            kept, old = old.dtype, tree.widen(old)
+            filled = [
+                _placed(x, member, old)
+                for x, member in zip(new, group.members, strict=True)
+            ]
+            # Each device keeps what it has to: compiled to a reduce-scatter.
+            change = divide(group, jnp.concatenate(filled), self.sharding) - old
+            is_new, is_known = is_finite, group.repeated([x is not None for x in new])
+            if not is_known.all():
+                is_new &= is_known.reshape(-1, *[1] * (old.ndim - 1))
+            mixed = old + share.astype(old.dtype) * change
+            return jnp.where(is_new, mixed, old).astype(kept)
+
+        # Averages for which no batch has a factor stay as they are.
+        found = {
+            (block.weight, block.room): (block, factor)
+            for block, factor in zip(blocks, factors, strict=True)
+        }
+        averages = []
+        for place, (group, old) in enumerate(zip(groups, state.averages, strict=True)):
+            new = [found.get(x[:2], (None, None)) for x in group.members]
+            groups[place] = group._replace(blocks=tuple(block for block, _ in new))
+            if groups[place].is_used:
+                none = jax.tree.map(lambda _: None, old)
+                filled = [none if factor is None else factor for _, factor in new]
+                old = jax.tree.map(functools.partial(mix, groups[place]), old, *filled)
+            averages.append(old)
+        return jnp.where(is_finite, count, state.num_batches), tuple(averages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker(Factors):
     """Blocks of layers as products of small matrices: M = (A + ε) ⊗ (G + ε').
 
         A = E[a aᵀ],    G = E[δ δᵀ],    ε = π √λ,    ε' = √λ / π
@@ -105,239 +327,9 @@ class Kronecker:
       2016, section 3.1.
     """
 
-    decay: float = 0.95
-    refresh_every: int = 20
-    observe_every: int = 5
-    max_size: int = 2048
-    sharding: NamedSharding | None = None
-    max_block: int | None = None
-    dtype: Any = None
-
-    def __post_init__(self) -> None:
-        Division(self.sharding)  # raises
-        if self.max_block is not None:
-            check_count("max_block", self.max_block)
-        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"`dtype` must be a floating one, got {self.dtype}.")
-        if self.sharding is not None and self._block is not None:
-            raise ValueError(
-                "`sharding` divides whole factors: leave out `max_block` and `dtype`."
-            )
-        check_count("refresh_every", self.refresh_every)
-        check_count("observe_every", self.observe_every)
-        check_count("max_size", self.max_size)
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
-
-    @property
-    def _block(self) -> int | None:
-        """The largest side of a block; None for whole factors in their own dtype."""
-        if self.max_block is None and self.dtype is not None:
-            return self.max_size
-        return self.max_block
-
-    def init(self, params: Params) -> KroneckerState:
-        """The state before anything is built; M is then I."""
-        groups = self._groups(params)
-        # `optax.tree.map_params` treats the state made from no parameters as a prefix
-        # of every state: a leaf there stands for everything not shaped like the
-        # parameters.
-        averages = tuple(map(self._zeros, groups)) if groups else jnp.zeros(())
-        inverses = tuple(map(self._identities, groups)) if groups else jnp.zeros(())
-        state = KroneckerState(
-            num_batches=jnp.zeros((), jnp.int32),
-            age=jnp.asarray(self.refresh_every, jnp.int32),
-            averages=averages,
-            inverses=inverses,
-        )
-        return self._divided(groups, state) if groups else state
-
-    def prepare(
-        self, fisher: Any, state: KroneckerState, damping: ArrayLike
-    ) -> tuple[MatVec, KroneckerState]:
-        """The map v -> M⁻¹ v for this step, and the state; see `Preconditioner`."""
-        groups, division = self._groups(fisher.params), Division(self.sharding)
-        if not groups:
-            return lambda vector: vector, state
-        state = self._divided(groups, state)
-        # A mean of few batches needs every batch; a long memory changes slowly.
-        is_young = state.num_batches < 1 / (1 - self.decay)
-        is_observed = is_young | (state.age % self.observe_every == 0)
-        num_batches, averages = jax.lax.cond(
-            is_observed,
-            lambda: self._observe(fisher, state, groups),
-            lambda: (state.num_batches, state.averages),
-        )
-        state = state._replace(num_batches=num_batches, averages=averages)
-        damping = jnp.asarray(damping).astype(tree.accumulator_dtype(state.averages))
-        weights = damping_weights(fisher)
-        # While the averages are young, half as many batches again change them a lot.
-        half = (state.num_batches - state.age + 1) // 2
-        is_due = state.age >= jnp.minimum(half, self.refresh_every)
-        age, inverses = jax.lax.cond(
-            is_due & is_observed & (state.num_batches > 0),
-            lambda: refreshed_inverses(groups, division, state, damping, weights),
-            lambda: (state.age + 1, state.inverses),
-        )
-        state = self._divided(groups, state._replace(age=age, inverses=inverses))
-        return inverse_matvec(fisher, groups, division, state, damping, weights), state
-
     def __call__(self, fisher: Any, damping: ArrayLike) -> MatVec:
         """The map v -> M⁻¹ v, built for this Fisher and not kept."""
         return self.prepare(fisher, self.init(fisher.params), damping)[0]
-
-    def redivide(self, state: KroneckerState, params: Params) -> KroneckerState:
-        """A state from any number of devices, in the shapes that `sharding` gives it.
-
-        For a checkpoint that is restored on another number of devices; the old number
-        follows from the shapes.
-
-        Args:
-          state: made by these settings but for `sharding`; on the host, or whole on
-            every device.
-          params: the parameters.
-
-        Raises:
-          ValueError: for a state of other parameters or settings.
-        """
-        groups, leaves = self._groups(params), jax.tree.leaves(params)
-        if not groups:
-            return state
-        old = _groups_like(state.averages, leaves, self.max_size)
-        like = jax.eval_shape(lambda: tuple(map(self._zeros, old)))
-        shapes = jax.tree.map(jnp.shape, state.averages)
-        if jax.tree.map(jnp.shape, like) != shapes:
-            raise ValueError(
-                f"`state` must be that of these parameters and settings, on at most "
-                f"{_MOST_DEVICES} devices, got averages of shapes {shapes}."
-            )
-
-        def moved(values: PyTree, empty_fn: Callable[[Group], Any]) -> PyTree:
-            by_place = {
-                place: jax.tree.map(lambda x, k=k: x[k], entry)
-                for group, entry in zip(old, values, strict=True)
-                for k, place in enumerate(_places(group))
-                if place is not None
-            }
-
-            def stacked(group: Group) -> Any:
-                empty = empty_fn(group)
-                spare = jax.tree.map(lambda x: x[0], empty)
-                parts = [
-                    spare if place is None else by_place.get(place, spare)
-                    for place in _places(group)
-                ]
-                return jax.tree.map(
-                    lambda like, *own: jnp.stack(
-                        [_fitted(x, like.shape[1:]) for x in own]
-                    ),
-                    *(empty, *parts),
-                )
-
-            return tuple(map(stacked, groups))
-
-        return self._divided(
-            groups,
-            state._replace(
-                averages=moved(state.averages, self._zeros),
-                inverses=moved(state.inverses, self._identities),
-            ),
-        )
-
-    def _groups(self, params: Params) -> list[Group]:
-        num_devices = Division(self.sharding).num_devices
-        return groups_of(jax.tree.leaves(params), self.max_size, num_devices)
-
-    def _divided(self, groups: list[Group], state: KroneckerState) -> KroneckerState:
-        """The state with every device's share on it."""
-        divide = Division(self.sharding).divide
-        return state._replace(
-            averages=tuple(map(divide, groups, state.averages)),
-            inverses=tuple(map(divide, groups, state.inverses)),
-        )
-
-    def _zeros(self, group: Group) -> Any:
-        count = group.num_places
-        if not group.is_matrices:
-            return jnp.zeros((count, *group.shape), group.real_dtype)
-
-        def side(size: int) -> Any:
-            vectors = (count, size + 1)
-            if size > self.max_size:
-                return Long(*(jnp.zeros(vectors, group.real_dtype) for _ in range(2)))
-            if self._block is not None:
-                dtype = self.dtype or group.real_dtype
-                return zero_blocks(count, size, self._block, dtype)
-            shape = (count, group.num_rows(size), size + 1)
-            return jnp.zeros(shape, group.real_dtype)
-
-        return Pair(*map(side, group.shape))
-
-    def _identities(self, group: Group) -> Any:
-        count, dtype = group.num_places, group.real_dtype
-
-        def side(size: int) -> Any:
-            vectors = (count, size + 1)
-            if size > self.max_size:
-                zeros = jnp.zeros(vectors, dtype)
-                return LongInverse(
-                    jnp.ones(vectors, dtype), zeros, jnp.zeros(count, dtype)
-                )
-            if self._block is not None:
-                of_roots = self.dtype or dtype
-                return identity_roots(count, size, self._block, of_roots)
-            one = jnp.eye(group.num_rows(size), size + 1, dtype=dtype)
-            return jnp.tile(one, (count, 1, 1))
-
-        return Pair(*map(side, group.shape)) if group.is_matrices else ()
-
-    def _observe(
-        self, fisher: Any, state: KroneckerState, groups: list[Group]
-    ) -> tuple[Array, PyTree]:
-        """Adds this batch to the averages, if its factors are finite.
-
-        Records in `groups` which block each member is.
-        """
-        division = Division(self.sharding)
-        blocks, factors = batch_factors(
-            fisher, state.num_batches, self.max_size, self._block
-        )
-        # A sum of finite numbers is finite, unless they are too large for any average.
-        sums = map(total, jax.tree.leaves(factors))
-        dtype = tree.accumulator_dtype(state.averages)
-        is_finite = jnp.isfinite(sum(x.astype(dtype) for x in sums))
-        count = state.num_batches + 1
-        share = jnp.maximum(1 / count.astype(dtype), 1 - self.decay)
-
-        def mix(group: Group, old: Array, *new: Array | None) -> Array:
-            kept, old = old.dtype, tree.widen(old)
-            filled = [
-                _placed(x, member, old)
-                for x, member in zip(new, group.members, strict=True)
-            ]
-            # Each device keeps what it has to: compiled to a reduce-scatter.
-            change = division.divide(group, jnp.concatenate(filled)) - old
-            is_new, is_known = is_finite, group.repeated([x is not None for x in new])
-            if not is_known.all():
-                is_new &= is_known.reshape(-1, *[1] * (old.ndim - 1))
-            mixed = old + share.astype(old.dtype) * change
-            return jnp.where(is_new, mixed, old).astype(kept)
-
-        # Averages for which no batch has a factor stay as they are.
-        found = {
-            (block.weight, block.room): (block, factor)
-            for block, factor in zip(blocks, factors, strict=True)
-        }
-        averages = []
-        for place, (group, old) in enumerate(zip(groups, state.averages, strict=True)):
-            new = [found.get(x[:2], (None, None)) for x in group.members]
-            groups[place] = group._replace(blocks=tuple(block for block, _ in new))
-            if groups[place].is_used:
-                none = jax.tree.map(lambda _: None, old)
-                filled = [none if factor is None else factor for _, factor in new]
-                old = jax.tree.map(functools.partial(mix, groups[place]), old, *filled)
-            averages.append(old)
-        return jnp.where(is_finite, count, state.num_batches), tuple(averages)
 
 
 def _placed(new: Array | None, member: Member, old: Array) -> Array:
@@ -345,32 +337,7 @@ def _placed(new: Array | None, member: Member, old: Array) -> Array:
     shape = (member.num_layers, *old.shape[1:])
     if new is None:
         return jnp.zeros(shape, old.dtype)
-    new = new.astype(old.dtype)
-    if not member.room.is_stack:
-        new = new[None]
-    elif len(new) != member.num_layers:
-        new = jax.lax.slice_in_dim(new, member.first, member.first + member.num_layers)
-    return jnp.pad(new, _padding(new.shape, shape))
-
-
-def _groups_like(averages: PyTree, leaves: list[Any], max_size: int) -> list[Group]:
-    """The groups on as many devices as averages were made; if unknown, on one."""
-    for num_devices in range(1, _MOST_DEVICES + 1):
-        groups = groups_of(leaves, max_size, num_devices)
-        if len(groups) == len(averages) and all(map(_is_of, groups, averages)):
-            return groups
-    return groups_of(leaves, max_size)
-
-
-def _is_of(group: Group, entry: Any) -> bool:
-    """Whether arrays have as many places and rows as a group."""
-    if len(jax.tree.leaves(entry)[0]) != group.num_places:
-        return False
-    if not isinstance(entry, Pair):
-        return True
-    sides = zip(entry, group.shape, strict=True)
-    whole = [(side, size) for side, size in sides if not isinstance(side, tuple)]
-    return all(side.shape[1] == group.num_rows(size) for side, size in whole)
+    return padded(member.layers_of(new.astype(old.dtype)), shape)
 
 
 def _places(group: Group) -> list[tuple | None]:
@@ -384,12 +351,7 @@ def _places(group: Group) -> list[tuple | None]:
 
 def _fitted(values: Array, shape: tuple[int, ...]) -> Array:
     """With rows of zeros added or taken away."""
-    cut = values[tuple(map(slice, shape))]
-    return jnp.pad(cut, _padding(cut.shape, shape))
-
-
-def _padding(shape: tuple[int, ...], wanted: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [(0, stop - size) for size, stop in zip(shape, wanted, strict=True)]
+    return padded(values[tuple(map(slice, shape))], shape)
 
 
 def claims(

@@ -4,10 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from ngd_jax import tree
-from ngd_jax.kfac.kronecker import Kronecker
+from ngd_jax.kfac.kronecker import Factors
 from ngd_jax.kfac.state import KroneckerState
 from ngd_jax.solvers.protocol import (
     RightHandSide,
@@ -16,13 +15,13 @@ from ngd_jax.solvers.protocol import (
     SolverInfo,
     SolverStatus,
 )
-from ngd_jax.types import ArrayLike, Params, PyTree
+from ngd_jax.types import ArrayLike, PyTree
 
 __all__ = ["KFAC"]
 
 
 @dataclasses.dataclass(frozen=True)
-class KFAC(Solver):
+class KFAC(Factors, Solver):
     """K-FAC: one step along M⁻¹ g, of exact length in F.
 
         z = M⁻¹ g,    d = α z,    α = gᵀ z / zᵀ (F + λI) z
@@ -58,46 +57,16 @@ class KFAC(Solver):
       curvature, 2015, section 6.4.
     """
 
-    decay: float = 0.95
-    refresh_every: int = 20
-    observe_every: int = 5
-    max_size: int = 2048
     exact_length: bool = True
-    sharding: NamedSharding | None = None
-    max_block: int | None = None
-    dtype: Any = None
-
-    def __post_init__(self) -> None:
-        self._kronecker()  # raises
-
-    def _kronecker(self) -> Kronecker:
-        return Kronecker(
-            self.decay,
-            self.refresh_every,
-            self.observe_every,
-            self.max_size,
-            sharding=self.sharding,
-            max_block=self.max_block,
-            dtype=self.dtype,
-        )
-
-    def init(self, params: Params) -> KroneckerState:
-        """The state before the first solve."""
-        return self._kronecker().init(params)
-
-    def redivide(self, state: KroneckerState, params: Params) -> KroneckerState:
-        """A state from any number of devices; see `Kronecker.redivide`."""
-        return self._kronecker().redivide(state, params)
 
     def solve(
         self, fisher: Any, rhs: RightHandSide, *, damping: ArrayLike, state: PyTree = ()
     ) -> Solution:
         """One step along M⁻¹ g, from the best multiple of a guess; see `Solver`."""
-        kronecker = self._kronecker()
-        if not isinstance(state, KroneckerState):
-            precondition = kronecker(fisher, damping)
+        if isinstance(state, KroneckerState):
+            precondition, state = self.prepare(fisher, state, damping)
         else:
-            precondition, state = kronecker.prepare(fisher, state, damping)
+            precondition, _ = self.prepare(fisher, self.init(fisher.params), damping)
         residual, start, pushed, largest = rhs.gradient, None, None, None
         if rhs.guess is not None:
             product, pushed = fisher.matvec_and_push(rhs.guess)

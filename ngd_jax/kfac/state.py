@@ -15,16 +15,14 @@ class Long(NamedTuple):
 
 
 class LongInverse(NamedTuple):
-    """diag(d) - c s sᵀ, the inverse of diag(v) + x̄ x̄ᵀ.
+    """diag(d) - s sᵀ, the inverse of diag(v) + x̄ x̄ᵀ.
 
     Attributes:
       diagonal: d = 1 / v.
-      solved: s = d x̄ / c.
-      downdate: c = 1 + x̄ᵀ (d x̄).
+      downdate: s = d x̄ / √(1 + x̄ᵀ (d x̄)).
     """
 
     diagonal: Array
-    solved: Array
     downdate: Array
 
 

@@ -8,13 +8,7 @@ an example, over positions. Owns everything that looks into a traced program; a 
 claimed only where the program proves the formula. Knows nothing of metrics or solvers.
 """
 
-from ngd_jax.layers.backward import (
-    Backward,
-    Wanted,
-    backward_pass,
-    check_partition,
-    read_backward,
-)
+from ngd_jax.layers.backward import Backward, Wanted, check_partition, read_backward
 from ngd_jax.layers.products import Layer, LayerValues
 
 __all__ = [
@@ -22,7 +16,6 @@ __all__ = [
     "Layer",
     "LayerValues",
     "Wanted",
-    "backward_pass",
     "check_partition",
     "read_backward",
 ]

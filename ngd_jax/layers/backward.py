@@ -21,7 +21,7 @@ from ngd_jax.layers.products import Found, Layer, LayerValues, outer_products
 from ngd_jax.layers.programs import Loop, Program, Request, read_program
 from ngd_jax.types import Array, Params, PyTree
 
-__all__ = ["Backward", "Wanted", "backward_pass", "check_partition", "read_backward"]
+__all__ = ["Backward", "Wanted", "check_partition", "read_backward"]
 
 
 class Wanted(NamedTuple):
@@ -83,11 +83,8 @@ def read_backward(
         program = read_program(pull_leaves, *leaves)
         gradients = dict(enumerate(program.results))
         found = _find_layers(program, gradients)
-        stacks = {}
-        for place, gradient in gradients.items():
-            inside = program.in_loop(gradient)
-            if inside is not None and inside[0].is_stack:
-                stacks[place] = inside
+        inside = {place: program.in_loop(x) for place, x in gradients.items()}
+        stacks = {place: x for place, x in inside.items() if x and x[0].is_stack}
     except Exception as error:  # noqa: BLE001  # internals of JAX may change in any way
         # An error of the model itself is raised again by its own program, here.
         jax.eval_shape(pull, cotangents)
@@ -103,39 +100,29 @@ def read_backward(
             one = by_layer[wanted.layer]
             return Request(
                 one.loops,
-                one.found.factors,
-                lambda a, delta: wanted.fn(LayerValues(*one.found.rows(a, delta))),
+                one.factors,
+                lambda a, delta: wanted.fn(LayerValues(*one.rows(a, delta))),
             )
+        gradient, shape = gradients[wanted.weight], shapes[wanted.weight]
+        loops, around = (), program
         if wanted.is_stacked:
             loop, gradient = stacks[wanted.weight]
-            shape = shapes[wanted.weight][1:]
-            return _of_gradient(wanted, loop.body, gradient, shape, (loop,))
-        gradient, shape = gradients[wanted.weight], shapes[wanted.weight]
-        return _of_gradient(wanted, program, gradient, shape)
+            loops, around, shape = (loop,), loop.body, shape[1:]
+        total = around.sum_of(gradient) if wanted.keep_terms else None
+        if total is None:
+            return Request(loops, (gradient,), wanted.fn)
+        axes = total.params["axes"]
+
+        def of_terms(values: Array) -> PyTree:
+            values = jnp.moveaxis(values, axes, range(len(axes)))
+            return wanted.fn(values.reshape(-1, *shape))
+
+        return Request(loops, (total.invars[0],), of_terms)
 
     def evaluate(wanted: Sequence[Wanted]) -> list[PyTree]:
         return program.evaluate(leaves, (), list(map(request, wanted)))[1]
 
     return Backward(layers, frozenset(stacks), evaluate)
-
-
-def backward_pass(
-    pull: Callable[[PyTree], Params], cotangents: PyTree, params: Params
-) -> tuple[list[Layer], list[LayerValues], Params]:
-    """Evaluates a pullback once, with all values of the layers outside of loops.
-
-    Returns:
-      The layers, the values of each, and `pull(cotangents)`; see `read_backward`.
-    """
-    backward = read_backward(pull, cotangents, params)
-    layers = [one for one in backward.layers if not one.in_loop]
-    whole = jax.tree.structure(params)
-    wanted = [Wanted(one.weight, one, lambda values: values) for one in layers]
-    places = range(len(jax.tree.leaves(params)))
-    wanted += [Wanted(place, None, lambda gradient: gradient) for place in places]
-    results = backward.evaluate(wanted)
-    number = len(layers)
-    return layers, results[:number], jax.tree.unflatten(whole, results[number:])
 
 
 def check_partition(layers: Sequence[Layer]) -> None:
@@ -159,46 +146,10 @@ def _unread(pull: Callable[[PyTree], Params], cotangents: PyTree) -> Backward:
     return Backward([], frozenset(), evaluate)
 
 
-def _of_gradient(
-    wanted: Wanted,
-    program: Program,
-    gradient: Any,
-    shape: tuple[int, ...],
-    loops: tuple[Loop, ...] = (),
-) -> Request:
-    """A function of a gradient, which `program` computes, or of its terms."""
-    total = program.sum_of(gradient) if wanted.keep_terms else None
-    if total is None:
-        return Request(loops, (gradient,), wanted.fn)
-    axes = total.params["axes"]
-
-    def of_terms(values: Array) -> PyTree:
-        values = jnp.moveaxis(values, axes, range(len(axes)))
-        return wanted.fn(values.reshape(-1, *shape))
-
-    return Request(loops, (total.invars[0],), of_terms)
-
-
 # --- Which gradients are sums of outer products
 
 
-class _Placed(NamedTuple):
-    """What was found, and the loops around it, the outermost first."""
-
-    found: Found
-    loops: tuple[Loop, ...]
-
-    def as_seen(self) -> Layer:
-        """The layer in terms of the leaves of the parameters."""
-        layer, num_stacked = self.found.layer, sum(x.is_stack for x in self.loops)
-        return layer._replace(
-            split=layer.split + num_stacked,
-            num_stacked=num_stacked,
-            in_loop=bool(self.loops),
-        )
-
-
-def _find_layers(program: Program, gradients: dict[int, Any]) -> list[_Placed]:
+def _find_layers(program: Program, gradients: dict[int, Any]) -> list[Found]:
     """The layers among these gradients, by leaf."""
     own: list[Found] = []
     loops: dict[int, dict[int, tuple[Loop, Any]]] = {}
@@ -211,18 +162,18 @@ def _find_layers(program: Program, gradients: dict[int, Any]) -> list[_Placed]:
             own.append(one)
         elif (inside := program.in_loop(gradient)) is not None:
             loops.setdefault(id(inside[0].equation), {})[place] = inside
-    placed = [_Placed(one, ()) for one in _with_biases(program, gradients, own)]
+    found = _with_biases(program, gradients, own)
     for inside in loops.values():
         body = next(iter(inside.values()))[0].body
         values = {place: value for place, (_, value) in inside.items()}
-        for found, inner in _find_layers(body, values):
-            layer = found.layer
+        for one in _find_layers(body, values):
+            layer = one.layer
             loop, bias = inside[layer.weight][0], layer.bias
             if bias is not None and inside[bias][0].is_stack != loop.is_stack:
                 # One bias for all weights of a stack, or the other way round.
                 layer = layer._replace(bias=None)
-            placed.append(_Placed(found._replace(layer=layer), (loop, *inner)))
-    return sorted(placed, key=lambda one: one.found.layer.weight)
+            found.append(one._replace(layer=layer, loops=(loop, *one.loops)))
+    return sorted(found, key=lambda one: one.layer.weight)
 
 
 def _with_biases(
@@ -271,7 +222,7 @@ def _understands_jax() -> bool:
         outputs, pull = jax.vjp(model_fn, params)
     program = read_program(lambda c: jax.tree.leaves(pull(c)), outputs)
     found = _find_layers(program, dict(enumerate(program.results)))
-    places = [(one.found.layer.weight, one.found.layer.bias) for one in found]
+    places = [(one.layer.weight, one.layer.bias) for one in found]
     is_known = places == [(1, None), (2, 0)]
     if not is_known:
         _warn(f"expected two layers in a test model, found {places}")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
-from ngd_jax.layers.programs import Program, Range, join
+from ngd_jax.layers.programs import Loop, Program, Range, join
 from ngd_jax.types import Array
 
 __all__ = ["Found", "Layer", "LayerValues", "outer_products"]
@@ -70,12 +70,23 @@ class Found(NamedTuple):
       factors: the variables that a and δ are computed from.
       output_axes: those axes of the second factor that count outputs.
       rows: from the values of the factors to a `[T, m]` and δ `[T, n]`.
+      loops: those around it, the outermost first.
     """
 
     layer: Layer
     factors: tuple[Any, Any]
     output_axes: tuple[int, ...]
     rows: Callable[[Array, Array], tuple[Array, Array]]
+    loops: tuple[Loop, ...] = ()
+
+    def as_seen(self) -> Layer:
+        """The layer in terms of the leaves of the parameters."""
+        num_stacked = sum(one.is_stack for one in self.loops)
+        return self.layer._replace(
+            split=self.layer.split + num_stacked,
+            num_stacked=num_stacked,
+            in_loop=bool(self.loops),
+        )
 
 
 def outer_products(
@@ -96,11 +107,7 @@ def outer_products(
 
 
 def _of_product(
-    place: int,
-    operation: Any,
-    still: int,
-    ranges: list[Range],
-    shape: tuple[int, ...],
+    place: int, operation: Any, still: int, ranges: list[Range], shape: tuple[int, ...]
 ) -> Found | None:
     """A matrix product Σₜ aₜ ⊗ δₜ; operand `still` is a."""
     contracted, (batch, _) = operation.params["dimension_numbers"]

@@ -36,12 +36,7 @@ _LAYOUT = (
 # The same where axes of length 1 come or go.
 _ALMOST_LAYOUT = ("broadcast_in_dim", "reduce_sum")
 # Operations that call a program, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "linear_call": "callee",
-    "pjit": "jaxpr",
-    "remat2": "jaxpr",
-}
+_CALLS = {"jit": "jaxpr", "linear_call": "callee", "pjit": "jaxpr", "remat2": "jaxpr"}
 
 
 class Loop(NamedTuple):
@@ -90,7 +85,8 @@ class Program:
         moving: Sequence[bool] | None = None,
         zeros: Sequence[int] = (),
     ):
-        self.jaxpr, self.consts = closed.jaxpr, closed.consts
+        self.closed, self.jaxpr = closed, closed.jaxpr
+        self.results = self.jaxpr.outvars
         arguments = self.jaxpr.invars
         moving = [True] * len(arguments) if moving is None else moving
         self._moving = {x for x, is_so in zip(arguments, moving, strict=True) if is_so}
@@ -105,11 +101,6 @@ class Program:
                 self._source[variable] = equation
                 if is_moving:
                     self._moving.add(variable)
-
-    @property
-    def results(self) -> list[Any]:
-        """The values that it returns."""
-        return self.jaxpr.outvars
 
     def is_moving(self, variable: Any) -> bool:
         """Whether a value may depend on the arguments."""
@@ -226,7 +217,7 @@ class Program:
                 results[number] = result
             return computed
 
-        read = _interpret(self.jaxpr, self.consts, arguments, apply)
+        read = _interpret(self.closed, arguments, apply)
         for number, request in enumerate(requests):
             if not request.loops:
                 values = [jnp.asarray(read(x)) for x in request.variables]
@@ -267,10 +258,11 @@ _Apply = Callable[[Any, list[Any]], list[Any]]
 
 
 def _interpret(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], apply: _Apply
+    program: core.ClosedJaxpr, arguments: Sequence[Any], apply: _Apply
 ) -> Callable[[Any], Any]:
     """Runs a program; returns the function from its variables to their values."""
-    values = dict(zip(jaxpr.constvars, consts, strict=True))
+    jaxpr = program.jaxpr
+    values = dict(zip(jaxpr.constvars, program.consts, strict=True))
     values |= dict(zip(jaxpr.invars, arguments, strict=True))
 
     def read(variable: Any) -> Any:
@@ -362,20 +354,7 @@ def _run_loop(
 def read_program(fn: Callable[..., list[Any]], *arguments: Any) -> Program:
     """The program of `fn`, with the functions that it calls written out."""
     program = jax.make_jaxpr(fn)(*arguments)
-    if _has_calls(program.jaxpr):
-        program = jax.make_jaxpr(_written_out(program))(*arguments)
-    return Program(program)
-
-
-def _has_calls(jaxpr: core.Jaxpr) -> bool:
-    return any(
-        equation.primitive.name in _CALLS
-        or (
-            equation.primitive.name == "scan"
-            and _has_calls(_parts_of_scan(equation)[0].jaxpr)
-        )
-        for equation in jaxpr.eqns
-    )
+    return Program(jax.make_jaxpr(_written_out(program))(*arguments))
 
 
 def _closed(program: Any) -> core.ClosedJaxpr:
@@ -398,13 +377,11 @@ def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
 
     def apply(equation: Any, inputs: list[Any]) -> list[Any]:
         name = equation.primitive.name
-        if name == "scan" and _has_calls((closed := _parts_of_scan(equation)[0]).jaxpr):
-            run = _written_out(closed)
-
-            def body(values: list[Any]) -> tuple[list[Any], list, list]:
-                return run(*values), [], []
-
-            return _scan(equation, inputs, body, has_sum=False)[0]
+        if name == "scan":
+            body = _written_out(_parts_of_scan(equation)[0])
+            return _scan(
+                equation, inputs, lambda values: (body(*values), [], []), has_sum=False
+            )[0]
         if name not in _CALLS:
             return _apply(equation, inputs)
         called = _closed(equation.params[_CALLS[name]])
@@ -413,7 +390,7 @@ def _written_out(program: core.ClosedJaxpr) -> Callable[..., list[Any]]:
         return _written_out(called)(*inputs)
 
     def run(*arguments: Any) -> list[Any]:
-        read = _interpret(program.jaxpr, program.consts, arguments, apply)
+        read = _interpret(program, arguments, apply)
         return [read(x) for x in program.jaxpr.outvars]
 
     return run

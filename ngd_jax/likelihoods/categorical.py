@@ -112,11 +112,8 @@ class Categorical(Likelihood):
         """
         a, b = self._wide_pair(outputs_p, outputs_q)
         lost = jnp.isneginf(b) & ~jnp.isneginf(a)
-        delta, a, b = (
-            numerics.difference(a, b),
-            numerics.floored(a),
-            numerics.floored(b),
-        )
+        a, b = numerics.floored(a), numerics.floored(b)
+        delta = b - a
 
         top = jax.lax.stop_gradient(jnp.max(a, axis=-1, keepdims=True))
         log_sum = jnp.log(_sum(jnp.exp(a - top)))
