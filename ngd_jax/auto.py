@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ngd_jax.coordinates import real_size
 from ngd_jax.fisher import linearize_fisher
 from ngd_jax.kfac import KFAC, Kronecker
 from ngd_jax.likelihoods import Likelihood
 from ngd_jax.metric import Kind
-from ngd_jax.per_example import coefficient_shapes, real_size
+from ngd_jax.per_example import coefficient_shapes
 from ngd_jax.solvers.cg import CG
 from ngd_jax.solvers.cholesky import Cholesky
 from ngd_jax.solvers.protocol import RightHandSide, Solution, Solver

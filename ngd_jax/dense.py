@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngd_jax import metric, per_example, tree
+from ngd_jax.coordinates import random_signs, ravel_real, real_size
 from ngd_jax.fisher import Fisher, FisherOptions, linearize_fisher
 from ngd_jax.likelihoods import Likelihood
-from ngd_jax.per_example import precision, ravel_real, real_size, unravel_real
+from ngd_jax.per_example import precision
 from ngd_jax.types import Array, Batch, Float, ModelFn, Params, PyTree
 
 __all__ = [
@@ -28,10 +29,7 @@ __all__ = [
     "diagonal",
     "fisher_diagonal",
     "precision",
-    "ravel_real",
-    "real_size",
     "sketched_root",
-    "unravel_real",
 ]
 
 # Parameters whose columns are made at once: the activations of as many copies of the
@@ -317,7 +315,7 @@ def _probe(fisher: Fisher) -> PyTree:
     entries of v are, leaf by leaf, the inverse of the sensitivity of A to the leaf:
     E (Aᵀu)ⱼ² = Fⱼⱼ for random signs u.
     """
-    signs = per_example.random_signs(per_example.coefficient_shapes(fisher))
+    signs = random_signs(per_example.coefficient_shapes(fisher))
     pulled = fisher.sqrt_rmatvec(signs)
     dtype = per_example.working_dtype(fisher)
     sizes = jax.tree.map(
@@ -330,7 +328,7 @@ def _probe(fisher: Fisher) -> PyTree:
     return jax.tree.map(
         lambda size, signs: tree.scale(1 / jnp.maximum(size / largest, least), signs),
         sizes,
-        per_example.random_signs(pulled),
+        random_signs(pulled),
     )
 
 

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ngd_jax import dense, kfac, layers, tree
+from ngd_jax import kfac, layers, tree
 from ngd_jax.auto import Auto
+from ngd_jax.coordinates import random_signs, real_size
 from ngd_jax.damping import CovariantDamping
 from ngd_jax.fisher import Fisher
 from ngd_jax.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
-from ngd_jax.per_example import coefficient_shapes, random_signs
+from ngd_jax.per_example import coefficient_shapes
 from ngd_jax.plan import Memory, memory_of
 from ngd_jax.solvers.protocol import Solver, SolverStatus
 from ngd_jax.transform import natural_gradient
@@ -143,7 +144,7 @@ def describe(
     params, model_from = split_functions(params)
     state = jax.eval_shape(step.init, params)
     model_fn = model_from(settings.model_fn)
-    num_params = max(1, dense.real_size(params))
+    num_params = max(1, real_size(params))
     found: dict[str, Any] = {}
 
     def survey(params: Params, batch: Batch) -> Fisher:
@@ -153,7 +154,7 @@ def describe(
         if isinstance(solver, Auto):
             solver, reason = solver.choose(fisher)
         num_examples = sum(mu.size for mu in fisher.measure)
-        sizes = f"{num_params} parameters, {dense.real_size(fisher.outputs)} outputs"
+        sizes = f"{num_params} parameters, {real_size(fisher.outputs)} outputs"
         examples = "1 example" if num_examples == 1 else f"{num_examples} examples"
         summary = [
             f"{sizes} of {examples}, {settings.likelihood!r}",
@@ -163,7 +164,7 @@ def describe(
         ]
         claims = _claims(solver, fisher)
         found.update(solver=solver, summary=summary, claims=claims)
-        found["outputs"] = dense.real_size(fisher.outputs) / max(1, num_examples)
+        found["outputs"] = real_size(fisher.outputs) / max(1, num_examples)
         if loss_fn is not None:
             _check_loss(loss_fn, fisher)
         return fisher

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ngd_jax import metric, per_example, placement, tree
+from ngd_jax.coordinates import ravel_real, real_parts, real_size
 from ngd_jax.fisher import Fisher
 from ngd_jax.layers import Layer, Wanted, read_backward
 from ngd_jax.types import Array, Float, Params
@@ -115,7 +116,7 @@ def _by_blocks(
     block that costs about 4mP against the 2m²P of the product.
     """
     dtype = per_example.working_dtype(groups[0].fisher)
-    row_bytes = per_example.real_size(groups[0].fisher.params) * dtype.itemsize
+    row_bytes = real_size(groups[0].fisher.params) * dtype.itemsize
     num_rows = min(per_example.BLOCK_ROWS, _MEMORY // max(1, 2 * row_bytes))
 
     def rows_of(group: per_example.Group, block: Array | int) -> tuple[Params, Array]:
@@ -181,10 +182,7 @@ def _by_blocks(
 def _products(left: Params, right: Params, dtype: Any) -> Array:
     """Re ⟨rowᵢ, rowⱼ⟩ for all rows of both."""
     total: Any = 0
-    parts = (
-        jax.tree.leaves(jax.tree.map(per_example.real_parts, rows))
-        for rows in (left, right)
-    )
+    parts = (jax.tree.leaves(jax.tree.map(real_parts, rows)) for rows in (left, right))
     for x, y in zip(*parts, strict=True):
         # Over all axes of the parameter: flattened, a sharded one would move.
         axes = range(1, x.ndim)
@@ -294,7 +292,7 @@ def _factored_rows(
         def rest(unit: Array) -> Array:
             leaves = enumerate(jax.tree.leaves(row(unit)))
             unclaimed = [leaf for place, leaf in leaves if place not in claimed]
-            return per_example.ravel_real(unclaimed)[0].astype(dtype)
+            return ravel_real(unclaimed)[0].astype(dtype)
 
         return jax.vmap(rest)(units)
 

@@ -1,7 +1,7 @@
 """Subtle faults, planted one at a time, and whether the tests find them.
 
     python -m tests.mutants --check            # are all of them still in place?
-    python -m tests.mutants                    # plant each (an hour or two)
+    python -m tests.mutants                    # plant each (some hours)
     python -m tests.mutants --only fisher.py   # those of one file
 
 Each entry of `MUTANTS` replaces a piece of code that occurs once in its file, and names

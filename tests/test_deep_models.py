@@ -17,12 +17,12 @@ from flax import nnx
 import ngd_jax as ngd
 from experiments.tasks.supervised.rows import RowGRU
 from ngd_jax import tree
+from ngd_jax.coordinates import random_signs
 from ngd_jax.gram import gram
 from ngd_jax.jacobian import linearize
 from ngd_jax.kfac import Kronecker, claims
 from ngd_jax.kfac.groups import Member, Room, groups_of, rooms_of
 from ngd_jax.layers import Wanted, read_backward
-from ngd_jax.per_example import random_signs
 from tests.test_dense import columns
 from tests.test_layers import backward_pass
 

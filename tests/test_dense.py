@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import ngd_jax as ngd
 from ngd_jax import dense
+from ngd_jax.coordinates import ravel_real, real_size
 from ngd_jax.gram import gram as gram_matrix
 from tests import dense_models, reference
 from tests.conftest import unchecked
@@ -32,13 +33,13 @@ every_case = pytest.mark.parametrize(
 
 def columns(model_fn, params, batch, likelihood, **options):
     """A, `[M, P]`, in real coordinates: a product with each unit vector."""
-    flat, unravel = dense.ravel_real(params)
+    flat, unravel = ravel_real(params)
 
     @jax.jit
     def all_columns(params):
         fisher = ngd.linearize_fisher(model_fn, params, batch, likelihood, **options)
         return jax.lax.map(
-            lambda v: dense.ravel_real(fisher.sqrt_matvec(unravel(v)))[0],
+            lambda v: ravel_real(fisher.sqrt_matvec(unravel(v)))[0],
             jnp.eye(flat.size, dtype=flat.dtype),
         )
 
@@ -150,8 +151,8 @@ def test_real_coordinates_keep_inner_products_and_come_back(seed):
     rng = np.random.default_rng(seed)
     like = {"a": jnp.ones((2, 3)), "b": [jnp.ones(2, complex)], "c": jnp.ones((0, 3))}
     u, v = random_like(like, rng), random_like(like, rng)
-    (a, unravel), (b, _) = dense.ravel_real(u), dense.ravel_real(v)
-    assert a.shape == (dense.real_size(like),) == (10,)
+    (a, unravel), (b, _) = ravel_real(u), ravel_real(v)
+    assert a.shape == (real_size(like),) == (10,)
     expected = np.vdot(reference.flat(u), reference.flat(v)).real
     np.testing.assert_allclose(a @ b, expected, rtol=1e-5, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, unravel(a), u)

@@ -13,8 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from ngd_jax import layers, tree
+from ngd_jax.coordinates import random_signs
 from ngd_jax.kfac import KFAC, Kronecker, claims, groups
-from ngd_jax.per_example import random_signs
 from tests import reference
 
 COUNT = 12

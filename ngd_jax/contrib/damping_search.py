@@ -18,7 +18,8 @@ import optax
 
 from ngd_jax import tree
 from ngd_jax.contrib.svd import SingularRoot, decompose, known_coefficients, negligible
-from ngd_jax.dense import dense_root, ravel_real, real_size, sketched_root
+from ngd_jax.coordinates import ravel_real, real_size
+from ngd_jax.dense import dense_root, sketched_root
 from ngd_jax.metric import check_count
 from ngd_jax.per_example import coefficient_shapes
 from ngd_jax.solvers.preconditioner import check_key

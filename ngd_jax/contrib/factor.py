@@ -11,7 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ngd_jax.dense import dense, ravel_real
+from ngd_jax.coordinates import ravel_real
+from ngd_jax.dense import dense
 from ngd_jax.solvers.positive_definite import factorise, make_positive_definite, solve
 from ngd_jax.types import ArrayLike, MatVec, PyTree
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import dense, tree
+from ngd_jax.coordinates import unravel_real
 from ngd_jax.metric import check_count
 from ngd_jax.solvers.preconditioner import check_key, refresh
 from ngd_jax.types import Array, ArrayLike, KeyArray, MatVec, Params, PyTree
@@ -135,7 +136,7 @@ class Jacobi:
 
     def _build(self, fisher: Any, state: JacobiState) -> JacobiState:
         if self.num_probes is None or self.key is None:
-            entries = dense.unravel_real(dense.diagonal(fisher), fisher.params)
+            entries = unravel_real(dense.diagonal(fisher), fisher.params)
             return state._replace(diagonal=jax.tree.map(_mean_of_parts, entries))
         key = jax.random.fold_in(self.key, state.num_builds)
         keys = jax.random.split(key, self.num_probes)

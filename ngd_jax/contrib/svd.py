@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
-from ngd_jax.dense import dense_root, ravel_real
+from ngd_jax.coordinates import ravel_real
+from ngd_jax.dense import dense_root
 from ngd_jax.solvers.positive_definite import direct_solution
 from ngd_jax.solvers.protocol import RightHandSide, Solution, Solver
 from ngd_jax.types import Array, ArrayLike, PyTree, Scalar

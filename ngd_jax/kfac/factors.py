@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from ngd_jax import tree
+from ngd_jax.coordinates import random_signs
 from ngd_jax.jacobian import linearize
 from ngd_jax.kfac.blocks import block_gram
 from ngd_jax.kfac.groups import Block, blocks_of, shape_in
 from ngd_jax.kfac.state import Long, Pair
 from ngd_jax.layers import LayerValues, Wanted, read_backward
 from ngd_jax.microbatches import sum_microbatches
-from ngd_jax.per_example import coefficient_shapes, random_signs
+from ngd_jax.per_example import coefficient_shapes
 from ngd_jax.types import Array, PyTree
 
 __all__ = ["batch_factors"]

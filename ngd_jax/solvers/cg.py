@@ -357,7 +357,7 @@ class CG(Solver):
 
     Raises:
       ValueError, TypeError: for a step budget below 1 or not an int, a negative
-        tolerance, a `warm_start` outside [0, 1].
+        tolerance, a `warm_start` outside [0, 1], a solver as `preconditioner`.
 
     Example:
       >>> import jax.numpy as jnp, ngd_jax as ngd
@@ -380,6 +380,12 @@ class CG(Solver):
 
     def __post_init__(self) -> None:
         check_budget(self.max_steps, self.rtol)
+        if isinstance(self.preconditioner, Solver):
+            raise TypeError(
+                f"`preconditioner` must be one, such as Kronecker(), or a function "
+                f"(fisher, damping) -> (v -> M⁻¹ v), got a solver: "
+                f"{self.preconditioner!r}."
+            )
         if not 0 <= self.warm_start <= 1:
             raise ValueError(f"`warm_start` must be in [0, 1], got {self.warm_start}.")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ngd_jax.dense import dense, ravel_real
+from ngd_jax.coordinates import ravel_real
+from ngd_jax.dense import dense
 from ngd_jax.solvers.positive_definite import (
     direct_solution,
     make_positive_definite,

@@ -23,9 +23,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ngd_jax import per_example, placement, tree
+from ngd_jax.coordinates import ravel_real
 from ngd_jax.gram import divided_gram, gram
 from ngd_jax.metric import check_count
-from ngd_jax.per_example import precision, ravel_real, working_dtype
+from ngd_jax.per_example import precision, working_dtype
 from ngd_jax.solvers.divided_gram import DividedGram
 from ngd_jax.solvers.positive_definite import (
     Factor,

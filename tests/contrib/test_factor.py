@@ -10,7 +10,7 @@ import pytest
 
 import ngd_jax as ngd
 from ngd_jax.contrib import CholeskyFactor
-from ngd_jax.dense import ravel_real
+from ngd_jax.coordinates import ravel_real
 from tests import dense_models, reference
 from tests.test_dense import columns
 

@@ -12,7 +12,7 @@ import pytest
 
 import ngd_jax as ngd
 from ngd_jax.contrib import SVD
-from ngd_jax.dense import ravel_real
+from ngd_jax.coordinates import ravel_real
 from tests import dense_models, reference
 from tests.test_dense import RESIDUALS, columns, residual_case, residuals
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ngd_jax as ngd
-from ngd_jax.dense import ravel_real
+from ngd_jax.coordinates import ravel_real
 from tests import dense_models
 from tests.test_dense import columns
 

@@ -13,7 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from ngd_jax import tree
-from ngd_jax.dense import dense, ravel_real
+from ngd_jax.coordinates import ravel_real
+from ngd_jax.dense import dense
 from tests import reference
 from tests.fisher_cases import CASES
 

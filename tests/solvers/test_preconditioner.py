@@ -13,6 +13,7 @@ import ngd_jax as ngd
 from ngd_jax import dense
 from ngd_jax.contrib.jacobi import Jacobi
 from ngd_jax.contrib.nystrom import Nystrom
+from ngd_jax.coordinates import unravel_real
 from tests import reference
 from tests.solvers import systems
 from tests.solvers.problems import (
@@ -243,7 +244,7 @@ def test_complex_parameters_have_real_diagonals_and_a_full_nystrom(x64, rng):
         params
     )
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(state.diagonal))
-    parts = dense.unravel_real(dense.diagonal(linearized(params)), params)
+    parts = unravel_real(dense.diagonal(linearized(params)), params)
     means = jax.tree.map(lambda x: (x.real + x.imag) / 2, parts)
     truth = reference.flat(means)
     np.testing.assert_allclose(reference.flat(state.diagonal), truth, rtol=0.15)
@@ -279,11 +280,12 @@ def test_complex_parameters_have_real_diagonals_and_a_full_nystrom(x64, rng):
         (lambda: Nystrom(0, KEY), ValueError, "`rank` must be at least 1, got 0"),
         (lambda: Nystrom(2.0, KEY), TypeError, "`rank` must be a Python int"),
         (lambda: Nystrom(2, jax.random.PRNGKey(0)), TypeError, "a typed key"),
+        (lambda: ngd.CG(preconditioner=ngd.KFAC()), TypeError, "got a solver: KFAC"),
     ],
 )
 def test_arguments_that_cannot_work_raise_at_construction(make, error, match):
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (Jacobi, Nystrom):
+        for kind in (Jacobi, Nystrom, ngd.CG):
             patch.setattr(kind, "__init__", inspect.unwrap(kind.__init__))
         with pytest.raises(error, match=match):
             make()

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngd_jax as ngd
-from ngd_jax.dense import ravel_real
+from ngd_jax.coordinates import ravel_real
 from tests import dense_models, reference
 from tests.test_dense import RESIDUALS, columns, residual_case, residuals
 

@@ -22,6 +22,7 @@ from experiments.claims.gallery.identity import (
 )
 from experiments.claims.steps import train
 from ngd_jax import dense
+from ngd_jax.coordinates import unravel_real
 
 __all__ = ["adam"]
 
@@ -40,7 +41,7 @@ class RootOfDiagonal(ngd.Solver):
 
     def solve(self, fisher, rhs, *, damping, state=()):
         mean, count = state
-        diagonal = dense.unravel_real(dense.diagonal(fisher), rhs.gradient)
+        diagonal = unravel_real(dense.diagonal(fisher), rhs.gradient)
         mean = optax.tree.update_moment(diagonal, mean, self.decay, order=1)
         debiased = optax.tree.bias_correction(mean, self.decay, count + 1)
         d = jax.tree.map(
