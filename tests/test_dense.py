@@ -4,12 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import ngd_jax as ngd
 from ngd_jax import dense
-from ngd_jax.coordinates import ravel_real, real_size
+from ngd_jax.coordinates import ravel_real
 from ngd_jax.gram import gram as gram_matrix
 from tests import dense_models, reference
 from tests.conftest import unchecked
@@ -144,18 +142,6 @@ def test_a_single_array_and_a_scalar_are_parameter_trees():
     np.testing.assert_allclose(matrix, [[5, 7], [7, 10]], rtol=1e-6)
     scalar = ngd.dense_fisher(lambda s, x: s * x, jnp.ones(()), x, ngd.Gaussian())
     np.testing.assert_allclose(scalar, [[15]], rtol=1e-6)
-
-
-@given(seed=st.integers(0, 2**32 - 1))
-def test_real_coordinates_keep_inner_products_and_come_back(seed):
-    rng = np.random.default_rng(seed)
-    like = {"a": jnp.ones((2, 3)), "b": [jnp.ones(2, complex)], "c": jnp.ones((0, 3))}
-    u, v = random_like(like, rng), random_like(like, rng)
-    (a, unravel), (b, _) = ravel_real(u), ravel_real(v)
-    assert a.shape == (real_size(like),) == (10,)
-    expected = np.vdot(reference.flat(u), reference.flat(v)).real
-    np.testing.assert_allclose(a @ b, expected, rtol=1e-5, atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, unravel(a), u)
 
 
 # --- Kinds, weights, microbatches, coordinates.

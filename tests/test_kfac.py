@@ -722,35 +722,6 @@ def test_complex_parameters_are_left_to_the_diagonal(x64, rng):
     assert 0.1 < sizes / truth.sum() < 5
 
 
-# --- Random signs
-
-
-def test_signs_are_random(x64):
-    like = {"c": jnp.zeros(500, complex), "r": jnp.zeros((40, 50))}
-    draw = jax.jit(jax.vmap(lambda count: random_signs(like, count)))
-    signs = draw(jnp.arange(600))
-    assert signs["c"].dtype == jnp.complex128
-    parts = [signs["c"].real, signs["c"].imag, signs["r"].reshape(600, -1)]
-    table = np.concatenate(parts, axis=1)  # [batches, places]
-    assert set(np.unique(table)) == {-1.0, 1.0}
-    # Means of rows, of columns and of all, in units of their standard deviation.
-    count, size = table.shape
-    assert abs(table.mean()) * np.sqrt(count * size) < 4
-    for axis in (0, 1):
-        z = table.mean(axis) * np.sqrt(table.shape[axis])
-        assert np.abs(z).max() < 5
-        assert abs(z.var() - 1) < 0.2
-    # Correlations of all pairs of places over the batches, and of batches over places.
-    for rows in (table[:, :400].T, table[:400]):
-        rows = np.ascontiguousarray(rows)
-        z = (rows @ rows.T / np.sqrt(rows.shape[1]))[np.triu_indices(len(rows), 1)]
-        assert np.abs(z).max() < 6
-        assert abs(z.var() - 1) < 0.03
-    # Neighbours in groups of three, which a bad hash correlates.
-    triples = table[:, :-2] * table[:, 1:-1] * table[:, 2:]
-    assert abs(triples.mean()) * np.sqrt(triples.size) < 5
-
-
 # --- As a preconditioner, and as a solver
 
 

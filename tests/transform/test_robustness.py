@@ -251,10 +251,3 @@ def test_gradients_whose_products_overflow_are_refused_or_give_finite_steps(name
             assert not flat(updates).any()
             assert state.count == start.count
             assert_bitwise_equal(state.direction, start.direction)
-
-
-def test_every_status_has_a_message():
-    messages = [status.message for status in ngd.StepStatus]
-    assert len(set(messages)) == len(ngd.StepStatus)
-    for status in ngd.StepStatus:
-        assert status.message.startswith("Refused") != status.is_taken

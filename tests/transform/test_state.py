@@ -30,8 +30,8 @@ def test_numbers_are_as_wide_as_the_parameters_or_float32(x64):
         assert state.damping == 0.5
 
 
-def test_only_two_statuses_are_steps_and_all_have_a_sentence():
-    taken = [status.name for status in StepStatus if status.is_taken]
-    assert taken == ["TAKEN", "TAKEN_SHORT"]
-    assert all(status.message.endswith(".") for status in StepStatus)
-    assert len({status.message for status in StepStatus}) == len(StepStatus)
+def test_every_status_has_a_message():
+    messages = [status.message for status in StepStatus]
+    assert len(set(messages)) == len(StepStatus)
+    for status in StepStatus:
+        assert status.message.startswith("Refused") != status.is_taken
