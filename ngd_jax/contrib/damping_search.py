@@ -3,8 +3,9 @@
     A = U σ Vᵀ,    v = (F + λI)⁻¹ g,    q = (F + λI)⁻¹ Jᵀ H ∂²outputs[v, v]
     d = s v + ½ s² q    of the λ and s with the least  f(θ - d) λ^power / s^length_power
 
-One factorisation of the square root A of F, F = Aᵀ A, serves all λ, and a trial costs
-one pass through the model: comparing a dozen is cheaper than one more step.
+One factorisation of the square root A of F, F = Aᵀ A, serves all λ, or each has a
+cheaper one of F + λI. A trial costs one pass through the model: comparing a dozen is
+cheaper than one more step.
 """
 
 import dataclasses
@@ -17,11 +18,17 @@ import jax.numpy as jnp
 import optax
 
 from ngd_jax import tree
-from ngd_jax.contrib.svd import SingularRoot, decompose, known_coefficients, negligible
+from ngd_jax.contrib.svd import decompose, known_coefficients, negligible
 from ngd_jax.coordinates import ravel_real, real_size
-from ngd_jax.dense import dense_root, sketched_root
+from ngd_jax.dense import dense, dense_root, sketched_root
 from ngd_jax.metric import check_count
 from ngd_jax.per_example import coefficient_shapes
+from ngd_jax.solvers.positive_definite import (
+    factorise,
+    make_positive_definite,
+    solve,
+    solve_refined,
+)
 from ngd_jax.solvers.preconditioner import check_key
 from ngd_jax.solvers.protocol import (
     RightHandSide,
@@ -94,16 +101,20 @@ class DampingSearch(Solver):
       lengths: s to try, positive.
       max_curvature: q is left out where |s q| is above this times |v|: there the path
         bends more than its second derivative can describe; 0 always leaves it out.
-      initial: λ of the first search, in units of the largest eigenvalue of F.
+      initial: λ of the first search, in units of the largest eigenvalue of F, or of ‖F‖
+        if `squared`.
       length_power: the exponent of 1/s in the score, at least 0. With 0, a tenth of a
         step at λ/27 beats a whole step at λ: λ falls to 1e-25, where the search creeps
         for a hundred steps or more until it breaks through, at a step that depends on
         the last digits. If it does, it may end some decades lower.
       sketch_size: R, or None for no sketch. With R ≥ M there is none either.
       key: for the sketch, a typed key, as from `jax.random.key`.
+      squared: whether to factor F + λI for every λ in place of A once: a few times as
+        fast for many parameters, and without a sketch A is never in memory, however
+        many outputs there are. Only λ above ε ‖F‖ can then be told from zero.
 
-    The `damping` of `solve` is the least λ. In any case, no λ below (ε max σ)², which
-    cannot be told from zero, is tried.
+    The `damping` of `solve` is the least λ. In any case, no λ below (ε max σ)², or ε
+    ‖F‖ if `squared`, which cannot be told from zero, is tried.
 
     Raises:
       ValueError: for values outside these ranges, or a key without a sketch.
@@ -144,6 +155,7 @@ class DampingSearch(Solver):
     length_power: float = 0.5
     sketch_size: int | None = None
     key: KeyArray | None = None
+    squared: bool = False
 
     uses_coefficients: ClassVar[bool] = True
     uses_objective: ClassVar[bool] = True
@@ -199,13 +211,11 @@ class DampingSearch(Solver):
         gradient, unravel = ravel_real(rhs.gradient)
         known = state or self.init(rhs.gradient)
         sketch = self._draw_sketch(fisher, rhs, known.num_sketches)
-        system = _make_system(fisher, rhs, sketch)
-        # Below the square of round-off no λ can be told from zero.
-        dtype = system.rest.dtype
-        largest = jnp.max(system.root.values, initial=0.0)
-        eps = float(jnp.finfo(dtype).eps)
-        least = jnp.maximum(jnp.asarray(damping).astype(dtype), (eps * largest) ** 2)
-        first = self.initial * largest**2
+        make_system = _by_cholesky if self.squared else _by_singular_values
+        system = make_system(fisher, rhs, sketch)
+        dtype = system.largest.dtype
+        least = jnp.maximum(jnp.asarray(damping).astype(dtype), system.round_off)
+        first = self.initial * system.largest
         last = jnp.where(known.damping > 0, known.damping.astype(dtype), first)
 
         def loss_of(d: Array) -> Scalar:
@@ -215,7 +225,7 @@ class DampingSearch(Solver):
         lowest = jnp.minimum(before, known.lowest.astype(before.dtype))
         # On another batch, even the present loss may be above the slack.
         highest = jnp.maximum(before, self.slack * lowest)
-        search = self._search(system, loss_of, highest, last, least)
+        search = self._search(system, loss_of, highest, last, least, gradient.size)
 
         direction = unravel(search.d.astype(gradient.dtype))
         product, pushed = fisher.matvec_and_push(direction)
@@ -269,6 +279,7 @@ class DampingSearch(Solver):
         highest: Scalar,
         last: Scalar,
         least: Scalar,
+        num_params: int,
     ) -> "_Search":
         factors = jnp.asarray(self.factors, last.dtype)
         lengths = jnp.asarray(self.lengths, last.dtype)
@@ -301,7 +312,7 @@ class DampingSearch(Solver):
             return ~search.found & (search.num_rounds < _MAX_ROUNDS)
 
         start = _Search(
-            d=jnp.zeros_like(system.rest),
+            d=jnp.zeros(num_params, last.dtype),
             damping=last,
             length=jnp.zeros_like(last),
             found=~system.is_finite,
@@ -339,57 +350,122 @@ class _System(NamedTuple):
     With a sketch, A, w and b are S A, S w and S b.
 
     Attributes:
-      matrix: A, `[M, P]`.
-      root: its singular values.
-      rest: g - Aᵀ w, or g where w is not known; zero where that is round-off.
-      bend: v -> b, the coefficients of ∂²outputs[v, v].
+      solve_at: λ -> v, and the function Aᵀ b -> q.
+      bend: v -> Aᵀ b, where b are the coefficients of ∂²outputs[v, v].
+      largest: the largest eigenvalue of F, or ‖F‖.
+      round_off: the least λ that can be told from zero.
       is_finite: of A; zeros where it was not.
     """
 
-    matrix: Array
-    root: SingularRoot
-    rest: Array
+    solve_at: Callable[[Scalar], tuple[Array, Callable[[Array], Array]]]
     bend: Callable[[Array], Array]
+    largest: Scalar
+    round_off: Scalar
     is_finite: Array
 
     def path(self, damping: Scalar, lengths: Array, max_curvature: float) -> Array:
         """The steps s v + ½ s² q for all lengths s, `[len(lengths), P]`."""
-        values, rights, along, _ = self.root
-        inverse = 1 / (values**2 + damping)
-        inside = rights @ self.rest
-        outside = self.rest - rights.T @ inside
-        is_nothing = negligible(outside, jnp.linalg.norm(self.rest))
-        v = jnp.where(is_nothing, 0.0, outside / damping)
-        inside = inside if along is None else inside + values * along
-        v += rights.T @ (inverse * inside)
+        v, inverse = self.solve_at(damping)
         if max_curvature == 0:
             return jnp.outer(lengths, v)
-        q = rights.T @ (inverse * (rights @ (self.matrix.T @ self.bend(v))))
+        q = inverse(self.bend(v))
         is_small = lengths * jnp.linalg.norm(q) <= max_curvature * jnp.linalg.norm(v)
         return jnp.outer(lengths, v) + jnp.outer(is_small * lengths**2 / 2, q)
 
 
-def _make_system(fisher: Any, rhs: RightHandSide, sketch: _Sketch | None) -> _System:
+def _by_singular_values(
+    fisher: Any, rhs: RightHandSide, sketch: _Sketch | None
+) -> _System:
     w = known_coefficients(fisher, rhs)
-    g, unravel = ravel_real(rhs.gradient)
-    matrix = dense_root(fisher) if sketch is None else sketched_root(fisher, *sketch)
-    is_finite = jnp.isfinite(tree.max_abs(matrix))
-    matrix = jnp.where(is_finite, matrix, 0.0)
-    rest = g.astype(matrix.dtype)
+    matrix, is_finite = _finite(_root(fisher, sketch))
+    rest = ravel_real(rhs.gradient)[0].astype(matrix.dtype)
     w = None if w is None else w.astype(matrix.dtype)
-    root = decompose(matrix, w if sketch is None or w is None else sketch(w))
+    values, rights, along, _ = decompose(
+        matrix, w if sketch is None or w is None else sketch(w)
+    )
+    largest = jnp.max(values, initial=0.0)
     if w is not None:
-        largest = jnp.max(root.values, initial=0.0)
         size = jnp.linalg.norm(rest) + largest * jnp.linalg.norm(w)
-        if sketch is None:
-            rest = rest - matrix.T @ w
-        else:
-            rest = rest - ravel_real(fisher.sqrt_rmatvec(rhs.coefficients))[0]
+        pulled = matrix.T @ w if sketch is None else _pulled(fisher, rhs)
+        rest = rest - pulled.astype(rest.dtype)
         rest = jnp.where(negligible(rest, size), 0.0, rest)
-    # v is in units of the right-hand side, but its square is not.
-    unit = jnp.asarray(rhs.unit).astype(matrix.dtype)
+
+    def solve_at(damping: Scalar) -> tuple[Array, Callable[[Array], Array]]:
+        inverse = 1 / (values**2 + damping)
+        inside = rights @ rest
+        outside = rest - rights.T @ inside
+        is_nothing = negligible(outside, jnp.linalg.norm(rest))
+        v = jnp.where(is_nothing, 0.0, outside / damping)
+        inside = inside if along is None else inside + values * along
+        v += rights.T @ (inverse * inside)
+        return v, lambda b: rights.T @ (inverse * (rights @ b))
+
+    bent = _bending(fisher, rhs, lambda b: matrix.T @ _flat(b, matrix, sketch))
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    return _System(solve_at, bent, largest**2, (eps * largest) ** 2, is_finite)
+
+
+def _by_cholesky(fisher: Any, rhs: RightHandSide, sketch: _Sketch | None) -> _System:
+    g = ravel_real(rhs.gradient)[0]
+    if sketch is None:
+        matrix, is_finite = _finite(dense(fisher))
+        g = g.astype(matrix.dtype)
+
+        def pull(b: PyTree) -> Array:
+            return ravel_real(fisher.sqrt_rmatvec(b))[0].astype(g.dtype)
+
+    else:
+        rows, is_finite = _finite(_root(fisher, sketch))
+        matrix = tree.contract(rows, rows, (0,), (0,))
+        g = g.astype(matrix.dtype) - _pulled(fisher, rhs).astype(matrix.dtype)
+        g = g + rows.T @ _flat(rhs.coefficients, rows, sketch)
+
+        def pull(b: PyTree) -> Array:
+            return rows.T @ _flat(b, rows, sketch)
+
+    def solve_at(damping: Scalar) -> tuple[Array, Callable[[Array], Array]]:
+        system = make_positive_definite(matrix, damping)
+        # Without a factor everything is NaN, and so are losses, which no trial passes.
+        factor, _ = factorise(system)
+        v, _ = solve_refined(system, factor, g)
+        return v / system.unit, lambda b: solve(factor, b) / system.unit
+
+    # No eigenvalue is larger than this, and with few large ones it is close to them.
+    largest = make_positive_definite(matrix, 0.0).size()
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    return _System(
+        solve_at, _bending(fisher, rhs, pull), largest, eps * largest, is_finite
+    )
+
+
+def _root(fisher: Any, sketch: _Sketch | None) -> Array:
+    return dense_root(fisher) if sketch is None else sketched_root(fisher, *sketch)
+
+
+def _finite(matrix: Array) -> tuple[Array, Array]:
+    is_finite = jnp.isfinite(tree.max_abs(matrix))
+    return jnp.where(is_finite, matrix, 0.0), is_finite
+
+
+def _flat(coefficients: PyTree, matrix: Array, sketch: _Sketch | None) -> Array:
+    flat = ravel_real(coefficients)[0].astype(matrix.dtype)
+    return flat if sketch is None else sketch(flat)
+
+
+def _pulled(fisher: Any, rhs: RightHandSide) -> Array:
+    """Aᵀ w, with all rows."""
+    return ravel_real(fisher.sqrt_rmatvec(rhs.coefficients))[0]
+
+
+def _bending(
+    fisher: Any, rhs: RightHandSide, pull: Callable[[PyTree], Array]
+) -> Callable[[Array], Array]:
+    """The function v -> Aᵀ b; `pull` takes b, a tree like the outputs, to Aᵀ b."""
+    _, unravel = ravel_real(rhs.gradient)
 
     def bend(v: Array) -> Array:
+        # v is in units of the right-hand side, but its square is not.
+        unit = jnp.asarray(rhs.unit).astype(v.dtype)
         direction = unravel(unit * v)
 
         def outputs_at(t: Scalar) -> PyTree:
@@ -401,7 +477,6 @@ def _make_system(fisher: Any, rhs: RightHandSide, sketch: _Sketch | None) -> _Sy
 
         zero = jnp.zeros((), v.dtype)
         second = jax.jvp(slope, (zero,), (jnp.ones_like(zero),))[1]
-        b = ravel_real(fisher.metric.sqrt_matvec(second))[0].astype(v.dtype) / unit
-        return b if sketch is None else sketch(b)
+        return pull(fisher.metric.sqrt_matvec(second)).astype(v.dtype) / unit
 
-    return _System(matrix, root, rest, bend, is_finite)
+    return bend

@@ -74,11 +74,14 @@ def trials(params, x, dampings, lengths, max_curvature):
             yield damping, d, loss, s
 
 
-@pytest.mark.parametrize(("num_examples", "in_output_space"), [(5, True), (20, False)])
+@pytest.mark.parametrize(
+    ("num_examples", "in_output_space", "squared"),
+    [(5, True, False), (20, False, False), (5, False, True), (20, True, True)],
+)
 def test_the_trial_of_least_loss_and_damping_is_taken(
-    num_examples, in_output_space, x64, rng
+    num_examples, in_output_space, squared, x64, rng
 ):
-    solver = DampingSearch(power=0.4, slack=1.5, max_curvature=1.0)
+    solver = DampingSearch(power=0.4, slack=1.5, max_curvature=1.0, squared=squared)
     params, x = make(rng, num_examples)
     before = float(output_loss_fn(model_fn(params, x), x))
     for damping, lowest in ((1e-2, np.inf), (1e-4, 0.1 * before)):
@@ -144,7 +147,8 @@ def test_a_sketch_of_a_model_that_mixes_its_examples_is_right(x64, rng):
     assert_close(found, expected, 1e-13)
 
 
-def test_a_sketched_search_takes_the_step_of_the_sketched_system(x64, rng):
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_sketched_search_takes_the_step_of_the_sketched_system(squared, x64, rng):
     """Without bending, and for one λ and length: d = (F' + λI)⁻¹ A'ᵀ w', A' = S A."""
     params, x = make(rng, 30)
     key = jax.random.key(3)
@@ -155,6 +159,7 @@ def test_a_sketched_search_takes_the_step_of_the_sketched_system(x64, rng):
         max_curvature=0.0,
         sketch_size=6,
         key=key,
+        squared=squared,
     )
     state = solver.init(params)._replace(damping=jnp.float64(1e-3))
     first = search(solver, params, x, state)
@@ -241,20 +246,49 @@ def test_the_bent_path_keeps_to_the_line_of_the_outputs_to_third_order(rng):
     assert apart[0] / apart[1] > 5.5  # 8 in the limit, 4 for a straight step
 
 
-def test_the_first_damping_is_in_units_of_the_largest_eigenvalue(x64, rng):
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_first_damping_is_in_units_of_f(squared, x64, rng):
+    """Of its largest eigenvalue, or of its Frobenius norm."""
     params, x = make(rng, 5)
     root = np.asarray(
         jax.jacobian(lambda t: model_fn(ravel_pytree(params)[1](t), x))(
             ravel_pytree(params)[0]
         )
     ) / np.sqrt(5)
-    solver = DampingSearch(initial=1e-3, factors=(1.0, 9.0), power=10.0)
+    solver = DampingSearch(
+        initial=1e-3, factors=(1.0, 9.0), power=10.0, squared=squared
+    )
     found = search(solver, params, x, solver.init(params))
-    largest = np.linalg.norm(root, 2) ** 2
+    largest = np.linalg.norm(root.T @ root, "fro" if squared else 2)
     np.testing.assert_allclose(found.damping, 1e-3 * largest, rtol=1e-9)
 
 
-def test_without_a_better_trial_there_is_no_step_and_the_state_stays(rng):
+def test_a_squared_search_has_no_row_for_each_output(rng):
+    params = {"v": jnp.ones(60), "w": jnp.ones((2, 60))}
+    x = jnp.asarray(rng.normal(size=(5000, 2)), "float32")
+    has_rows = {}
+    for squared in (False, True):
+        solver = DampingSearch(squared=squared)
+        program = search.lower(solver, params, x, solver.init(params)).as_text()
+        has_rows[squared] = "5000x180xf32" in program
+    assert has_rows == {False: True, True: False}
+
+
+def test_no_damping_below_round_off_is_tried(x64, rng):
+    """Of F, which is singular here: 5 rows of 9 parameters."""
+    params, x = make(rng, 5)
+    solver = DampingSearch(factors=(1e-30, 1.0, 9.0), power=1.0, squared=True)
+    found = search(solver, params, x, solver.init(params))
+    matrix = np.asarray(
+        ngd.dense_fisher(model_fn, params, x, GAUSSIAN), dtype="float64"
+    )
+    eps = float(jnp.finfo("float64").eps)
+    np.testing.assert_allclose(found.damping, eps * np.linalg.norm(matrix), rtol=1e-6)
+    assert np.isfinite(ravel_pytree(found.direction)[0]).all()
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_without_a_better_trial_there_is_no_step_and_the_state_stays(squared, rng):
     params, x = make(rng, 5, "float32")
     state = DampingSearchState(jnp.float32(0.5), jnp.float32(np.inf))
     fisher = ngd.linearize_fisher(model_fn, params, x, GAUSSIAN)
@@ -262,7 +296,7 @@ def test_without_a_better_trial_there_is_no_step_and_the_state_stays(rng):
     @jax.jit
     def solve(gradient):
         rhs = ngd.RightHandSide(gradient, objective=lambda d: 1 + optax.tree.norm(d))
-        solver = DampingSearch(slack=1.0)
+        solver = DampingSearch(slack=1.0, squared=squared)
         return ngd.solve_scaled(solver, fisher, rhs, damping=0.0, state=state)
 
     def is_zero(tree):

@@ -104,7 +104,7 @@ def test_the_reference_problem_is_solved_from_every_seed(seed, tmp_path):
         ("burgers1d", 100, 1e-4),
         ("laplace_lshape", 100, 1e-2),
         ("allen_cahn", 100, 1e-2),
-        ("poisson20d", 20, 0.2),
+        ("poisson20d", 75, 2e-3),
     ],
 )
 def test_every_equation_is_solved_as_it_is_configured(problem, steps, error, tmp_path):
