@@ -224,8 +224,8 @@ def _rows(
     rows = [
         {
             "step": step + index + 1,
-            **{name: plain_number(leaf[index]) for name, leaf in records.items()},
             **constants,
+            **{name: plain_number(leaf[index]) for name, leaf in records.items()},
         }
         for index in range(num_steps)
     ]

@@ -134,7 +134,8 @@ class Screen:
     def show_step(self, record: dict[str, Any]) -> None:
         """Prints the row of a step if one is due, and a heading above the first."""
         if not self._columns:
-            common = [column for column in COLUMNS if column.name in record]
+            own = {column.name for column in self._last_columns}
+            common = [c for c in COLUMNS if c.name in record and c.name not in own]
             self._columns = [*common, *self._last_columns]
             titles = (f"{column.title:>{_width(column)}}" for column in self._columns)
             self.say(" ".join(titles))

@@ -96,6 +96,7 @@ class WaveFunctionLearner:
         self.first_state = init_state(self._parts, config.seed)
         last = "test_energy" if self._ground is None else "test_energy_error"
         self.columns = (
+            Column("E per spin", "loss", ".5f"),
             Column("std error", "loss_standard_error", ".1e"),
             Column("V-score", "v_score", ".2e"),
             *(MARKOV_COLUMNS if task.sampler.name == "metropolis" else ()),
@@ -204,14 +205,16 @@ def make_parts(
         assert num_samples is not None
         start = functools.partial(_burn_in, system, model_fn, sampler)
         sample = _metropolis(system, model_fn, sampler, num_samples, batch_size)
+    optimizer = annealed(config.optimizer, task, config.steps)
     return Parts(
         system=system,
         model=model,
-        tx=make_optimizer(annealed(config.optimizer, task, config.steps), model),
+        tx=make_optimizer(optimizer, model),
         start=start,
         sample=sample,
         measure_kl=config.measure_kl,
         batch_size=batch_size,
+        radius=None if task.last_max_kl is None else optimizer["max_kl"],
     )
 
 

@@ -95,6 +95,7 @@ class Parts:
       sample: draws the configurations of a step.
       measure_kl: whether to measure the KL of a step if `tx` does not.
       batch_size: number of configurations of a forward pass.
+      radius: steps taken -> `max_kl`; None for a constant one.
     """
 
     system: SpinSystem
@@ -104,6 +105,7 @@ class Parts:
     sample: Sampler
     measure_kl: bool
     batch_size: int
+    radius: optax.Schedule | None = None
 
 
 def model_task(
@@ -164,6 +166,10 @@ def take_step(
         **samples.records,
         **read_step_info(opt_state),
     }
+    if parts.radius is not None:
+        # A refused step leaves the count, and so the radius, as it was.
+        count = optax.tree.get(state.opt_state, "NaturalGradientState").count
+        record["max_kl"] = jnp.asarray(parts.radius(count))
     if parts.measure_kl and "measured_kl" not in record:
         record["measured_kl"] = ngd.mean_kl(
             model_fn, params, new_params, batch, parts.model.likelihood

@@ -64,15 +64,29 @@ def test_finds_the_ground_state_within_the_radius(tmp_path):
 
 
 def test_with_all_configurations_nothing_is_random(tmp_path):
+    console = Console(record=True, width=200, file=io.StringIO())
     train(
         tmp_path,
         *("model=rbm", "sampler=all", "batch_size=null", "steps=100", "eval_every=100"),
         *("optimizer.learning_rate=null", "optimizer.max_kl=0.1"),
         *("task.last_max_kl=1e-8", "optimizer.damping=1e-4"),
+        console=console,
     )
-    last = read_json_lines(tmp_path / "metrics.jsonl")[-1]
+    records = read_json_lines(tmp_path / "metrics.jsonl")
+    last = records[-1]
     assert last["loss_standard_error"] == 0
     assert -1e-13 < last["test_energy_error"] < 1e-7
+    # The radius that is shown is that of the step, which fills it.
+    radii = np.array([record["max_kl"] for record in records])
+    np.testing.assert_allclose(radii, 0.1 * 1e-7 ** (np.arange(100) / 100), rtol=1e-5)
+    filled = np.array([record["measured_kl"] for record in records]) / radii
+    assert 0.9 <= np.min(filled) <= np.max(filled) <= 1 + 1e-6
+    # Energies of neighbouring steps differ in the fourth digit.
+    title, *rows = (line.split() for line in console.export_text().splitlines()[1:])
+    assert " ".join(title).count("per spin") == 1
+    assert "loss" not in title
+    [shown] = (row for row in rows if row[0] == "100")
+    assert f"{last['loss']:.5f}" in shown
 
 
 STILL = ("optimizer=sgd", "optimizer.learning_rate=1e-12")
