@@ -72,11 +72,15 @@ def init_network(
 
 
 def network(params: Params, x: jax.Array) -> jax.Array:
-    """u_θ(x), a scalar, at one point `[d]`."""
+    """u_θ(x) at one point `[d]`: a scalar, or `[K]` of K > 1 outputs."""
     for weights, biases in params[:-1]:
         x = jnp.tanh(x @ weights + biases)
     weights, biases = params[-1]
-    return (x @ weights + biases)[0]
+    return _scalar_of_one(x @ weights + biases)
+
+
+def _scalar_of_one(outputs: jax.Array) -> jax.Array:
+    return outputs[..., 0] if outputs.shape[-1] == 1 else outputs
 
 
 def forward_operator(
@@ -107,7 +111,7 @@ def forward_operator(
             squares = jnp.sum(coefficients[:, None] * gradient**2, axis=0)
             second = slope * second - 2 * value * slope * squares
             gradient = slope * gradient
-    return Jet(value[0], gradient[:, 0], second[0])
+    return Jet(*(_scalar_of_one(part) for part in (value, gradient, second)))
 
 
 def jet_of(fn: "Function", x: jax.Array, coefficients: jax.Array) -> Jet:
@@ -118,7 +122,7 @@ def jet_of(fn: "Function", x: jax.Array, coefficients: jax.Array) -> Jet:
 
 def affine(a: Jet, b: Jet, u: Jet, coefficients: jax.Array) -> Jet:
     """The jet of a + b u: D (b u) = u D b + 2 Σᵢ cᵢ ∂ᵢb ∂ᵢu + b D u."""
-    across = jnp.sum(coefficients * b.gradient * u.gradient)
+    across = jnp.tensordot(coefficients, b.gradient * u.gradient, 1)
     return Jet(
         a.value + b.value * u.value,
         a.gradient + b.gradient * u.value + b.value * u.gradient,
@@ -143,7 +147,8 @@ def by_nested_jvp(fn: Function, x: jax.Array, coefficients: jax.Array) -> jax.Ar
 
         return jax.jvp(slope, (x,), (direction,))[1]
 
-    return coefficients @ jax.vmap(second)(jnp.eye(x.size, dtype=x.dtype))
+    along_axes = jax.vmap(second)(jnp.eye(x.size, dtype=x.dtype))
+    return jnp.tensordot(coefficients, along_axes, 1)
 
 
 def by_taylor(fn: Function, x: jax.Array, coefficients: jax.Array) -> jax.Array:

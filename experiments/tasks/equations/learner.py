@@ -1,6 +1,6 @@
 """The learner of the task `pinn`: optimizer steps on the residuals at all points.
 
-L2 error = √ mean (u_θ - u)²  at the evaluation points
+L2 error = √ mean (u_θ - u)²  at the evaluation points, over all outputs of a system
 """
 
 import contextlib

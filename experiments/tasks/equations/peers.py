@@ -62,7 +62,7 @@ class Equation(NamedTuple):
             jacobian = jax.jacrev(
                 lambda theta: self.problem.residuals(self.unravel(theta), single)
             )(theta)
-            return jax.tree.map(lambda row: row[0], jacobian)
+            return jax.tree.map(lambda row: row[0], jacobian)  # [P], or [K, P]
 
         points, first = self.points, jax.tree.map(lambda x: x[0], self.points)
         axes = dict.fromkeys(points)
@@ -74,12 +74,12 @@ class Equation(NamedTuple):
             blocks[name] = jax.vmap(
                 lambda points, name=name: rows(points)[name], in_axes=(in_axes,)
             )(cut)
-        return self._join(blocks)
+        return self._join(blocks, theta.size)
 
-    def _join(self, blocks: dict[str, jax.Array]) -> jax.Array:
-        return jnp.concatenate(
-            [(w / len(blocks[b])) ** 0.5 * blocks[b] for b, w in self._weights()]
-        )
+    def _join(self, blocks: dict[str, jax.Array], *shape: int) -> jax.Array:
+        """All blocks with rows of that shape, one for each output of a point."""
+        scaled = [(w / len(blocks[b])) ** 0.5 * blocks[b] for b, w in self._weights()]
+        return jnp.concatenate([block.reshape(-1, *shape) for block in scaled])
 
     def _weights(self) -> list[tuple[str, float]]:
         return sorted(self.problem.weights.items())

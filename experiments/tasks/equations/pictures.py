@@ -59,8 +59,9 @@ def draw_curves(records: Records, path: Path, title: str) -> None:
 def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> None:
     """Draws u_θ, u_θ - u and the residual, on a grid, into `path`.
 
-    In more than two dimensions, the grid lies in the plane through the centre of the
-    box that the first two inputs span.
+    Of a system it draws a row for each output, and the residual of the equation of the
+    same number. In more than two dimensions, the grid lies in the plane through the
+    centre of the box that the first two inputs span.
     """
     axes = [
         np.linspace(lo, hi, _SIDE)
@@ -74,15 +75,20 @@ def draw_solution(problem: Problem, params: PyTree, path: Path, title: str) -> N
         params, jnp.asarray(points)
     )
 
-    figure = Figure(figsize=(13.0, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3)
+    count = problem.num_outputs
+    figure = Figure(figsize=(13.0, 4.2 * count), layout="constrained")
+    panels = figure.subplots(count, 3, squeeze=False)
     plane = ", through the middle" if problem.dimension > 2 else ""
     figure.suptitle(f"{title}{plane}")
-    _draw(panels[0], axes, values, "solution", is_signed_log=False)
-    _draw(panels[1], axes, values - exact, "error", is_signed_log=True)
-    _draw(panels[2], axes, residual, "residual", is_signed_log=True)
+    columns = {"solution": values, "error": values - exact, "residual": residual}
+    for column, (name, fields) in enumerate(columns.items()):
+        for row, field in enumerate(np.asarray(fields).reshape(len(grid), count).T):
+            number = f" {row + 1}" if count > 1 else ""
+            is_signed_log = name != "solution"
+            panel = panels[row, column]
+            _draw(panel, axes, field, name + number, is_signed_log=is_signed_log)
     is_in_time = problem.dimension == 2 and problem.is_in_time
-    for panel in panels:
+    for panel in panels.flat:
         panel.set_xlabel("x" if is_in_time else "x₁")
         panel.set_ylabel("t" if is_in_time else "x₂")
     write_figure(figure, path)
@@ -100,7 +106,7 @@ def _fields(
     if problem.region is None:
         return fields
     is_inside = jax.vmap(problem.region.contains)(points)
-    return jax.tree.map(lambda field: jnp.where(is_inside, field, jnp.nan), fields)
+    return jax.tree.map(lambda x: jnp.where(is_inside, x.T, jnp.nan).T, fields)
 
 
 def _draw(

@@ -2,7 +2,8 @@
 
     residuals(params, points) -> {block: residuals [N_b]},    loss = ½ Σ_b w_b mean r_b²
 
-Blocks are "interior" and, where a problem has them, "boundary" and "data".
+Blocks are "interior" and, where a problem has them, "boundary" and "data". For a system
+of K equations residuals are `[N_b, K]`, and r² is their sum of squares.
 
 Knows no optimizer, no equation, and no network except the one that gives it
 derivatives.
@@ -69,6 +70,8 @@ class Problem:
       region: where the equation holds, if not in the whole box, which has no `faces`
         then: u is given on the boundary of the region.
       unknowns: coefficients of the equation that are parameters too.
+      num_outputs: K. With K > 1, u is a vector: `equation` returns K residuals,
+        `solution` `[N, K]`, and the b of `hard` is a number or K of them.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Problem:
     stretch: float = 0.0
     region: Region | None = None
     unknowns: Unknowns | None = None
+    num_outputs: int = 1
 
     def __post_init__(self) -> None:
         if self.region is not None and (self.faces or self.stretch):
@@ -120,14 +124,14 @@ class Problem:
         self, key: jax.Array, hidden_sizes: Sequence[int], scale: float | None
     ) -> PyTree:
         """The parameters: of a tanh network, see `init_network`, and the unknowns."""
-        widths = (self.num_features, *hidden_sizes, 1)
+        widths = (self.num_features, *hidden_sizes, self.num_outputs)
         layers = init_network(key, widths, scale)
         if self.unknowns is None:
             return layers
         return {"network": layers, "coefficients": jnp.asarray(self.unknowns.guess)}
 
     def value(self, params: PyTree, x: jax.Array) -> jax.Array:
-        """u_θ(x), a scalar, at one point `[d]`."""
+        """u_θ(x), a scalar or `[K]`, at one point `[d]`."""
         layers = self._layers(params)
         inside = network(layers, x if self.features is None else self.features(x))
         if self.hard is None:
@@ -143,14 +147,16 @@ class Problem:
         hard = self.hard
         if hard is None:
             return inside
-        both = jet_of(lambda x: jnp.stack(hard(x)), x, c)
-        a, b = (Jet(*(part[..., i] for part in both)) for i in (0, 1))
+        both = jet_of(lambda x: jnp.stack(jnp.broadcast_arrays(*hard(x))), x, c)
+        value, gradient, second = both
+        a, b = (Jet(value[i], gradient[:, i], second[i]) for i in (0, 1))
         return affine(a, b, inside, c)
 
     @functools.cached_property
     def likelihood(self) -> ngd.Likelihood:
         """The likelihood whose Fisher is the Gauss-Newton matrix of ½ loss."""
-        blocks = {name: ngd.Gaussian(event_ndims=0) for name in self.weights}
+        gaussian = ngd.Gaussian(event_ndims=int(self.num_outputs > 1))
+        blocks = dict.fromkeys(self.weights, gaussian)
         return ngd.Product(blocks, weights=self.weights)
 
     def residuals(self, params: PyTree, points: Points) -> dict[str, jax.Array]:
@@ -163,7 +169,8 @@ class Problem:
         value = jax.vmap(functools.partial(self.value, params))
         residuals = {"interior": jax.vmap(inside)(points["interior"])}
         if "interior_weights" in points:
-            residuals["interior"] *= jnp.sqrt(points["interior_weights"])
+            roots = jnp.sqrt(points["interior_weights"])
+            residuals["interior"] = (residuals["interior"].T * roots).T
         for name in self.weights:
             if name != "interior":
                 residuals[name] = value(points[name]) - points[f"{name}_values"]
@@ -172,7 +179,9 @@ class Problem:
     def loss(self, residuals: dict[str, jax.Array], points: Points) -> jax.Array:
         """½ Σ w mean r²: the negative log-likelihood up to a constant."""
         del points
-        total = [w * jnp.mean(residuals[name] ** 2) for name, w in self.weights.items()]
+        total = [
+            w * jnp.mean(_squares(residuals[name])) for name, w in self.weights.items()
+        ]
         return sum(total[1:], start=total[0]) / 2
 
     def draw_points(self, key: jax.Array, sizes: "Sizes") -> Points:
@@ -200,7 +209,8 @@ class Problem:
             return points | self._collocate(key, sizes)
         many = dataclasses.replace(sizes, interior=_CANDIDATES * sizes.interior)
         new = points | self._collocate(key, many)
-        candidates, residuals = new["interior"], self.residuals(params, new)["interior"]
+        candidates = new["interior"]
+        residuals = jnp.sqrt(_squares(self.residuals(params, new)["interior"]))
         chosen = follow_residuals(
             jax.random.fold_in(key, 1), candidates, residuals, sizes.interior, power
         )
@@ -210,7 +220,7 @@ class Problem:
         self, params: PyTree, points: Points, causality: float
     ) -> Points:
         """`points` with weights of the interior that respect time."""
-        residuals = self.residuals(params, points)["interior"]
+        residuals = jnp.sqrt(_squares(self.residuals(params, points)["interior"]))
         times = points["interior"][:, -1]
         weights = causal_weights(times, residuals, causality)
         return points | {"interior_weights": weights}
@@ -344,6 +354,11 @@ class Sizes:
     interior: int
     boundary: int
     layout: str
+
+
+def _squares(residuals: jax.Array) -> jax.Array:
+    """r² at each point, `[N]`, of residuals `[N]` or `[N, K]`."""
+    return jnp.sum(residuals.reshape(len(residuals), -1) ** 2, axis=1)
 
 
 def periodic(periods: Sequence[float | None]) -> Callable[[jax.Array], jax.Array]:

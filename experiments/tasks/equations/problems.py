@@ -238,6 +238,46 @@ def _heat1d_inverse() -> Problem:
     )
 
 
+def _pipe_flow() -> Problem:
+    """(v·∇)v + ∇p = ν Δv, div v = 0 in a flat pipe, driven by a fall of the pressure.
+
+    The steady flow of the tutorials of jinns, with the same lengths and viscosity, and
+    walls and ends by its form as there. Its solution is Poiseuille's parabola.
+    """
+    length, radius, fall, viscosity = 1.0, 0.05, 0.1, 0.00061
+
+    def equation(_: jax.Array, at: Jet) -> jax.Array:
+        v, along_x, along_y = at.value, at.gradient[0], at.gradient[1]
+        pressure = jnp.stack([along_x[2], along_y[2]])
+        carried = v[0] * along_x[:2] + v[1] * along_y[:2]
+        momentum = carried + pressure - viscosity * at.second[:2]
+        return jnp.append(momentum, along_x[0] + along_y[1])
+
+    def hard(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        left, wall = 1 - x[0] / length, 1 - (x[1] / radius) ** 2
+        ends = jnp.stack([jnp.zeros_like(left), jnp.zeros_like(left), fall * left])
+        return ends, jnp.stack([wall, wall, left * x[0]])
+
+    def solution(x: jax.Array) -> jax.Array:
+        speed = fall / (2 * viscosity * length) * (radius**2 - x[:, 1] ** 2)
+        pressure = fall * (1 - x[:, 0] / length)
+        return jnp.stack([speed, jnp.zeros_like(speed), pressure], axis=1)
+
+    return Problem(
+        name="pipe_flow",
+        low=(0.0, -radius),
+        high=(length, radius),
+        operator=(1.0, 1.0),
+        equation=equation,
+        solution=solution,
+        faces=(),
+        weights={"interior": 1.0},
+        features=lambda x: x / jnp.asarray([length, radius], x.dtype),
+        hard=hard,
+        num_outputs=3,
+    )
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "poisson2d": _poisson2d,
     "heat1d": _heat1d,
@@ -249,6 +289,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "laplace_lshape": _laplace_lshape,
     "allen_cahn": _allen_cahn,
     "heat1d_inverse": _heat1d_inverse,
+    "pipe_flow": _pipe_flow,
 }
 
 

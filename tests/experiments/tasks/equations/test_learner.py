@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import matplotlib.image
 import numpy as np
 import pytest
 from rich.console import Console
@@ -50,6 +51,17 @@ def test_a_run_lowers_the_loss_and_is_drawn(tmp_path):
     assert records[-1]["loss"] < 1e-2 * records[0]["loss"]
     for name in ("curves.png", "solution.png"):
         assert (tmp_path / "run" / name).stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_a_system_is_solved_and_has_a_row_of_pictures_for_each_output(tmp_path):
+    overrides = ("problem=pipe_flow", "task.layout=halton", "task.boundary=0")
+    result = run(tmp_path / "run", *overrides, "steps=30")
+    assert error_of(result) < 1e-3
+    shape = matplotlib.image.imread(tmp_path / "run" / "solution.png").shape
+    run(tmp_path / "one", "steps=1")
+    of_one = matplotlib.image.imread(tmp_path / "one" / "solution.png").shape
+    assert shape[:2] == (3 * of_one[0], of_one[1])
 
 
 FOLLOWED = ("task.layout=halton", "task.redraw_every=5", "task.residual_power=1")
@@ -105,6 +117,7 @@ def test_the_reference_problem_is_solved_from_every_seed(seed, tmp_path):
         ("laplace_lshape", 100, 1e-2),
         ("allen_cahn", 100, 1e-2),
         ("poisson20d", 75, 2e-3),
+        ("pipe_flow", 60, 1e-5),
     ],
 )
 def test_every_equation_is_solved_as_it_is_configured(problem, steps, error, tmp_path):

@@ -12,6 +12,7 @@ from scipy.integrate import solve_ivp
 import ngd_jax as ngd
 from experiments.tasks.equations.derivatives import (
     METHODS,
+    Jet,
     forward_operator,
     init_network,
     network,
@@ -50,6 +51,16 @@ def test_derivatives_in_one_pass_are_those_of_autodiff(rng):
         np.testing.assert_allclose(other, second, rtol=1e-12, err_msg=name)
 
 
+def derivatives(fn, x, operator):
+    """The value of fn, ∂fn `[d, ...]` and Σᵢ cᵢ ∂ᵢᵢ fn, by autodiff."""
+    diagonal = jnp.diagonal(jax.hessian(fn)(x), axis1=-2, axis2=-1)
+    return (
+        fn(x),
+        jnp.moveaxis(jax.jacobian(fn)(x), -1, 0),
+        diagonal @ jnp.asarray(operator),
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_solutions_have_no_residual(name, rng):
     problem = make_problem(name)
@@ -62,20 +73,13 @@ def test_exact_solutions_have_no_residual(name, rng):
     @jax.jit
     @jax.vmap
     def residual(x):
-        gradient = jax.grad(solution)(x)
-        diagonal = jnp.diagonal(jax.hessian(solution)(x))
-        operator = jnp.asarray(problem.operator)
-        jet = type(forward_operator(_LINEAR[0], x[:1], operator[:1]))(
-            solution(x), gradient, jnp.sum(operator * diagonal)
-        )
-        size = jnp.abs(gradient).max() + jnp.abs(diagonal).max() + 1
+        value, gradient, second = derivatives(solution, x, problem.operator)
+        jet = Jet(value, gradient, second)
+        size = jnp.abs(gradient).max() + jnp.abs(second).max() + 1
         known = () if problem.unknowns is None else (problem.unknowns.truth,)
         return problem.equation(x, jet, *known) / size
 
     np.testing.assert_allclose(residual(points), 0.0, atol=1e-9)
-
-
-_LINEAR = [[(jnp.zeros((1, 1)), jnp.zeros(1))]]
 
 
 @pytest.mark.parametrize("layout", ["halton", "random"])
@@ -108,6 +112,22 @@ def test_a_problem_without_a_boundary_has_points_inside_only(layout):
     assert set(residuals) == set(problem.weights)
 
 
+def test_walls_and_ends_of_the_pipe_hold_for_any_parameters(rng):
+    problem = make_problem("pipe_flow")
+    params = problem.init(jax.random.key(1), [4], None)
+    value = jax.vmap(functools.partial(problem.value, params))
+    along, across = rng.uniform(0, 1, 5), rng.uniform(-0.05, 0.05, 5)
+    for y in (-0.05, 0.05):
+        at_wall = value(np.stack([along, np.full(5, y)], axis=1))
+        np.testing.assert_allclose(at_wall[:, :2], 0.0, atol=1e-15)
+    for x, pressure in ((0.0, 0.1), (1.0, 0.0)):
+        at_end = value(np.stack([np.full(5, x), across], axis=1))
+        np.testing.assert_allclose(at_end[:, 2], pressure, atol=1e-15)
+    inside = value(np.stack([along, across], axis=1))
+    exact = problem.solution(jnp.stack([along, across], axis=1))
+    assert (np.abs(inside - exact).max(axis=0) > 0.01).all()
+
+
 @pytest.mark.parametrize("name", ["burgers_periodic", "burgers1d"])
 def test_periods_and_hard_values_hold_for_any_parameters(name, rng):
     problem = make_problem(name)
@@ -125,17 +145,16 @@ def test_periods_and_hard_values_hold_for_any_parameters(name, rng):
         np.testing.assert_allclose(value(points), -value(mirrored), rtol=1e-13)
 
 
-def test_jets_of_features_and_hard_values_are_those_of_autodiff(rng):
-    problem = make_problem("burgers_periodic")
-    params = init_network(jax.random.key(1), (3, 5, 4, 1), None)
+@pytest.mark.parametrize("name", ["burgers_periodic", "pipe_flow"])
+def test_jets_of_features_and_hard_values_are_those_of_autodiff(name, rng):
+    problem = make_problem(name)
+    params = problem.init(jax.random.key(1), [5, 4], None)
     x = jnp.asarray(rng.uniform(-1, 1, 2))
 
     @jax.jit
     def both(x):
         fn = functools.partial(problem.value, params)
-        operator = jnp.asarray(problem.operator)
-        second = operator @ jnp.diagonal(jax.hessian(fn)(x))
-        return problem.jet(params, x), (fn(x), jax.grad(fn)(x), second)
+        return problem.jet(params, x), derivatives(fn, x, problem.operator)
 
     at, expected = both(x)
     for got, value in zip(at, expected, strict=True):
@@ -235,8 +254,9 @@ def test_new_points_follow_the_residual():
         assert 0.4 < share[1] < 0.6  # 0.55 with replacement
 
 
-def test_causal_weights_scale_the_squares_of_the_residuals():
-    problem = make_problem("allen_cahn")
+@pytest.mark.parametrize("name", ["allen_cahn", "pipe_flow"])
+def test_causal_weights_scale_the_squares_of_the_residuals(name):
+    problem = make_problem(name)
     params = problem.init(jax.random.key(1), [4], None)
     points = problem.draw_points(jax.random.key(0), Sizes(50, 0, "halton"))
 
@@ -252,7 +272,29 @@ def test_causal_weights_scale_the_squares_of_the_residuals():
     assert weights.max() == 1
     assert weights.min() < 0.9
     plain, scaled = (blocks["interior"] for blocks in residuals)
-    np.testing.assert_allclose(scaled**2, weights * plain**2, rtol=1e-12)
+    np.testing.assert_allclose((scaled**2).T, weights * (plain**2).T, rtol=1e-12)
+
+
+def test_a_system_is_measured_by_the_sum_of_squares_of_its_residuals(rng):
+    """The loss, its likelihood, and the points that follow the residual."""
+    problem = make_problem("pipe_flow")
+    sizes = Sizes(20, 0, "halton")
+    points = problem.draw_points(jax.random.key(0), sizes)
+    r = {"interior": jnp.asarray(rng.normal(size=(20, 3)))}
+    loss = 0.5 * np.mean(np.sum(np.asarray(r["interior"]) ** 2, axis=1))
+    np.testing.assert_allclose(problem.loss(r, points), loss, rtol=1e-12)
+    zero = jax.tree.map(jnp.zeros_like, r)
+    kl = jnp.mean(problem.likelihood.kl(r, zero))
+    np.testing.assert_allclose(kl, loss, rtol=1e-12)
+
+    def third_only(x, _):
+        return jnp.append(jnp.zeros(2), jnp.where(x[0] > 0.9, 1.0, 1e-6))
+
+    problem = dataclasses.replace(problem, equation=third_only)
+    params = problem.init(jax.random.key(1), [4], None)
+    sizes = Sizes(200, 0, "halton")
+    new = problem.redraw_points(jax.random.key(2), params, points, sizes, 1.0)
+    assert 0.4 < (np.asarray(new["interior"])[:, 0] > 0.9).mean() < 0.6
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,11 @@ def test_self_scaled_broyden_lowers_the_loss():
     assert after < 0.1 * before
 
 
-def test_the_jacobian_by_points_is_that_of_all_residuals():
-    problem = make_problem("poisson2d")
-    points = problem.draw_points(jax.random.key(0), Sizes(9, 8, "grid"))
-    params = init_network(jax.random.key(1), (2, 4, 1), 0.5)
+@pytest.mark.parametrize(("name", "boundary"), [("poisson2d", 8), ("pipe_flow", 0)])
+def test_the_jacobian_by_points_is_that_of_all_residuals(name, boundary):
+    problem = make_problem(name)
+    points = problem.draw_points(jax.random.key(0), Sizes(9, boundary, "grid"))
+    params = problem.init(jax.random.key(1), [4], 0.5)
     equation = Equation(problem, points, params)
     theta = jax.flatten_util.ravel_pytree(params)[0]
 
