@@ -733,8 +733,20 @@ MUTANTS = [
     # --- contrib
     Mutant(
         "contrib/damping_search.py",
-        "first = self.initial * largest**2",
-        "first = self.initial * largest",
+        "rhs, pull), largest, eps * largest, is_finite",
+        "rhs, pull), largest, eps**2 * largest, is_finite",
+        "tests/contrib/test_damping_search.py",
+    ),
+    Mutant(
+        "contrib/damping_search.py",
+        "        g = g + rows.T @ _flat(rhs.coefficients, rows, sketch)\n",
+        "",
+        "tests/contrib/test_damping_search.py",
+    ),
+    Mutant(
+        "contrib/damping_search.py",
+        "first = self.initial * system.largest",
+        "first = jnp.asarray(self.initial, dtype)",
         "tests/contrib/test_damping_search.py",
     ),
     Mutant(
