@@ -263,6 +263,7 @@ def test_the_first_damping_is_in_units_of_f(squared, x64, rng):
     np.testing.assert_allclose(found.damping, 1e-3 * largest, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_a_squared_search_has_no_row_for_each_output(rng):
     params = {"v": jnp.ones(60), "w": jnp.ones((2, 60))}
     x = jnp.asarray(rng.normal(size=(5000, 2)), "float32")

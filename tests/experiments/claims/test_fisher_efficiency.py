@@ -10,6 +10,7 @@ from experiments.claims.fisher_efficiency import Method, expected_errors
 from tests.experiments.claims.helpers import run
 
 
+@pytest.mark.long
 def test_another_rate_is_found_out(monkeypatch):
     """2/t has 4d / 3 for its limit."""
     original = fisher_efficiency.natural_gradient

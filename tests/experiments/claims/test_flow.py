@@ -12,6 +12,7 @@ from experiments.claims import flow
 from tests.experiments.claims.helpers import run
 
 
+@pytest.mark.long
 def test_damping_is_found_out(monkeypatch):
     """λI is another matrix in other parameters, however short the steps."""
     monkeypatch.setattr(flow, "_DAMPING", 0.1)

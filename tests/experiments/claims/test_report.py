@@ -274,6 +274,7 @@ def test_an_error_in_one_claim_ends_the_run():
         list(demonstrate_all([claim, claim._replace(demonstrate=broken)], quick=True))
 
 
+@pytest.mark.long
 def test_program_refuses_a_claim_that_there_is_not():
     status, output = run_program("claim=free_lunch", module="experiments.claims")
     assert status == 1

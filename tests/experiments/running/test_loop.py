@@ -124,6 +124,7 @@ class TestEveryOptimizer:
                 assert record["measured_kl"] <= 1.05 * config.optimizer["max_kl"]
 
 
+@pytest.mark.long
 def test_without_a_checkpoint_it_starts_again_and_writes_the_same_bytes(tmp_path):
     first = train(tmp_path, "optimizer=sgd")
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
@@ -133,6 +134,7 @@ def test_without_a_checkpoint_it_starts_again_and_writes_the_same_bytes(tmp_path
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.long
 def test_going_further_equals_having_gone_there_at_once(tmp_path):
     whole = train(tmp_path / "whole", "optimizer=sgd", "steps=9")
     train(tmp_path / "parts", "optimizer=sgd", "steps=5")

@@ -105,6 +105,7 @@ def test_every_step_taken_has_the_size_asked_for_and_the_gain_promised():
     assert (records["solver_residual"] <= 0.1).all()
 
 
+@pytest.mark.long
 def test_same_seed_same_run_and_another_seed_another():
     _, advance = learner_of()
     first, records = advance(fresh_state(), 2)

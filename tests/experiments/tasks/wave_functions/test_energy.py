@@ -144,6 +144,7 @@ def test_gradient_is_the_derivative_of_the_energy(dtype):
     np.testing.assert_allclose(found, by_real + 1j * by_imaginary, atol=1e-12)
 
 
+@pytest.mark.long
 def test_reweighted_energy_is_the_energy_of_other_parameters():
     system = make_ising(4, 0.7)
     all_of_them = enumerate_configurations(system)
@@ -162,6 +163,7 @@ def test_reweighted_energy_is_the_energy_of_other_parameters():
     assert float(found) == pytest.approx(float(expected), rel=1e-12)
 
 
+@pytest.mark.long
 def test_weighted_configurations_have_the_energy_and_gradient_of_any_state():
     system = make_ising(4, 0.7)
     mirrored = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])

@@ -63,6 +63,7 @@ def test_finds_the_ground_state_within_the_radius(tmp_path):
     assert picture.shape[:2] == (960, 1320)
 
 
+@pytest.mark.long
 def test_with_all_configurations_nothing_is_random(tmp_path):
     console = Console(record=True, width=200, file=io.StringIO())
     train(
