@@ -739,7 +739,7 @@ MUTANTS = [
     ),
     Mutant(
         "contrib/damping_search.py",
-        "        g = g + rows.T @ _flat(rhs.coefficients, rows, sketch)\n",
+        "        g = g + rows.T @ sketch(w.astype(matrix.dtype))\n",
         "",
         "tests/contrib/test_damping_search.py",
     ),

@@ -415,10 +415,12 @@ def _by_cholesky(fisher: Any, rhs: RightHandSide, sketch: _Sketch | None) -> _Sy
             return ravel_real(fisher.sqrt_rmatvec(b))[0].astype(g.dtype)
 
     else:
+        w = known_coefficients(fisher, rhs)
+        assert w is not None  # or there would be no sketch
         rows, is_finite = _finite(_root(fisher, sketch))
         matrix = tree.contract(rows, rows, (0,), (0,))
         g = g.astype(matrix.dtype) - _pulled(fisher, rhs).astype(matrix.dtype)
-        g = g + rows.T @ _flat(rhs.coefficients, rows, sketch)
+        g = g + rows.T @ sketch(w.astype(matrix.dtype))
 
         def pull(b: PyTree) -> Array:
             return rows.T @ _flat(b, rows, sketch)
