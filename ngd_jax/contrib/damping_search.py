@@ -10,7 +10,7 @@ cheaper than one more step.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -148,8 +148,8 @@ class DampingSearch(Solver):
 
     power: float = 0.4
     slack: float = 1.0
-    factors: tuple[float, ...] = (1 / 27, 1 / 3, 1.0, 9.0)
-    lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
+    factors: Sequence[float] = (1 / 27, 1 / 3, 1.0, 9.0)
+    lengths: Sequence[float] = (1.0, 0.5, 0.25, 0.1)
     max_curvature: float = 0.75
     initial: float = 1e-2
     length_power: float = 0.5
@@ -168,10 +168,11 @@ class DampingSearch(Solver):
         if not 1 <= self.slack < math.inf:
             raise ValueError(f"`slack` must be at least 1, got {self.slack}.")
         for name in ("factors", "lengths"):
-            values = getattr(self, name)
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
             if not values or not all(x > 0 and math.isfinite(x) for x in values):
                 raise ValueError(f"`{name}` must be positive numbers, got {values}.")
-        if list(self.factors) != sorted(self.factors) or self.factors[-1] <= 1:
+        if self.factors != tuple(sorted(self.factors)) or self.factors[-1] <= 1:
             raise ValueError(
                 f"`factors` must rise, to more than 1, so that λ can grow where no "
                 f"trial lowers the loss; got {self.factors}."

@@ -410,6 +410,12 @@ def test_bad_arguments_are_named(options, message):
         DampingSearch(**options)
 
 
+def test_lists_from_a_configuration_are_tuples():
+    solver = DampingSearch(factors=[0.3, 9.0], lengths=[1.0, 0.5])
+    assert solver.factors == (0.3, 9.0)
+    assert solver.lengths == (1.0, 0.5)
+
+
 def test_a_sketch_without_a_key_or_coefficients_is_refused(rng):
     with pytest.raises(TypeError, match="A sketch needs `key`, a typed key"):
         DampingSearch(sketch_size=5)
