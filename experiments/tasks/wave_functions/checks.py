@@ -60,12 +60,23 @@ def _check_annealing(optimizer: dict[str, Any], task: WaveFunctionConfig) -> Non
 
 
 def _check_model(model: ModelConfig) -> None:
-    for setting, owner in (("kernel_size", "cnn"), ("patch_size", "transformer")):
-        if (getattr(model, setting) is None) == (model.name == owner):
+    owners = {"kernel_size": ("cnn", "gcnn"), "patch_size": ("transformer",)}
+    for setting, names in owners.items():
+        if (getattr(model, setting) is None) == (model.name in names):
             raise ConfigError(
-                f"`task.model.{setting}` is for model={owner}, and null for the "
-                f"others, got {getattr(model, setting)} with model={model.name}."
+                f"`task.model.{setting}` is for model={','.join(names)}, and null for "
+                f"the others, got {getattr(model, setting)} with model={model.name}."
             )
+    if model.name == "gcnn" and (model.kernel_size or 0) % 2 == 0:
+        raise ConfigError(
+            f"`task.model.kernel_size` must be odd with model=gcnn, whose kernels turn "
+            f"around their middle, got {model.kernel_size}."
+        )
+    if model.name == "gcnn" and model.symmetries:
+        raise ConfigError(
+            f"`task.model.symmetries` must be empty with model=gcnn, which has all of "
+            f"them, got {list(model.symmetries)}."
+        )
     if model.name == "rbm" and len(model.features) != 1:
         raise ConfigError(
             f"`task.model.features` must be one number of hidden units with model=rbm, "

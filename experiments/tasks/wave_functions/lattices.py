@@ -93,28 +93,61 @@ class Lattice:
         return np.stack([self._sites(self.coordinates + shift) for shift in shifts])
 
     @property
-    def point_group(self) -> np.ndarray:
-        """Reflections of axes and exchanges of equally long ones, `[P, L]`.
+    def rotations(self) -> np.ndarray:
+        """The point group as matrices that act on coordinates, `[P, d, d]`.
 
-        Two on a ring, eight on a square, the identity first.
+        Reflections of axes and exchanges of equally long ones: two on a ring, eight on
+        a square, the identity first.
         """
-        shape = np.array(self.shape)
+        shape, axes = np.array(self.shape), np.eye(len(self.shape), dtype=int)
         orders = itertools.permutations(range(len(shape)))
         signs = itertools.product((1, -1), repeat=len(shape))
-        maps = itertools.product(orders, signs)
         return np.stack(
             [
-                self._sites(self.coordinates[:, order] * sign)
-                for order, sign in maps
+                axes[list(order)] * np.array(sign)[:, None]
+                for order, sign in itertools.product(orders, signs)
                 if (shape[list(order)] == shape).all()
             ]
         )
 
+    @property
+    def point_group(self) -> np.ndarray:
+        """The same as permutations of the sites, `[P, L]`."""
+        return np.stack(
+            [self._sites(self.coordinates @ turn.T) for turn in self.rotations]
+        )
+
     def windows(self, width: int) -> np.ndarray:
         """The `width`ᵈ sites around each site, in C order, `[L, width**d]`."""
+        return self._sites(self.coordinates[:, None] + self._window(width))
+
+    def turned_windows(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the inverse of each g of the point group takes windows and the group.
+
+        Args:
+          width: of the windows, odd, so that the site is in the middle.
+
+        Returns:
+          The numbers in the window of g⁻¹ x for its sites x, `[P, width**d]`; and the
+          numbers in the group of g⁻¹ h, `[P, P]`.
+
+        Raises:
+          ValueError: an even width.
+        """
+        if width % 2 == 0:
+            raise ValueError(f"A window that turns has an odd `width`, got {width}.")
+        window, turns = self._window(width), self.rotations
+        inverse = np.swapaxes(turns, 1, 2)
+        sites = np.einsum("gij,xj->gxi", inverse, window)
+        products = np.einsum("gij,hjk->ghik", inverse, turns)
+        return (
+            (sites[:, :, None] == window).all(axis=-1).argmax(axis=-1),
+            (products[:, :, None] == turns).all(axis=(-1, -2)).argmax(axis=-1),
+        )
+
+    def _window(self, width: int) -> np.ndarray:
         offsets = np.arange(width) - (width - 1) // 2
-        cube = np.array(list(itertools.product(offsets, repeat=len(self.shape))))
-        return self._sites(self.coordinates[:, None] + cube)
+        return np.array(list(itertools.product(offsets, repeat=len(self.shape))))
 
     def patches(self, width: int) -> np.ndarray:
         """Disjoint cubes of `width`ᵈ sites, in C order, `[patches, width**d]`.

@@ -1,7 +1,7 @@
 """The network for log ψ that the settings describe, with its symmetries."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from experiments.running.settings import ConfigError
 from experiments.tasks.wave_functions.ansatz import (
     Convolutional,
+    GroupConvolutional,
     Perceptron,
     RestrictedBoltzmann,
     Transformer,
@@ -18,7 +19,7 @@ from experiments.tasks.wave_functions.ansatz import (
 )
 from experiments.tasks.wave_functions.hamiltonians import SpinSystem
 from experiments.tasks.wave_functions.lattices import Lattice
-from experiments.tasks.wave_functions.settings import ModelConfig
+from experiments.tasks.wave_functions.settings import SYMMETRIES, ModelConfig
 
 __all__ = ["make_model", "symmetries"]
 
@@ -73,19 +74,21 @@ def _module(config: ModelConfig, lattice: Lattice) -> Any:
                 patch=config.patch_size,
                 phase=config.phase,
             )
-        case _:
+        case name:
             assert config.kernel_size is not None
             width = config.kernel_size
-            return Convolutional(features, width, dtype, lattice, config.phase)
+            kind = GroupConvolutional if name == "gcnn" else Convolutional
+            return kind(features, width, dtype, lattice, config.phase)
 
 
 def symmetries(config: ModelConfig, lattice: Lattice) -> tuple[np.ndarray, bool]:
     """The group that ψ is invariant to: permutations `[G, L]`, and whether it flips."""
+    names = SYMMETRIES if config.name == "gcnn" else config.symmetries
     steps = _own_translations(config, lattice)
-    if "translations" in config.symmetries:
+    if "translations" in names:
         steps = tuple(1 for _ in lattice.shape)
     translations = lattice.translations(tuple(lattice.shape), steps)
-    return _with_point_group(config, lattice, translations), "flip" in config.symmetries
+    return _with_point_group(names, lattice, translations), "flip" in names
 
 
 def _images(config: ModelConfig, lattice: Lattice) -> np.ndarray:
@@ -94,7 +97,7 @@ def _images(config: ModelConfig, lattice: Lattice) -> np.ndarray:
     if "translations" in config.symmetries:
         # Beyond these are those that the network has.
         ends = _own_translations(config, lattice)
-    return _with_point_group(config, lattice, lattice.translations(ends))
+    return _with_point_group(config.symmetries, lattice, lattice.translations(ends))
 
 
 def _own_translations(config: ModelConfig, lattice: Lattice) -> tuple[int, ...]:
@@ -104,8 +107,8 @@ def _own_translations(config: ModelConfig, lattice: Lattice) -> tuple[int, ...]:
 
 
 def _with_point_group(
-    config: ModelConfig, lattice: Lattice, translations: np.ndarray
+    names: Sequence[str], lattice: Lattice, translations: np.ndarray
 ) -> np.ndarray:
-    if "point_group" not in config.symmetries:
+    if "point_group" not in names:
         return translations
     return lattice.point_group[:, translations].reshape(-1, lattice.num_sites)

@@ -16,7 +16,7 @@ from experiments.running.settings import (
 )
 from experiments.tasks.wave_functions.hamiltonians import HAMILTONIANS
 
-__all__ = ["ModelConfig", "SamplerConfig", "WaveFunctionConfig"]
+__all__ = ["SYMMETRIES", "ModelConfig", "SamplerConfig", "WaveFunctionConfig"]
 
 SYMMETRIES = ("translations", "point_group", "flip")
 AT_LEAST_TWO = Rule("at least 2", lambda value: value >= 2)
@@ -28,21 +28,23 @@ class ModelConfig:
     """The network for log ψ; a group, `model=...`.
 
     Attributes:
-      name: "rbm", "mlp", "cnn" or "transformer".
+      name: "rbm", "mlp", "cnn", "gcnn" (group convolutions) or "transformer".
       features: number of hidden units; widths of the hidden layers; channels of the
-        layers; for "transformer" the width of all layers, repeated once per layer.
-      kernel_size: side of the cube of sites that a convolution sees; null for the
-        other networks.
+        layers, with "gcnn" for each element of the point group; for "transformer" the
+        width of all layers, repeated once per layer.
+      kernel_size: side of the cube of sites that a convolution sees, odd with "gcnn";
+        null for the other networks.
       patch_size: side of the cube of sites that "transformer" takes as one; null for
         the other networks.
       complex_parameters: for "rbm" only; log ψ is then complex too, and holomorphic.
       phase: for the others: log ψ is complex, of real parameters.
       symmetries: ψ is averaged over these, "translations", "point_group" (reflections,
         and rotations of a square) or "flip" (of all spins). "cnn" has all translations
-        already and "transformer" those by patches, so they average over the rest.
+        already and "transformer" those by patches, so they average over the rest;
+        "gcnn" has them all.
     """
 
-    name: Annotated[str, one_of("rbm", "mlp", "cnn", "transformer")]
+    name: Annotated[str, one_of("rbm", "mlp", "cnn", "gcnn", "transformer")]
     features: Annotated[list[int], AT_LEAST_ONE]
     kernel_size: Annotated[int | None, AT_LEAST_ONE]
     patch_size: Annotated[int | None, AT_LEAST_ONE]

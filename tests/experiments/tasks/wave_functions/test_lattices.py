@@ -97,3 +97,5 @@ def test_what_does_not_fit_a_lattice_is_named():
         Lattice((4, 4)).bonds(6)
     with pytest.raises(ValueError, match=r"side 3 do not fill a lattice of \(4, 4\)"):
         Lattice((4, 4)).patches(3)
+    with pytest.raises(ValueError, match=r"odd `width`, got 2"):
+        Lattice((4, 4)).turned_windows(2)

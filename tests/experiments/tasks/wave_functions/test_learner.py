@@ -178,6 +178,7 @@ def test_resumes_to_the_same_bits(tmp_path, overrides):
     "overrides",
     [
         ("model=cnn", "task.model.features=[4,4]", "optimizer=adam"),
+        ("model=gcnn", "task.model.features=[2]"),
         (
             *("model=transformer", "task.model.features=[8]"),
             *("optimizer.learning_rate=null", "optimizer.max_kl=0.1"),
@@ -192,7 +193,10 @@ def test_resumes_to_the_same_bits(tmp_path, overrides):
         ),
         ("model=rbm", "task.num_spins=18", *METROPOLIS),
     ],
-    ids=["cnn", "transformer", "complex", "float32", "relative", "weighed", "large"],
+    ids=[
+        *("cnn", "gcnn", "transformer"),
+        *("complex", "float32", "relative", "weighed", "large"),
+    ],
 )
 def test_every_choice_lowers_the_energy(tmp_path, overrides):
     train(tmp_path, "steps=30", "eval_every=2", *overrides)
@@ -250,6 +254,8 @@ def test_a_shrinking_radius_is_better_by_a_factor(tmp_path, seed):
         ),
         ((*METROPOLIS, "batch_size=60"), "`batch_size` must be a multiple of the"),
         (("model=cnn", "task.model.kernel_size=null"), "`task.model.kernel_size` is"),
+        (("model=gcnn", "task.model.kernel_size=4"), "`task.model.kernel_size` must"),
+        (("model=gcnn", "task.model.symmetries=[flip]"), "`task.model.symmetries` m"),
         (
             ("model=transformer", "task.model.patch_size=null"),
             "`task.model.patch_size`",

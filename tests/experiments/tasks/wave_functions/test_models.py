@@ -24,8 +24,8 @@ def x64():
 
 def network(name, *names, **settings):
     """Log ψ of random parameters on the square of 16 spins, and 5 configurations."""
-    plain = {"cnn": (3, None), "transformer": (None, 2)}.get(name, (None, None))
-    kernel_size, patch_size = plain
+    kernel_size = 3 if name in ("cnn", "gcnn") else None
+    patch_size = 2 if name == "transformer" else None
     config = ModelConfig(
         name=name,
         features=[4] if name == "rbm" else [4, 4],
@@ -61,6 +61,7 @@ def is_invariant(log_psi_fn, spins, permutations):
         ("rbm", ("translations", "point_group", "flip"), True, True, True),
         ("cnn", (), True, False, False),
         ("cnn", ("point_group",), True, True, False),
+        ("gcnn", (), True, True, True),
         ("transformer", (), False, False, False),
         ("transformer", ("translations",), True, False, False),
         pytest.param(
@@ -87,7 +88,7 @@ def test_networks_have_the_symmetries_asked_for(
     assert same == flipped
     assert all(is_invariant(log_psi_fn, spins, group[:: len(group) // 4 or 1]))
     assert flips == flipped
-    sizes = {"rbm": 1, "mlp": 1, "cnn": 16, "transformer": 4}
+    sizes = {"rbm": 1, "mlp": 1, "cnn": 16, "gcnn": 16, "transformer": 4}
     num_translations = 16 if translated else sizes[name]
     assert len(group) == num_translations * (8 if turned else 1)
 
@@ -108,7 +109,49 @@ def test_symmetric_psi_is_the_mean_over_the_images(is_complex):
     np.testing.assert_allclose(np.exp(symmetric(spins)), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
+def test_group_convolutions_are_sums_over_sites_and_turns():
+    log_psi_fn, spins, params, _ = network("gcnn")
+    turns = [
+        np.array(rows) * np.array(signs)[:, None]
+        for rows in ([[1, 0], [0, 1]], [[0, 1], [1, 0]])
+        for signs in itertools.product((1, -1), repeat=2)
+    ]
+    features = {}
+    window = list(itertools.product((-1, 0, 1), repeat=2))
+
+    def number(x):
+        return (x[0] % 4) * 4 + x[1] % 4
+
+    def turned(g, site):
+        return window.index(tuple(np.linalg.inv(g).round().astype(int) @ site))
+
+    first, others = params["kernel_0"], params["kernel_1"]
+    sites = list(itertools.product(range(4), repeat=2))
+    for site in sites:
+        at = spins[:, number(site)][:, None]
+        for j, g in enumerate(turns):
+            sums = sum(
+                at * spins[:, number(np.add(site, x))][:, None] * first[turned(g, x), 0]
+                for x in window
+            )
+            features[site, j] = np.tanh(sums + params["bias_0"])
+    total = np.zeros((5, 4))
+    for site in sites:
+        for j, g in enumerate(turns):
+            sums = params["bias_1"]
+            for k, h in enumerate(turns):
+                product = np.linalg.inv(g) @ h
+                (of_group,) = (i for i, t in enumerate(turns) if (t == product).all())
+                for x in window:
+                    there = tuple(np.add(site, x) % 4)
+                    sums = sums + features[there, k] @ others[turned(g, x), of_group]
+            total += (features[site, j] + np.tanh(sums)) / len(turns)
+    last = params["Dense_0"]
+    expected = total @ last["kernel"][:, 0] + last["bias"][0]
+    np.testing.assert_allclose(log_psi_fn(spins), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gcnn", "transformer"])
 def test_phases_are_complex_numbers_of_real_parameters(name):
     log_psi_fn, spins, params, _ = network(name, phase=True)
     log_psi = log_psi_fn(spins)
