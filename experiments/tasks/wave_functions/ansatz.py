@@ -208,20 +208,18 @@ class GroupConvolutional(nn.Module):
     def __call__(self, spins: jax.Array) -> jax.Array:
         """Returns log ψ, `[N]`."""
         lattice = self.lattice or Lattice((spins.shape[-1],))
-        seen = lattice.windows(self.width)
         sites, products = lattice.turned_windows(self.width)
         x = spins[..., None]
         for number, channels in enumerate(self.channels):
-            patches = x[..., seen, :].reshape(*x.shape[:-1], -1)
-            if not number:
-                patches = patches * x  # the same for -s
             # Spins are the same for all elements of the group.
             turns = products if number else np.zeros_like(products[:, :1])
             kernel = self._kernel(number, channels, sites, turns, x.shape[-1])
             bias = self.param(
                 f"bias_{number}", nn.initializers.zeros_init(), (channels,), self.dtype
             )
-            update = jnp.tanh(patches @ kernel + jnp.tile(bias, len(sites)))
+            linear = _convolve(lattice, self.width, x, kernel)
+            linear = linear if number else x * linear  # the same for -s
+            update = jnp.tanh(linear + jnp.tile(bias, len(sites)))
             x = x + update if number and update.shape == x.shape else update
         x = x.sum(axis=-2).reshape(*x.shape[:-2], len(sites), -1).mean(axis=-2)
         if self.phase:
@@ -246,6 +244,44 @@ class GroupConvolutional(nn.Module):
         )
         turned = free[sites[:, :, None], turns[:, None, :]]
         return jnp.moveaxis(turned, 0, 3).reshape(-1, size * channels)
+
+
+def _convolve(
+    lattice: Lattice, width: int, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    """The features of all sites in a window, `[..., L, C]`, times a matrix."""
+    seen = lattice.windows(width)
+
+    def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return x[..., seen, :].reshape(*x.shape[:-1], -1) @ kernel
+
+    if x.dtype != jnp.float32:
+        return multiply(x, kernel)  # see `Convolutional`
+
+    @jax.custom_jvp
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        # Four times as fast for 32 features. Its derivatives would not be: those of
+        # single examples are grouped convolutions.
+        sides, count = lattice.shape, x.shape[-1]
+        before = (width - 1) // 2
+        pads = [(0, 0), *((before, width - 1 - before),) * len(sides), (0, 0)]
+        padded = jnp.pad(x.reshape(-1, *sides, count), pads, mode="wrap")
+        axes = "HWD"[: len(sides)]
+        outputs = jax.lax.conv_general_dilated(
+            padded,
+            kernel.reshape(*(width,) * len(sides), count, -1),
+            window_strides=(1,) * len(sides),
+            padding="VALID",
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        )
+        return outputs.reshape(*x.shape[:-1], -1)
+
+    @convolve.defjvp
+    def _tangent(at: Any, along: Any) -> tuple[jax.Array, jax.Array]:
+        (x, kernel), (dx, dkernel) = at, along
+        return convolve(x, kernel), multiply(dx, kernel) + multiply(x, dkernel)
+
+    return convolve(x, kernel)
 
 
 def _modulus_and_factor(x: jax.Array, dtype: Any) -> jax.Array:

@@ -2,11 +2,13 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.tasks.wave_functions.ansatz import GroupConvolutional
 from experiments.tasks.wave_functions.hamiltonians import make_square_heisenberg
 from experiments.tasks.wave_functions.lattices import Lattice
 from experiments.tasks.wave_functions.models import make_model, symmetries
@@ -149,6 +151,29 @@ def test_group_convolutions_are_sums_over_sites_and_turns():
     last = params["Dense_0"]
     expected = total @ last["kernel"][:, 0] + last["bias"][0]
     np.testing.assert_allclose(log_psi_fn(spins), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 4), (2, 4, 4)])
+def test_group_convolutions_in_float32_are_those_in_float64(shape):
+    lattice = Lattice(shape)
+    spins = np.random.default_rng(0).choice([-1.0, 1.0], size=(5, lattice.num_sites))
+    exact = GroupConvolutional((2, 2), 3, jnp.float64, lattice)
+    rounded = GroupConvolutional((2, 2), 3, jnp.float32, lattice)
+    params = exact.init(jax.random.key(0), spins)
+    low = jax.tree.map(jnp.float32, params)
+
+    def rows(module, params, spins):
+        def one(spins):
+            return jax.value_and_grad(lambda p: module.apply(p, spins[None])[0])(params)
+
+        return jax.jit(jax.vmap(one))(spins)
+
+    chex.assert_trees_all_close(
+        rows(rounded, low, np.float32(spins)),
+        rows(exact, params, spins),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gcnn", "transformer"])
