@@ -168,7 +168,7 @@ class Convolutional(nn.Module):
             update = jnp.tanh(nn.Dense(channels, param_dtype=self.dtype)(patches))
             x = x + update if number and channels == x.shape[-1] else update
         if self.phase:
-            return _modulus_and_factor(x.sum(axis=-2), self.dtype)
+            return _modulus_and_factor(x.sum(axis=-2), 1, self.dtype)
         return nn.Dense(1, param_dtype=self.dtype)(x.sum(axis=-2))[..., 0]
 
 
@@ -223,7 +223,9 @@ class GroupConvolutional(nn.Module):
             x = x + update if number and update.shape == x.shape else update
         x = x.sum(axis=-2).reshape(*x.shape[:-2], len(sites), -1).mean(axis=-2)
         if self.phase:
-            return _modulus_and_factor(x, self.dtype)
+            # The features of even inputs do not cancel over the sites: without the
+            # mean, g outweighs the 1 at first, with signs far from Marshall's.
+            return _modulus_and_factor(x, lattice.num_sites, self.dtype)
         return nn.Dense(1, param_dtype=self.dtype, kernel_init=_SMALL)(x)[..., 0]
 
     def _kernel(
@@ -284,15 +286,15 @@ def _convolve(
     return convolve(x, kernel)
 
 
-def _modulus_and_factor(x: jax.Array, dtype: Any) -> jax.Array:
-    """Log of ψ = exp(f) (1 + g), with real f and complex g linear in the features.
+def _modulus_and_factor(x: jax.Array, divisor: int, dtype: Any) -> jax.Array:
+    """Log of ψ = exp(f) (1 + g / divisor), real f and complex g linear in features.
 
     The phase of a logarithm would have to turn by π to change a sign; a factor that is
     linear in the features goes through zero.
     """
     last = nn.Dense(3, param_dtype=dtype, kernel_init=_SMALL)
     modulus, *factor = jnp.moveaxis(last(x), -1, 0)
-    return modulus + jnp.log(1 + jax.lax.complex(*factor))
+    return modulus + jnp.log(1 + jax.lax.complex(*factor) / divisor)
 
 
 class Transformer(nn.Module):
