@@ -168,7 +168,9 @@ class NaturalGradientStep:
             missed = StepStatus.RADIUS_NOT_MET
         gradient_size = tree.max_abs(gradient)
         solver_failed = solution.info.status == SolverStatus.NON_FINITE
-        is_stuck = (largest == 0) & (gradient_size > 0)
+        # Momentum alone is no direction of this batch.
+        is_refused = solution.info.status == SolverStatus.NOT_SEPARABLE
+        is_stuck = ((largest == 0) | is_refused) & (gradient_size > 0)
         status = first_cause(
             (~jnp.isfinite(gradient_size), StepStatus.NON_FINITE_GRADIENT),
             (~jnp.asarray(value_is_finite), StepStatus.NON_FINITE_VALUE),

@@ -1,5 +1,6 @@
 """Proximal momentum as published: Kaczmarz convergence where plain steps stall."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +175,36 @@ def test_steps_that_a_radius_has_cut_do_not_add_up(rng):
     keys = jax.random.split(jax.random.key(0), 100)
     losses = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), keys)[1])()
     assert losses[-20:].max() < 0.35
+
+
+def test_a_refused_solve_is_no_step_along_momentum_alone():
+    # SampleSpace refuses the second batch, whose examples the model mixes.
+    def mixing_fn(w, batch):
+        x = batch["x"] - batch["mixed"] * jnp.mean(batch["x"], axis=0)
+        return x @ w
+
+    def loss_fn(w, batch):
+        return jnp.sum((mixing_fn(w, batch) - 2) ** 2)
+
+    tx = ngd.natural_gradient(
+        1.0,
+        mixing_fn,
+        ngd.Gaussian(),
+        max_kl=1e-2,
+        momentum=0.9,
+        damping=1e-3,
+        solver=ngd.SampleSpace(),
+    )
+    w = jnp.ones((3, 1))
+    x = jax.random.normal(jax.random.key(0), (8, 3)) + 1
+    state, statuses = tx.init(w), []
+    for mixed in (0.0, 1.0, 0.0):
+        batch = {"x": x, "mixed": jnp.asarray(mixed)}
+        grads = jax.grad(loss_fn)(w, batch)
+        updates, state = tx.update(grads, state, w, batch=batch)
+        statuses.append(ngd.StepStatus(int(state.info.status)).name)
+        if mixed:
+            assert int(state.info.solver.status) == ngd.SolverStatus.NOT_SEPARABLE
+            chex.assert_trees_all_equal(updates, jnp.zeros_like(w))
+        w = optax.apply_updates(w, updates)
+    assert statuses == ["TAKEN", "NO_DIRECTION", "TAKEN"]
