@@ -361,6 +361,12 @@ MUTANTS = [
     ),
     Mutant(
         "transform/step.py",
+        "is_stuck = ((largest == 0) | is_refused) & (gradient_size > 0)",
+        "is_stuck = (largest == 0) & (gradient_size > 0)",
+        STEP,
+    ),
+    Mutant(
+        "transform/step.py",
         "rhs = tree.axpy(-1.0, product, gradient)",
         "rhs = gradient",
         STEP,

@@ -257,8 +257,9 @@ def _convolve(
     def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return x[..., seen, :].reshape(*x.shape[:-1], -1) @ kernel
 
-    if x.dtype != jnp.float32:
-        return multiply(x, kernel)  # see `Convolutional`
+    # XLA has fast convolutions for CPUs in float32 only, along up to three axes.
+    if x.dtype != jnp.float32 or len(lattice.shape) > 3:
+        return multiply(x, kernel)
 
     @jax.custom_jvp
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -153,7 +153,7 @@ def test_group_convolutions_are_sums_over_sites_and_turns():
     np.testing.assert_allclose(log_psi_fn(spins), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(6,), (4, 4), (2, 4, 4)])
+@pytest.mark.parametrize("shape", [(3,), (4, 4), (2, 4, 4), (2,) * 4])
 def test_group_convolutions_in_float32_are_those_in_float64(shape):
     lattice = Lattice(shape)
     spins = np.random.default_rng(0).choice([-1.0, 1.0], size=(5, lattice.num_sites))
