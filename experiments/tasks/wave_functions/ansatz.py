@@ -181,9 +181,11 @@ class GroupConvolutional(nn.Module):
         first layer: f(i, g) = tanh(b + Σₓ K(g⁻¹ x) sᵢ s(i + x))
         others: f(i, g) + tanh(b + Σₓₕ K(g⁻¹ x, g⁻¹ h) f(i + x, h))
 
-    and log ψ is linear in Σᵢ mean_g f(i, g), or as in `Convolutional` if complex. It
-    costs as much as `Convolutional` with as many times more channels as the group has
-    elements, but has that many times fewer parameters than that.
+    and log ψ is linear in mean_g Σᵢ f(i, g). If complex, ψ is the mean over g of
+    exp(a_g) (1 + c_g / √L) for L sites, where a_g and c_g are linear in Σᵢ f(i, g): a
+    mean of ψ, not of log ψ, so that the turned copies can interfere. It costs as much
+    as `Convolutional` with as many times more channels as the group has elements, but
+    has that many times fewer parameters than that.
 
     Attributes:
       channels: of the layers, for each element of the point group.
@@ -221,11 +223,13 @@ class GroupConvolutional(nn.Module):
             linear = linear if number else x * linear  # the same for -s
             update = jnp.tanh(linear + jnp.tile(bias, len(sites)))
             x = x + update if number and update.shape == x.shape else update
-        x = x.sum(axis=-2).reshape(*x.shape[:-2], len(sites), -1).mean(axis=-2)
+        x = x.sum(axis=-2).reshape(*x.shape[:-2], len(sites), -1)
         if self.phase:
-            # The features of even inputs do not cancel over the sites: without the
-            # mean, g outweighs the 1 at first, with signs far from Marshall's.
-            return _modulus_and_factor(x, lattice.num_sites, self.dtype)
+            # The features of even inputs do not cancel over the sites: undivided, the
+            # factors would outweigh their 1 at first, with signs far from Marshall's.
+            divisor = math.sqrt(lattice.num_sites)
+            return _log_mean(_modulus_and_factor(x, divisor, self.dtype))
+        x = x.mean(axis=-2)
         return nn.Dense(1, param_dtype=self.dtype, kernel_init=_SMALL)(x)[..., 0]
 
     def _kernel(
@@ -287,7 +291,7 @@ def _convolve(
     return convolve(x, kernel)
 
 
-def _modulus_and_factor(x: jax.Array, divisor: int, dtype: Any) -> jax.Array:
+def _modulus_and_factor(x: jax.Array, divisor: float, dtype: Any) -> jax.Array:
     """Log of ψ = exp(f) (1 + g / divisor), real f and complex g linear in features.
 
     The phase of a logarithm would have to turn by π to change a sign; a factor that is

@@ -111,8 +111,9 @@ def test_symmetric_psi_is_the_mean_over_the_images(is_complex):
     np.testing.assert_allclose(np.exp(symmetric(spins)), expected, rtol=1e-12)
 
 
-def test_group_convolutions_are_sums_over_sites_and_turns():
-    log_psi_fn, spins, params, _ = network("gcnn")
+@pytest.mark.parametrize("phase", [False, True])
+def test_group_convolutions_are_sums_over_sites_and_turns(phase):
+    log_psi_fn, spins, params, _ = network("gcnn", phase=phase)
     turns = [
         np.array(rows) * np.array(signs)[:, None]
         for rows in ([[1, 0], [0, 1]], [[0, 1], [1, 0]])
@@ -137,7 +138,7 @@ def test_group_convolutions_are_sums_over_sites_and_turns():
                 for x in window
             )
             features[site, j] = np.tanh(sums + params["bias_0"])
-    total = np.zeros((5, 4))
+    totals = np.zeros((len(turns), 5, 4))
     for site in sites:
         for j, g in enumerate(turns):
             sums = params["bias_1"]
@@ -147,10 +148,16 @@ def test_group_convolutions_are_sums_over_sites_and_turns():
                 for x in window:
                     there = tuple(np.add(site, x) % 4)
                     sums = sums + features[there, k] @ others[turned(g, x), of_group]
-            total += (features[site, j] + np.tanh(sums)) / len(turns)
+            totals[j] += features[site, j] + np.tanh(sums)
     last = params["Dense_0"]
-    expected = total @ last["kernel"][:, 0] + last["bias"][0]
-    np.testing.assert_allclose(log_psi_fn(spins), expected, rtol=1e-10)
+    if phase:
+        parts = totals @ last["kernel"] + last["bias"]
+        factors = 1 + (parts[..., 1] + 1j * parts[..., 2]) / np.sqrt(len(sites))
+        expected = np.mean(np.exp(parts[..., 0]) * factors, axis=0)
+        np.testing.assert_allclose(np.exp(log_psi_fn(spins)), expected, rtol=1e-10)
+    else:
+        expected = totals.mean(axis=0) @ last["kernel"][:, 0] + last["bias"][0]
+        np.testing.assert_allclose(log_psi_fn(spins), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 4), (2, 4, 4), (2,) * 4])
