@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["long_unless"]
+__all__ = ["float64_is_long", "long_unless"]
 
 
 def long_unless(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
@@ -24,3 +24,9 @@ def long_unless(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
         marks = [] if name in quick else [pytest.mark.long]
         params.append(pytest.param(*values, id=name if is_named else None, marks=marks))
     return params
+
+
+# For tests that take the fixture `dtype`.
+float64_is_long = pytest.mark.parametrize(
+    "dtype", long_unless(["float32"], ["float32", "float64"]), indirect=True
+)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import ngd_jax as ngd
-from tests.marks import long_unless
 
 
 def network(params, x):
@@ -79,7 +78,8 @@ def test_models_that_mix_their_examples_are_solved_like_any_other(x64):
     assert ngd.SolverStatus(int(info.status)) == ngd.SolverStatus.CONVERGED
 
 
-@pytest.mark.parametrize("is_given", long_unless([False], [True, False]))
+@pytest.mark.long
+@pytest.mark.parametrize("is_given", [True, False])
 def test_state_and_needs_are_those_of_the_other_solver(is_given):
     params, x = problem(400, 64)
     if is_given:

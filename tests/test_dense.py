@@ -12,7 +12,7 @@ from ngd_jax.gram import gram as gram_matrix
 from tests import dense_models, reference
 from tests.conftest import unchecked
 from tests.fisher_cases import CASES, assert_close, random_like
-from tests.marks import long_unless
+from tests.marks import float64_is_long, long_unless
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 # The blocks of "product" share one leaf of the batch, of which one takes a part: it is
@@ -101,7 +101,7 @@ def test_forms_equal_columns_of_the_operator(case, x64, rng):
 @pytest.mark.parametrize(
     "name",
     [
-        "log density",
+        pytest.param("log density", marks=pytest.mark.long),
         pytest.param("categorical", marks=pytest.mark.slow),
         pytest.param("gaussian scalar", marks=pytest.mark.slow),
     ],
@@ -164,7 +164,7 @@ def test_the_other_kinds_have_one_row_for_each_example(kind, x64, rng):
 @pytest.mark.parametrize(
     "name",
     [
-        "log density",
+        pytest.param("log density", marks=pytest.mark.long),
         pytest.param("categorical", marks=pytest.mark.slow),
         pytest.param("complex amplitude", marks=pytest.mark.slow),
     ],
@@ -205,6 +205,7 @@ def test_empirical_fisher_is_the_mean_outer_product_of_gradients(rng):
     assert_close(diagonal, np.diag(truth), 1e-12)
 
 
+@pytest.mark.long
 def test_forms_are_in_the_coordinates_of_the_fisher(x64, rng):
     case = CASES["gaussian"]
     params, x = case.make(rng, "float64")
@@ -281,7 +282,7 @@ def test_blocks_of_residuals_have_batches_of_their_own(
 # --- Blocks of examples.
 
 
-@pytest.mark.parametrize("num_examples", [1, 16, 37])
+@pytest.mark.parametrize("num_examples", long_unless([37], [1, 16, 37]))
 @pytest.mark.parametrize("microbatch_size", [None, 5])
 def test_diagonal_is_right_for_every_number_of_examples(
     num_examples, microbatch_size, rng
@@ -343,20 +344,15 @@ def test_block_sizes_that_cannot_be_raise(block_size, error):
 # --- Models that mix examples, or cannot be run on one.
 
 
-MIXING_IN_QUICK_TESTS = {
-    "batch_norm_before_a_zero_head",
-    "attention_over_examples",
-    "mixing_behind_a_large_scale",
-    "nothing_alone",
-}
+MARKS = {"batch_norm_before_a_zero_head": [], "nothing_alone": []}
+MARKS |= {"attention_over_examples": pytest.mark.long}
+MARKS |= {"mixing_behind_a_large_scale": pytest.mark.long}
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=[] if name in MIXING_IN_QUICK_TESTS else [pytest.mark.slow]
-        )
+        pytest.param(name, marks=MARKS.get(name, pytest.mark.slow))
         for name in dense_models.MIXING
     ],
 )
@@ -370,7 +366,7 @@ def test_models_that_mix_examples_have_the_right_forms(name, x64, rng):
 @pytest.mark.parametrize(
     "name",
     [
-        "batch_norm_before_a_zero_head",
+        pytest.param("batch_norm_before_a_zero_head", marks=pytest.mark.long),
         "batch_norm_with_a_large_offset",
         pytest.param("attention_over_examples", marks=pytest.mark.slow),
         pytest.param("nothing_alone", marks=pytest.mark.slow),
@@ -390,10 +386,11 @@ def test_models_that_mix_examples_are_found_out_in_float32(name, rng):
     assert_close(diagonal, np.sum(truth**2, axis=0), 1e-5)
 
 
-@pytest.mark.parametrize("name", dense_models.SEPARABLE)
 @pytest.mark.parametrize(
-    "dtype", long_unless(["float32"], ["float32", "float64"]), indirect=True
+    "name",
+    long_unless({"layer_norm", "large_offset"}, dense_models.SEPARABLE.keys()),
 )
+@float64_is_long
 def test_models_that_do_not_mix_are_made_of_rows(name, dtype, rng, monkeypatch):
     model_fn = dense_models.SEPARABLE[name]
     params, batch = dense_models.make(rng, dtype)
@@ -466,6 +463,7 @@ def test_models_that_are_not_holomorphic_are_linear_over_the_reals(x64, rng):
         assert_close(root.T @ root, rows.T @ rows / 7, 1e-12)
 
 
+@pytest.mark.long
 def test_leaves_without_entries_and_masked_logits_are_legal(x64, rng):
     params = {"w": jnp.asarray(rng.normal(size=(3, 4))), "none": jnp.zeros((0, 3))}
     legal = jnp.asarray([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0], [1, 0, 1, 0]], bool)
@@ -478,6 +476,7 @@ def test_leaves_without_entries_and_masked_logits_are_legal(x64, rng):
     assert np.isfinite(root).all()
 
 
+@pytest.mark.long
 def test_narrow_parameters_have_wide_forms(rng):
     params, batch = dense_models.make(rng, "bfloat16")
     root, matrix, diagonal, _ = forms(

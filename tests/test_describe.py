@@ -1,5 +1,6 @@
 """`describe`: what it says about a model, and that it notices what is wrong."""
 
+import functools
 import math
 
 import jax
@@ -8,6 +9,8 @@ import optax
 import pytest
 
 import ngd_jax as ngd
+
+long = functools.partial(pytest.param, marks=pytest.mark.long)
 
 
 def network(params, batch):
@@ -29,6 +32,7 @@ def failing(description):
     return [check.claim for check in description.checks if not check.holds]
 
 
+@pytest.mark.long
 def test_layers_are_named_and_checked(problem):
     params, batch = problem
     settings = {
@@ -132,7 +136,7 @@ def test_layers_whose_outputs_come_first_are_checked_too(problem):
     assert failing(found) == []
 
 
-@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.long), 77.0])
+@pytest.mark.parametrize("scale", [long(1.0), 77.0])
 def test_the_radius_is_said_in_units_of_predictions_and_targets(scale):
     # Means of 0 and targets of ±77, so that the distance is 77 / scale.
     batch = {"x": jnp.ones((6, 2)), "y": 77.0 * jnp.asarray([[1.0, -1.0, 1.0]] * 6)}
@@ -165,9 +169,9 @@ def test_the_radius_is_said_in_units_of_predictions_and_targets(scale):
     [
         (1.0, 1e-3, True),
         (1e4, 1e-3, False),
-        (1e4, ngd.RelativeDamping(1e-3), True),
-        (1e4, ngd.CovariantDamping(1e-3, jnp.full((2, 3), 1e4)), True),
-        (1e4, ngd.LevenbergMarquardt(initial=1.0), False),
+        long(1e4, ngd.RelativeDamping(1e-3), True),
+        long(1e4, ngd.CovariantDamping(1e-3, jnp.full((2, 3), 1e4)), True),
+        long(1e4, ngd.LevenbergMarquardt(initial=1.0), False),
     ],
 )
 def test_damping_that_drowns_the_metric_is_noticed(scale, damping, holds):
@@ -194,10 +198,10 @@ def check_of(found, words):
     [
         (ngd.Gaussian(), lambda z, y: optax.l2_loss(z, y).sum(-1).mean(), 1),
         (ngd.Gaussian(), lambda z, y: ((z - y) ** 2).mean(), 2 / 3),
-        (ngd.Gaussian(), lambda z, y: optax.l2_loss(z, y).sum(), 6),
-        (ngd.Bernoulli(), lambda z, _: jax.nn.softplus(z).sum(-1).mean(), 1),
-        (ngd.Categorical(), lambda z, _: jax.nn.logsumexp(z, -1).mean(), 1),
-        (ngd.Categorical(), lambda z, _: jax.nn.logsumexp(z, -1).sum(), 6),
+        long(ngd.Gaussian(), lambda z, y: optax.l2_loss(z, y).sum(), 6),
+        long(ngd.Bernoulli(), lambda z, _: jax.nn.softplus(z).sum(-1).mean(), 1),
+        long(ngd.Categorical(), lambda z, _: jax.nn.logsumexp(z, -1).mean(), 1),
+        long(ngd.Categorical(), lambda z, _: jax.nn.logsumexp(z, -1).sum(), 6),
     ],
 )
 def test_a_loss_on_another_scale_than_the_likelihood_is_noticed(
@@ -246,8 +250,8 @@ def test_a_loss_of_the_parameters_is_refused(problem):
 @pytest.mark.parametrize(
     ("likelihood", "remedy"),
     [
-        pytest.param(ngd.Gaussian(), "give it event_ndims=0", marks=pytest.mark.long),
-        pytest.param(ngd.Bernoulli(), "give it event_ndims=0", marks=pytest.mark.long),
+        long(ngd.Gaussian(), "give it event_ndims=0"),
+        long(ngd.Bernoulli(), "give it event_ndims=0"),
         (ngd.Categorical(), r"are a Bernoulli\(event_ndims=0\)"),
     ],
 )

@@ -14,6 +14,7 @@ from ngd_jax import placement
 from ngd_jax.kfac.division import spec_of
 from ngd_jax.kfac.groups import Block, groups_of
 from ngd_jax.kfac.inverses import refreshed_inverses
+from tests.marks import long_unless
 
 
 def sharding(num_devices, *spec):
@@ -88,7 +89,9 @@ def operations_of_refresh(params, where):
     return operations(jax.make_jaxpr(refresh)(state, damping).jaxpr)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", long_unless(MODELS.keys() - {"transformer"}, MODELS.keys())
+)
 def test_state_and_work_of_eight_devices_are_an_eighth(name):
     zero = np.zeros((), np.float32)
     params = [np.broadcast_to(zero, shape) for shape in MODELS[name]]

@@ -22,13 +22,19 @@ pytestmark = pytest.mark.usefixtures("strict_ranks")
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # All in float64, and in float32 those whose numerics differ in kind.
 IN_FLOAT32 = ("categorical", "diagonal gaussian", "poisson", "log density")
+# Those of which another case, or the one in float32, is quick.
+LONG_IN_FLOAT64 = {*IN_FLOAT32, "bernoulli image", "gaussian scalar"}
+LONG_IN_FLOAT64 |= {"holomorphic amplitude"}
+
+
+def marks_of(name, dtype):
+    if dtype == "float32":
+        return [] if name in IN_FLOAT32 else [pytest.mark.slow]
+    return [pytest.mark.long] if name in LONG_IN_FLOAT64 else []
+
+
 PRECISIONS = [
-    pytest.param(
-        case,
-        dtype,
-        id=f"{name}-{dtype}",
-        marks=[pytest.mark.slow] * (dtype == "float32" and name not in IN_FLOAT32),
-    )
+    pytest.param(case, dtype, id=f"{name}-{dtype}", marks=marks_of(name, dtype))
     for dtype in ("float64", "float32")
     for name, case in CASES.items()
 ]
@@ -184,6 +190,7 @@ def test_kl_is_half_the_quadratic_form_to_third_order(case, x64, rng):
     assert errors[2] <= 0.7 * errors[1] <= 0.7**2 * errors[0] or errors[0] < 1e-4
 
 
+@pytest.mark.long
 def test_permuted_hidden_units_are_at_no_distance(rng):
     case = CASES["categorical"]
     params, x = case.make(rng)
@@ -285,7 +292,10 @@ def test_empirical_fisher_is_the_mean_outer_product_of_gradients(x64, rng):
     assert_close(diagonal, np.diag(truth), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["categorical", "poisson", "diagonal gaussian"])
+@pytest.mark.parametrize(
+    "name",
+    long_unless({"categorical"}, ["categorical", "poisson", "diagonal gaussian"]),
+)
 def test_sampled_fisher_is_unbiased(name, rng):
     case = CASES[name]
     params, x = case.make(rng)
@@ -346,6 +356,7 @@ def test_structure_and_dtypes_of_mixed_trees_are_kept(rng):
     chex.assert_trees_all_equal_shapes_and_dtypes(product, wide)
 
 
+@pytest.mark.long
 def test_bfloat16_parameters_keep_float32_vectors(rng):
     case = CASES["categorical"]
     params, x = case.make(rng)
@@ -383,6 +394,7 @@ def test_leaves_without_entries_and_empty_trees_are_parameters():
     assert float(fisher.quadratic({})) == 0.0
 
 
+@pytest.mark.long
 def test_a_quadratic_form_is_never_below_zero_by_round_off():
     # The norm of ψ does not matter: F v = 0 for a constant v, up to round-off, which
     # is of either sign.
@@ -399,6 +411,7 @@ def test_a_quadratic_form_is_never_below_zero_by_round_off():
 # --- Transformations.
 
 
+@pytest.mark.long
 def test_eager_equals_jit(rng):
     case = CASES["poisson"]
     params, x = case.make(rng)
@@ -408,6 +421,7 @@ def test_eager_equals_jit(rng):
     chex.assert_trees_all_close(eager, jitted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_vmap_over_parameters_and_scan_equal_a_loop(rng):
     case = CASES["categorical"]
     members = [case.make(rng)[0] for _ in range(3)]
@@ -503,7 +517,7 @@ VARIANTS = {
         3,
     ),
 }
-QUICK_VARIANTS = ("exact", "one at a time", "covariance", "weighted tokens", "sampled")
+QUICK_VARIANTS = ("one at a time", "covariance", "weighted tokens")
 
 
 @pytest.mark.parametrize(
@@ -589,7 +603,11 @@ def test_keys_of_the_examples_are_split_with_them(rng):
     chex.assert_trees_all_close(by_parts, whole, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("likelihood", [ngd.Categorical(), ngd.LogDensity()], ids=repr)
+@pytest.mark.parametrize(
+    "likelihood",
+    long_unless([ngd.Categorical()], [ngd.Categorical(), ngd.LogDensity()]),
+    ids=repr,
+)
 def test_peak_memory_is_that_of_the_microbatch(likelihood):
     # Wide layers and a small input: activations take most of the memory.
     params = [jnp.zeros((4, 256)), jnp.zeros((256, 256)), jnp.zeros((256, 3))]
@@ -646,7 +664,7 @@ ROOTS = [(name, "exact") for name in CASES] + [
     ("log density", "weighted"),
     ("complex amplitude", "by microbatches"),
 ]
-QUICK_ROOTS = [*ROOTS[-4:], ("gaussian", "exact"), ("product", "exact")]
+QUICK_ROOTS = [*ROOTS[-4:-1], ("product", "exact")]
 
 
 @pytest.mark.parametrize(("name", "kind"), long_unless(QUICK_ROOTS, ROOTS))
@@ -701,7 +719,7 @@ def test_what_is_outside_of_the_range_is_left_out(x64):
 # --- Coordinates.
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 3])
+@pytest.mark.parametrize("microbatch_size", long_unless([None], [None, 3]))
 def test_fisher_in_coordinates_is_the_transformed_one(microbatch_size, x64, rng):
     case = CASES["categorical"]
     params, x = case.make(rng, "float64")

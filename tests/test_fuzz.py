@@ -6,6 +6,6 @@ from tests import fuzz
 from tests.marks import long_unless
 
 
-@pytest.mark.parametrize("seed", long_unless(range(4), range(8)))
+@pytest.mark.parametrize("seed", long_unless([0], range(8)))
 def test_random_settings_keep_the_promises_of_a_step(seed):
     fuzz.trial(seed)

@@ -23,16 +23,12 @@ def found_layers(fisher):
     return [(layer.weight, layer.bias) for layer in layers]
 
 
+MARKS = {"classes": [], "covariance of many": [], "heads": pytest.mark.long}
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.slow] * (name in ("one output", "covariance")),
-            id=name,
-        )
-        for name in CASES
-    ],
+    [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in CASES],
 )
 def test_gram_by_outer_products_is_that_of_the_operator(name, x64, rng):
     model_fn, likelihood, params, x, weights = weighted_case(name, rng)

@@ -16,6 +16,7 @@ from ngd_jax import layers, tree
 from ngd_jax.coordinates import random_signs
 from ngd_jax.kfac import KFAC, Kronecker, claims, groups
 from tests import reference
+from tests.marks import float64_is_long, long_unless
 
 COUNT = 12
 
@@ -101,6 +102,7 @@ def kept(entries, params, place, max_size=2048, split=None):
     raise AssertionError(f"leaf {place} has nothing")
 
 
+@float64_is_long
 def test_one_layer_with_one_output_is_solved_exactly(dtype, rng):
     params, x = line_problem(rng, dtype, 1)
     inverse, _ = inverse_of(line, params, x, 0.0, ngd.Gaussian())
@@ -113,6 +115,7 @@ def test_one_layer_with_one_output_is_solved_exactly(dtype, rng):
 @pytest.mark.parametrize(
     ("num_outputs", "max_size"), [(3, 9), (3, 4), (6, 5)], ids=["", "long a", "long δ"]
 )
+@float64_is_long
 def test_damped_factors_are_the_formula(num_outputs, max_size, dtype, rng):
     params, x = line_problem(rng, dtype, num_outputs)
     inverse, state = inverse_of(line, params, x, 0.1, ngd.Gaussian(), max_size=max_size)
@@ -146,7 +149,9 @@ def damped_product(a, g, damping):
 
 
 @pytest.mark.parametrize(
-    "model_fn", [product, turned_product, line, turned_line], ids=lambda fn: fn.__name__
+    "model_fn",
+    long_unless([turned_product, line], [product, turned_product, line, turned_line]),
+    ids=lambda fn: fn.__name__,
 )
 def test_a_square_weight_has_its_factors_on_the_right_sides(model_fn, x64, rng):
     # Both orders of the factors fit; only one of them is F. Everything here is built
@@ -181,7 +186,7 @@ def shifted_line(params, x):
     return line(params, x) + params["shift"][None]
 
 
-@pytest.mark.parametrize("has_shift", [False, True])
+@pytest.mark.parametrize("has_shift", long_unless([False], [False, True]))
 def test_an_average_over_many_batches_is_the_mean_fisher(has_shift, x64, rng):
     params, x = line_problem(rng, "float64", 3)
     if has_shift:  # which of the two is the bias cannot be told
@@ -631,6 +636,7 @@ def test_a_tree_without_leaves_has_a_state():
     assert precondition({}) == {}
 
 
+@pytest.mark.long
 def test_networks_under_vmap_are_those_of_each(rng):
     x = normal(rng, COUNT, 5, dtype="float32")
     params = {
@@ -658,7 +664,9 @@ def test_networks_under_vmap_are_those_of_each(rng):
         )
 
 
-@pytest.mark.parametrize("model_fn", [reference.network, tied])
+@pytest.mark.parametrize(
+    "model_fn", long_unless([reference.network], [reference.network, tied])
+)
 def test_microbatches_have_the_same_factors_of_layers(model_fn, x64, rng):
     params, x = network_problem(rng)
     if model_fn is tied:
@@ -790,6 +798,7 @@ def solve(solver, params, x, gradient, guess=None, damping=1e-2, model_fn=None):
     return run(params, x, gradient, guess)
 
 
+@float64_is_long
 def test_direction_is_that_of_one_step_of_cg(dtype, rng):
     params, x, _, gradient = solver_problem(rng, dtype)
     found = solve(KFAC(), params, x, gradient)
@@ -830,7 +839,7 @@ def test_without_a_length_it_is_the_inverse_itself(x64, rng):
     assert int(solution.info.status) == ngd.SolverStatus.UNCHECKED
 
 
-@pytest.mark.parametrize("has_guess", [False, True])
+@pytest.mark.parametrize("has_guess", long_unless([False], [False, True]))
 def test_pushed_is_the_change_of_the_outputs(has_guess, x64, rng):
     params, x, _, gradient = solver_problem(rng)
     guess = jax.tree.map(lambda leaf: leaf / 3, gradient) if has_guess else None
@@ -865,7 +874,7 @@ def test_the_best_multiple_of_a_guess_is_improved(exact_length, x64, rng):
     )
 
 
-@pytest.mark.parametrize("exponent", [-35, 35])
+@pytest.mark.parametrize("exponent", long_unless([-35], [-35, 35]))
 def test_the_size_of_the_right_hand_side_does_not_matter(exponent, rng):
     params, x, _, gradient = solver_problem(rng, "float32")
     scale = np.float32(10.0**exponent)
@@ -876,7 +885,7 @@ def test_the_size_of_the_right_hand_side_does_not_matter(exponent, rng):
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max())
 
 
-@pytest.mark.parametrize("exact_length", [True, False])
+@pytest.mark.parametrize("exact_length", long_unless([True], [True, False]))
 @pytest.mark.parametrize("where", ["right-hand side", "model", "nowhere"])
 def test_what_is_not_finite_gives_zero_and_says_so(where, exact_length, rng):
     params, x, _, gradient = solver_problem(rng, "float32")

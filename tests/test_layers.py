@@ -23,6 +23,7 @@ from ngd_jax.layers import (
     programs,
     read_backward,
 )
+from tests.marks import long_unless
 
 COUNT = 11
 
@@ -179,7 +180,9 @@ CASES = {  # with the weights, their biases, whether inputs come first, and the 
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", long_unless(CASES.keys() - {"linen", "split axes"}, CASES.keys())
+)
 def test_values_are_those_of_single_examples(case, x64, rng):
     make, expected = CASES[case]
     x = jnp.asarray(rng.normal(size=(COUNT, 6)) + 0.5)
@@ -412,7 +415,9 @@ PRODUCTS = {  # with the split, the sizes of a and δ, and the number of terms
 }
 
 
-@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize(
+    "case", long_unless({"convolution", "dense", "strides"}, PRODUCTS.keys())
+)
 def test_outer_products_add_up_to_the_gradient(case, x64):
     make, split, (m, n, terms) = PRODUCTS[case]
     model_fn, params, x = make(jnp.float64)
@@ -431,7 +436,9 @@ def test_outer_products_add_up_to_the_gradient(case, x64):
     np.testing.assert_allclose(sums.reshape(rows.shape), rows, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("strides", [(1, 1), (2, 1)])
+@pytest.mark.parametrize(
+    "strides", [(1, 1), pytest.param((2, 1), marks=pytest.mark.long)]
+)
 def test_inputs_of_a_convolution_are_patches(strides, x64):
     module = linen.Conv(4, (3, 2), strides, padding="VALID")
     model_fn, params, x = module_case(module, (6, 7, 3))(jnp.float64)
@@ -453,12 +460,18 @@ def einsum_case(dtype):
 
 @pytest.mark.parametrize(
     "make",
-    [
-        module_case(linen.Conv(4, (3, 3), feature_group_count=2), (6, 6, 2)),
-        module_case(linen.ConvTranspose(4, (3, 3), (2, 2)), (4, 4, 2)),
-        einsum_case,
-    ],
-    ids=["groups", "transposed", "inputs in the middle"],
+    long_unless(
+        {"groups"},
+        {
+            "groups": module_case(
+                linen.Conv(4, (3, 3), feature_group_count=2), (6, 6, 2)
+            ),
+            "transposed": module_case(
+                linen.ConvTranspose(4, (3, 3), (2, 2)), (4, 4, 2)
+            ),
+            "inputs in the middle": einsum_case,
+        },
+    ),
 )
 def test_other_sums_are_left_alone(make, x64):
     found, *rest, _ = evaluate(*make(jnp.float64))
@@ -466,6 +479,7 @@ def test_other_sums_are_left_alone(make, x64):
     check_values(found, *rest)
 
 
+@pytest.mark.long
 def test_narrow_dtypes_are_widened():
     _, values, *_ = evaluate(*PRODUCTS["convolution"][0](jnp.bfloat16))
     assert {row.dtype for row in values[0]} == {jnp.dtype("float32")}
@@ -596,7 +610,9 @@ def raising_later(monkeypatch):
     raising(monkeypatch)
 
 
-@pytest.mark.parametrize("change", [renamed_product, raising, raising_later])
+@pytest.mark.parametrize(
+    "change", long_unless([raising], [renamed_product, raising, raising_later])
+)
 @pytest.mark.usefixtures("forgetful")
 def test_a_jax_that_is_not_understood_has_no_layers_and_says_so_once(
     change, monkeypatch, x64, rng

@@ -26,7 +26,7 @@ WEIGHTED = {
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    long_unless(("token weights", "complex amplitude", "one weight"), WEIGHTED),
+    long_unless(("token weights", "one weight"), WEIGHTED),
 )
 def test_weighted_means_equal_dense_definition(name, shape, x64, rng):
     case = CASES[name]
@@ -68,7 +68,7 @@ def test_blocks_of_a_product_have_weights_of_their_own(x64, rng):
     assert_close(reference.flat(product), truth @ reference.flat(vector), 1e-12)
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 3])
+@pytest.mark.parametrize("microbatch_size", long_unless([None], [None, 3]))
 @pytest.mark.parametrize("name", ["categorical", "log density"])
 def test_examples_of_weight_zero_do_not_count_in_the_kl_even_as_nan(
     name, microbatch_size, rng
@@ -148,6 +148,7 @@ def test_terms_of_nested_products_have_the_product_of_their_weights():
     assert join(NESTED, [1, 2, 3]) == values
 
 
+@pytest.mark.long
 def test_weights_of_each_term_add_up_to_that_of_its_block():
     outputs = {"a": {"b": jnp.zeros(5), "c": jnp.zeros((4, 2))}, "d": jnp.zeros(3)}
     metric = output_metric(

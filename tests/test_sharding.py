@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import ngd_jax as ngd
+from tests.marks import long_unless
 from tests.sharded_program import LAYOUTS, SOLVERS
 
 # Solvers on products never need the examples of another device. The Gram matrix is of
@@ -123,7 +124,7 @@ def test_divided_gram_matrix():
             assert status == 0
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", long_unless([True], [True, False]))
 def test_a_step_inside_shard_map_raises(check_vma):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     tx = ngd.natural_gradient(1.0, lambda w, x: x @ w, ngd.Gaussian())

@@ -404,6 +404,7 @@ def test_bad_settings_are_refused(options, error, message):
 # --- Transformations and dtypes.
 
 
+@pytest.mark.long
 def test_vmap_equals_a_loop():
     scales = jnp.array([1e-3, 1.0, 30.0, 1e3])
     arguments = (jnp.float32(1.0), jnp.float32(1e-2), jnp.float32(np.inf))
@@ -417,6 +418,7 @@ def test_vmap_equals_a_loop():
         )
 
 
+@pytest.mark.long
 def test_float64_is_kept(x64):
     result = search_kl_radius(
         lambda s: s**2, start=jnp.float64(1.0), max_kl=1e-2, max_evaluations=10

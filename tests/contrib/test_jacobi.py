@@ -65,6 +65,7 @@ def test_probes_estimate_the_diagonal_within_their_variance(options, rng, x64):
     assert (error <= 5 * deviation / np.sqrt(400) + 1e-15).all()
 
 
+@pytest.mark.long
 def test_probes_of_a_sampled_fisher_estimate_its_own_diagonal(rng, x64):
     params, x, _ = network_problem(rng)
     options = (("kind", "sampled"), ("key", jax.random.key(3)))

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import ngd_jax as ngd
+from tests.marks import long_unless
 from tests.transform.problems import make_problem, model_fn, wide_loss_fn
 
 
@@ -21,7 +22,7 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", long_unless({"kfac", "trpo"}, PRESETS.keys()))
 def test_preset_trains(name):
     params, batch = make_problem()
     tx = ngd.natural_gradient(

@@ -10,6 +10,7 @@ import pytest
 
 import ngd_jax as ngd
 from ngd_jax.contrib.quadratic_model_rate import minimize_quadratic_model
+from tests.marks import float64_is_long
 
 SIZE = 6
 
@@ -22,6 +23,7 @@ def _problem(seed, dtype, *, scale=1.0):
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@float64_is_long
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), damping=st.floats(0, 10))
 def test_it_is_the_minimum_over_the_plane(dtype, scale, seed, damping):
     root, g, d, p = _problem(seed, dtype, scale=scale)

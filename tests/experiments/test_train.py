@@ -352,6 +352,7 @@ def make_with_a_hole(hidden_sizes: list[int]):
     return task
 
 
+@pytest.mark.long
 def test_run_without_a_step_ends_with_an_error_that_names_the_row(command):
     for optimizer in ("natural_gradient", "adam"):
         words = [f"task={__name__}:make_with_a_hole", f"+{SMALL[0]}", *SMALL[1:]]
@@ -363,6 +364,7 @@ def test_run_without_a_step_ends_with_an_error_that_names_the_row(command):
         assert line.endswith(": row 17 of the training data, ['x'], is not finite.")
 
 
+@pytest.mark.long
 def test_diverging_run_is_no_error(command):
     status, out, err = command(
         *SMALL, "optimizer=sgd", "optimizer.learning_rate=1e38", "steps=2"

@@ -21,9 +21,10 @@ from tests.flax.networks import (
     nnx_net,
     plain_net,
 )
+from tests.marks import long_unless
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", long_unless([False], [True, False]))
 def test_linen_nnx_and_a_plain_function_have_the_same_metric(params, train):
     linen_fn = linen_model_fn(LinenNet(), collections=("batch_stats",), train=train)
     model = nnx_net(params)

@@ -24,6 +24,7 @@ from tests.flax.networks import (
 # --- Errors.
 
 
+@pytest.mark.long
 def test_importing_the_library_does_not_import_flax():
     code = "import ngd_jax, sys; assert 'flax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -74,6 +74,7 @@ def test_train_state_overwrites_with_gradients_as_flax_does():
     np.testing.assert_array_equal(ours.params[OVERWRITE_WITH_GRADIENT]["scale"], 0)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("optimized")
 def test_train_state_equals_the_plain_transformation(params):
     model_fn = linen_model_fn(LinenNet(), collections=("batch_stats",), train=True)

@@ -21,6 +21,7 @@ from ngd_jax.likelihoods import (
     Poisson,
     Product,
 )
+from tests.marks import long_unless
 
 BATCH = (4,)
 
@@ -75,9 +76,11 @@ CASES = {
     "from kl": Case(FromKL(exponential_kl), (3,)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+QUICK = ("categorical", "diagonal gaussian", "log density", "product")
+some_cases_quick = pytest.mark.parametrize("case", long_unless(QUICK, CASES))
 SEPARABLE = {name: c for name, c in CASES.items() if not c.likelihood.centered}
-every_separable_case = pytest.mark.parametrize(
-    "case", SEPARABLE.values(), ids=SEPARABLE
+some_separable_cases_quick = pytest.mark.parametrize(
+    "case", long_unless(QUICK, SEPARABLE)
 )
 WITH_LOG_PROB = {name: c for name, c in CASES.items() if name != "from kl"}
 every_case_with_log_prob = pytest.mark.parametrize(

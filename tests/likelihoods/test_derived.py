@@ -21,6 +21,7 @@ from tests.likelihoods.cases import (
     assert_close,
     jitted,
 )
+from tests.marks import long_unless
 
 
 @pytest.fixture
@@ -62,7 +63,15 @@ def test_derived_root_of_a_singular_metric_is_finite():
     np.testing.assert_allclose(root, np.zeros((2, 3)), atol=1e-3)
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 0), (4, 0, 0), (0, 2, 3), (0, 0, 0)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (4, 2, 0),
+        pytest.param((4, 0, 0), marks=pytest.mark.long),
+        pytest.param((0, 2, 3), marks=pytest.mark.long),
+        (0, 0, 0),
+    ],
+)
 def test_derived_products_accept_outputs_without_entries(sizes):
     count, size, rows = sizes
 
@@ -103,7 +112,7 @@ DISTRAX_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", DISTRAX_CASES)
+@pytest.mark.parametrize("name", long_unless({"categorical"}, DISTRAX_CASES.keys()))
 def test_distrax_distributions_agree_with_the_closed_forms(name, rng):
     likelihood, make = DISTRAX_CASES[name]
     derived = FromDistribution(make)

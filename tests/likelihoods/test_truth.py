@@ -19,6 +19,7 @@ from ngd_jax.likelihoods import (
     Poisson,
     Product,
 )
+from tests.marks import long_unless
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def rng():
     return np.random.default_rng(1)
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=long_unless(["float32"], ["float32", "float64"]))
 def precision(request):
     with jax.enable_x64(request.param == "float64"):
         yield {"float32": 2e-5, "float64": 1e-12}[request.param]
@@ -168,6 +169,7 @@ def test_bernoulli_kl_equals_the_definition(precision, rng):
     np.testing.assert_allclose(value, terms.sum(-1), rtol=10 * precision, atol=1e-15)
 
 
+@pytest.mark.long
 def test_bernoulli_is_the_categorical_of_two_classes(precision, rng):
     a, b, t = (jnp.asarray(x) for x in rng.normal(size=(3, 50, 1)) * 3)
 

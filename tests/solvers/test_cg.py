@@ -212,6 +212,7 @@ def test_rounded_products_stall_at_their_rounding(max_steps, rtol, rng):
     assert float(info.relative_residual) < 0.03
 
 
+@pytest.mark.long
 def test_quadratic_falls_with_every_step(x64, rng):
     matrix = systems.spectrum(rng, np.logspace(-3, 0, 20))
     rhs = rng.normal(size=20)
@@ -351,6 +352,7 @@ def test_reverse_mode_raises_an_error_that_says_what_to_do():
     np.testing.assert_allclose(frozen(jnp.ones(3)), 1.5 * np.ones(3), rtol=1e-6)
 
 
+@pytest.mark.long
 def test_converged_members_of_a_vmapped_batch_are_frozen(rng):
     matrices = jnp.asarray(
         [np.eye(16), systems.spectrum(rng, np.geomspace(1e-2, 1, 16))], jnp.float32
@@ -366,6 +368,7 @@ def test_converged_members_of_a_vmapped_batch_are_frozen(rng):
         assert abs(int(infos.num_steps[i]) - int(info.num_steps)) <= 2
 
 
+@pytest.mark.long
 def test_eager_and_scanned_solves_equal_jit(rng):
     matrix = jnp.asarray(systems.spectrum(rng, np.linspace(0.5, 2, 8)), jnp.float32)
     rhs = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)

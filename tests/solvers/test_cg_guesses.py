@@ -13,6 +13,7 @@ from ngd_jax import dense
 from ngd_jax.contrib.jacobi import Jacobi
 from ngd_jax.contrib.nystrom import Nystrom
 from tests import reference
+from tests.marks import long_unless
 from tests.solvers import systems
 from tests.solvers.systems import energy, residual_in_float32, solve
 
@@ -239,7 +240,7 @@ def test_calling_the_solver_is_solving_with_nothing_kept(rng):
 
 
 @pytest.mark.parametrize("max_steps", [3, 20, 60])
-@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.parametrize("guess", long_unless([True], [False, True]))
 def test_pushed_is_the_pushforward_of_the_direction(max_steps, guess, rng):
     root, rhs = quadratic_problem(rng)
     system = ngd.RightHandSide(

@@ -17,7 +17,9 @@ Status = ngd.SolverStatus
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("batch_norm_before_a_zero_head", "float64"),
+        pytest.param(
+            "batch_norm_before_a_zero_head", "float64", marks=pytest.mark.long
+        ),
         ("batch_norm_with_a_large_offset", "float32"),
         pytest.param("attention_over_examples", "float64", marks=pytest.mark.slow),
         pytest.param("output_mean", "float32", marks=pytest.mark.slow),
@@ -83,6 +85,7 @@ def test_what_cannot_be_solved_is_reported(x64, rng):
         assert int(info.status) == status
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["complex", "real"])
 def test_models_that_are_not_holomorphic_are_solved(kind, x64, rng):
     x = jnp.asarray(rng.choice([-1.0, 1.0], (7, 3)))

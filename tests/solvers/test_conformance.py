@@ -16,6 +16,7 @@ import pytest
 import ngd_jax as ngd
 from ngd_jax.contrib.lineax import Lineax
 from tests import reference
+from tests.marks import long_unless
 from tests.solvers import systems
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
@@ -40,7 +41,9 @@ PRECISIONS = [
         solver,
         dtype,
         id=f"{name}-{dtype}",
-        marks=[pytest.mark.slow] * (dtype == "float64" and name not in OURS),
+        marks=[]
+        if dtype == "float32"
+        else [pytest.mark.long if name in OURS else pytest.mark.slow],
     )
     for dtype in ("float32", "float64")
     for name, solver in SOLVERS.items()
@@ -65,7 +68,7 @@ def solve(solver, matrix, rhs, damping=0.0, dtype="float32"):
     return compiled(solver)(root, rhs, jnp.asarray(damping, dtype))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", long_unless({*KINDS} - {"one-dimensional"}, KINDS))
 @pytest.mark.parametrize(("solver", "dtype"), PRECISIONS, indirect=["dtype"])
 def test_solution_equals_numpy(solver, kind, dtype, rng):
     matrix = systems.matrices(rng)[kind]
@@ -219,6 +222,7 @@ def test_vmap_over_systems_equals_a_loop(solver, rng):
         assert int(infos.status[i]) == int(info.status)
 
 
+@pytest.mark.long
 def test_solvers_agree_on_a_real_fisher(x64, rng):
     params = reference.network_params(rng, 3, dtype="float64")
     x = jnp.asarray(rng.normal(size=(9, 2)))
@@ -247,7 +251,7 @@ def test_solvers_agree_on_a_real_fisher(x64, rng):
 
 
 @every_own_solver
-@pytest.mark.parametrize("scale", [1e-3, 1.0])
+@pytest.mark.parametrize("scale", long_unless([1e-3], [1e-3, 1.0]))
 def test_complex_parameters_are_solved_over_the_reals(solver, scale, x64, rng):
     x = rng.normal(size=(20, 3)) + 1j * rng.normal(size=(20, 3))
     params = jnp.asarray(rng.normal(size=3) + 1j * rng.normal(size=3))
@@ -277,7 +281,7 @@ def test_complex_parameters_are_solved_over_the_reals(solver, scale, x64, rng):
     assert int(info.status) == Status.CONVERGED
 
 
-@every_own_solver
+@pytest.mark.parametrize("solver", long_unless({"CG"}, OURS))
 def test_leaves_without_entries_are_no_obstacle(solver, rng):
     params = {"none": jnp.ones((0, 3)), "w": jnp.ones(4)}
     x = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32)
@@ -338,6 +342,7 @@ def test_cholesky_of_the_zero_matrix_without_damping_is_finite():
 # --- CG.
 
 
+@pytest.mark.long
 def test_well_conditioned_systems_of_network_size_converge(rng):
     size = 1_000_000
     diagonal = jnp.asarray(rng.uniform(0.5, 1.5, size=size), jnp.float32)

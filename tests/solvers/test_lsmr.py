@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ngd_jax as ngd
+from tests.marks import float64_is_long, long_unless
 from tests.solvers.rectangular import (
     EPS,
     matrix_of,
@@ -28,7 +29,7 @@ Status = ngd.SolverStatus
 # --- Solutions.
 
 
-@pytest.mark.parametrize("reorthogonalize", [False, True])
+@pytest.mark.parametrize("reorthogonalize", long_unless([True], [False, True]))
 def test_iterates_are_those_of_scipy(reorthogonalize, x64, rng):
     matrix, rhs = rng.normal(size=(25, 20)), rng.normal(size=25)
     for budget, damping in itertools.product((2, 8), (0.0, 0.01)):
@@ -72,6 +73,7 @@ MATRICES = {
 
 @pytest.mark.parametrize("damping", [0.0, 1e-12, 1e-4, 1.0])
 @pytest.mark.parametrize("kind", MATRICES)
+@float64_is_long
 def test_solution_is_that_of_the_svd(kind, damping, dtype, rng):
     (rows, columns), values = MATRICES[kind]
     matrix = matrix_of(rng, rows, columns, values)
@@ -109,6 +111,7 @@ def test_any_small_matrix_is_solved(seed, rows, condition, rank, damping_exponen
     assert int(info.status) in (Status.CONVERGED, Status.STAGNATED)
 
 
+@pytest.mark.long
 def test_complex_systems_are_solved_in_real_inner_products(rng):
     # A maps real parameters to complex coefficients: Aᵀ u = Re Aᴴ u.
     kind = "complex64"
@@ -203,6 +206,7 @@ def test_reorthogonalising_saves_most_of_the_steps(rng):
     assert relative_error(x, expected) >= 0.1
 
 
+@pytest.mark.long
 def test_without_reorthogonalising_it_gets_there_too(rng):
     matrix = np.float32(matrix_of(rng, 30, 30, [1.0] * 22 + [0.1] * 4 + [1e-4] * 4))
     rhs = np.float32(matrix.astype(float) @ rng.normal(size=30))
@@ -213,6 +217,7 @@ def test_without_reorthogonalising_it_gets_there_too(rng):
 # --- Scales.
 
 
+@pytest.mark.long
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-80, 80))
 def test_powers_of_two_in_the_right_hand_side_pass_through_exactly(seed, exponent):
     rng = np.random.default_rng(seed)

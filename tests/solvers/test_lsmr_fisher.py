@@ -17,6 +17,7 @@ from ngd_jax.coordinates import ravel_real
 from ngd_jax.dense import dense
 from tests import reference
 from tests.fisher_cases import CASES
+from tests.marks import long_unless
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 Status = ngd.SolverStatus
@@ -48,8 +49,7 @@ def solve_with(solver, fisher, g, w, damping, x0=None):
 
 
 # One for each way to average and to factor; the others take their time.
-MARKS = {"categorical": pytest.mark.long, "product": pytest.mark.long}
-MARKS |= {"complex amplitude": []}
+MARKS = dict.fromkeys(("categorical", "complex amplitude", "product"), pytest.mark.long)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,7 @@ def test_what_is_dropped_is_reported(rng):
     assert int(info.status) == Status.STAGNATED
 
 
+@pytest.mark.long
 def test_traced_damping_of_zero_is_zero(rng):
     matrix, w = problem(rng)
     dampings = jnp.asarray([0.0, 1e-2], jnp.float32)
@@ -230,6 +231,7 @@ def test_traced_damping_of_zero_is_zero(rng):
     assert (np.asarray(info.num_steps) <= 13).all()
 
 
+@pytest.mark.long
 def test_without_damping_the_shortest_solution_is_found(rng):
     matrix, _ = problem(rng, rows=12, columns=12)
     matrix = matrix[:6]
@@ -240,6 +242,7 @@ def test_without_damping_the_shortest_solution_is_found(rng):
         assert relative_error(d, expected) <= 200 * np.linalg.cond(matrix) ** 2 * EPS
 
 
+@pytest.mark.long
 def test_zero_is_exactly_zero_whatever_the_guess(rng):
     matrix, _ = problem(rng)
     for w in (np.zeros(30), None):
@@ -251,7 +254,7 @@ def test_zero_is_exactly_zero_whatever_the_guess(rng):
 # --- First guesses.
 
 
-@pytest.mark.parametrize("knows_w", [True, False])
+@pytest.mark.parametrize("knows_w", long_unless([True], [True, False]))
 def test_the_solution_as_a_guess_takes_no_step(knows_w, x64, rng):
     matrix, w = problem(rng)
     g = matrix.T @ w

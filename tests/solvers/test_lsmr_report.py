@@ -7,6 +7,7 @@ import pytest
 
 import ngd_jax as ngd
 from tests.conftest import unchecked
+from tests.marks import long_unless
 from tests.solvers.rectangular import (
     EPS,
     matrix_of,
@@ -23,7 +24,7 @@ Status = ngd.SolverStatus
 # --- The report.
 
 
-@pytest.mark.parametrize("reorthogonalize", [False, True])
+@pytest.mark.parametrize("reorthogonalize", long_unless([True], [False, True]))
 @pytest.mark.parametrize("damping", [0.0, 1e-6])
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e7])
 def test_the_reported_residual_is_the_true_one(
@@ -49,6 +50,7 @@ def test_the_reported_residual_is_the_true_one(
                 assert int(info.status) in (Status.MAX_STEPS, Status.STAGNATED)
 
 
+@pytest.mark.long
 def test_the_residual_never_grows_with_the_budget(rng):
     matrix = matrix_of(rng, 30, 30, np.geomspace(1, 1e-2, 30))
     rhs = rng.normal(size=30)

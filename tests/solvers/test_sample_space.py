@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import ngd_jax as ngd
 from ngd_jax.coordinates import ravel_real
 from tests import dense_models, reference
+from tests.marks import float64_is_long, long_unless
 from tests.test_dense import RESIDUALS, columns, residual_case, residuals
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
@@ -145,16 +146,17 @@ def problem(name, is_divided=False):
     return Problem(*make[name](), sharding=sharding, **options.get(name, {}))
 
 
+long = functools.partial(pytest.param, marks=pytest.mark.long)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 KNOWN = [
-    ("gaussian", False),
     ("softmax", False),
     ("softmax", True),
-    ("duplicates", True),
     ("few parameters", False),
-    ("complex", False),
-    ("residuals", False),
-    ("microbatches", False),
+    long("gaussian", False),
+    long("duplicates", True),
+    long("complex", False),
+    long("residuals", False),
+    long("microbatches", False),
     slow("gaussian", True),
     slow("duplicates", False),
     slow("few parameters", True),
@@ -194,8 +196,8 @@ def test_solution_equals_singular_values_at_every_damping(
 @pytest.mark.parametrize(
     ("name", "with_coefficients"),
     [
-        pytest.param("softmax", True, marks=pytest.mark.long),
-        pytest.param("complex", False, marks=pytest.mark.long),
+        long("softmax", True),
+        long("complex", False),
         slow("duplicates", True),
         slow("density", False),
         slow("weights", False),
@@ -352,6 +354,7 @@ def test_float32_is_as_good_as_its_precision(damping, rng):
     assert has_converged or (damping < 1e-2 and int(info.status) == Status.STAGNATED)
 
 
+@pytest.mark.long
 def test_narrow_parameters_keep_their_dtype(rng):
     params, x = narrow_problem(rng, "bfloat16")
     rhs = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
@@ -458,6 +461,7 @@ def test_vmap_over_damping_equals_a_loop():
         assert int(infos.status[i]) == int(info.status)
 
 
+@pytest.mark.long
 def test_scan_equals_a_loop():
     x, rhs = line()
 
@@ -504,25 +508,20 @@ def test_memory_is_set_by_the_block_and_not_by_all_rows():
 # --- Models that mix examples, and mistakes.
 
 
-MIXING_IN_QUICK_TESTS = {
-    "batch_norm_before_a_zero_head",
-    "batch_norm_with_a_large_offset",
-    "output_mean",
-}
+MARKS = {"batch_norm_with_a_large_offset": pytest.mark.long}
+MARKS |= {"batch_norm_before_a_zero_head": [], "output_mean": []}
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=[] if name in MIXING_IN_QUICK_TESTS else [pytest.mark.slow]
-        )
+        pytest.param(name, marks=MARKS.get(name, pytest.mark.slow))
         for name in dense_models.MIXING
         # Here the head is all that the solution knows of.
         if name != "mixing_behind_a_large_scale"
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
+@float64_is_long
 def test_models_that_mix_examples_are_refused(name, dtype, rng):
     model_fn = dense_models.MIXING[name]
     params, batch = dense_models.make(rng, dtype)
@@ -542,8 +541,13 @@ def test_models_that_mix_examples_are_refused(name, dtype, rng):
         assert "Cholesky" in Status.NOT_SEPARABLE.message
 
 
-@pytest.mark.parametrize("name", dense_models.SEPARABLE)
-@pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
+@pytest.mark.parametrize(
+    "name",
+    long_unless(
+        ("layer_norm", "dropout_with_keys_of_examples"), dense_models.SEPARABLE.keys()
+    ),
+)
+@float64_is_long
 def test_models_that_do_not_mix_are_not_refused(name, dtype, rng):
     model_fn = dense_models.SEPARABLE[name]
     params, batch = dense_models.make(rng, dtype)
@@ -572,6 +576,7 @@ def test_without_verification_the_rows_are_trusted(rng):
     assert int(info.status) == Status.CONVERGED
 
 
+@pytest.mark.long
 def test_two_weights_with_one_bias_are_solved(x64, rng):
     params = {
         "W": jnp.asarray(rng.normal(size=(12, 16)) * 0.3),
@@ -602,6 +607,7 @@ def test_two_weights_with_one_bias_are_solved(x64, rng):
     assert int(info.status) == Status.CONVERGED
 
 
+@pytest.mark.long
 def test_coefficients_of_another_shape_raise():
     x, rhs = line()
     fisher = ngd.linearize_fisher(

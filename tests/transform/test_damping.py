@@ -22,6 +22,7 @@ from tests.transform.problems import (
 )
 
 
+@pytest.mark.long
 def test_relative_damping_is_in_units_of_the_mean_eigenvalue(x64):
     params, batch = make_problem(dtype=jnp.float64)
     tx = ngd.natural_gradient(
@@ -42,6 +43,8 @@ def test_relative_damping_is_in_units_of_the_mean_eigenvalue(x64):
 
 
 PARAMS, BATCH = make_problem()
+
+long = functools.partial(pytest.param, marks=pytest.mark.long)
 LOSS_GIVEN = {
     "value_fn": ({}, {"value_fn": wide_loss_fn}),
     "value_fn of the parameters": (
@@ -89,10 +92,10 @@ def _levenberg_marquardt(initial, name):
 @pytest.mark.parametrize(
     ("name", "initial", "factor"),
     [
-        ("value_fn of the parameters", 10.0, 2 / 3),
+        long("value_fn of the parameters", 10.0, 2 / 3),
         ("value and value_fn", 0.1, 1.0),
         ("loss_fn", 10.0, 2 / 3),
-        ("value_fn before loss_fn", 10.0, 2 / 3),
+        long("value_fn before loss_fn", 10.0, 2 / 3),
     ],
 )
 def test_levenberg_marquardt_follows_the_ratio_of_reductions(name, initial, factor):
@@ -112,7 +115,7 @@ def test_levenberg_marquardt_follows_the_ratio_of_reductions(name, initial, fact
 
 
 @pytest.mark.parametrize(
-    ("name", "initial"), [("value and value_fn", 0.1), ("loss_fn", 10.0)]
+    ("name", "initial"), [long("value and value_fn", 0.1), ("loss_fn", 10.0)]
 )
 def test_levenberg_marquardt_refuses_a_step_that_raises_the_loss(name, initial):
     params, batch = make_problem()
@@ -193,6 +196,7 @@ def test_damping_is_adapted_at_every_so_many_steps(every):
     np.testing.assert_array_equal(changes, expected)
 
 
+@pytest.mark.long
 def test_a_refused_step_is_followed_by_more_damping_at_once():
     update, state = _plain_rule(ngd.LevenbergMarquardt(initial=1e-2, every=100), 1e4)
     updates, state = update(grad_fn(PARAMS, BATCH), state, PARAMS)

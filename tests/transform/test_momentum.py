@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import ngd_jax as ngd
+from tests.marks import long_unless
 
 NUM_ROWS, NUM_PARAMS, BATCH = 24, 30, 3
 SOLVERS = {
@@ -53,7 +54,7 @@ def _run(x, y, solver, damping, momentum, *, rate, num_steps, seed=0):
     return jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), keys)[1])()
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", long_unless({"cholesky"}, SOLVERS.keys()))
 def test_directions_converge_as_block_kaczmarz_where_plain_ones_stall(solver, rng, x64):
     """At fixed parameters d tends to X⁺ (X w - y), linearly: randomised block Kaczmarz.
 
@@ -79,6 +80,7 @@ def test_directions_converge_as_block_kaczmarz_where_plain_ones_stall(solver, rn
     assert plain_errors.min() > 0.5
 
 
+@pytest.mark.long
 def test_training_is_faster_by_what_the_last_directions_know(rng, x64):
     """A plain step sees one block of rows in eight, with momentum nearly all."""
     x, y = _consistent_problem(rng)
@@ -137,6 +139,7 @@ def test_what_is_remembered_is_what_was_taken(rate, rng, x64):
     assert jnp.linalg.norm(whole) > jnp.linalg.norm(direction)
 
 
+@pytest.mark.long
 def test_steps_that_a_radius_has_cut_do_not_add_up(rng):
     """A small convolution on noisy batches, of which every step is shortened."""
     images = jnp.asarray(rng.normal(size=(256, 6, 6, 1)), jnp.float32)

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ngd_jax as ngd
+from tests.marks import long_unless
 from tests.transform.problems import (
     assert_same,
     flat,
@@ -56,7 +57,7 @@ def test_updates_and_state_keep_structure_shapes_and_dtypes():
     chex.assert_trees_all_equal_shapes_and_dtypes(state, TX.init(PARAMS))
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", long_unless([True], [False, True]))
 def test_narrow_parameters_keep_their_dtype_and_directions_are_wide(mixed):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     if mixed:
@@ -131,6 +132,7 @@ def test_info_is_found_in_every_chain(name):
     assert_same(info_of(state), expected_state.info, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_decay_and_clipping_around_it_act_on_its_updates():
     tx = optax.chain(
         TX,
@@ -295,6 +297,7 @@ def test_vmap_over_an_ensemble_equals_each_member():
         )
 
 
+@pytest.mark.long
 def test_donated_buffers_and_no_second_compilation():
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     @chex.assert_max_traces(n=1)
@@ -413,6 +416,7 @@ def test_a_part_of_the_parameters_has_a_radius_of_its_own():
     assert np.isfinite(updates["policy"]["w"]).all()
 
 
+@pytest.mark.long
 def test_functions_among_the_leaves_of_a_model_are_left_alone():
     """As Equinox keeps them, with None at their places in the gradient."""
     model = {"act": jnp.tanh, "w": [jnp.ones((2, 4)), jnp.ones((4, 3))], "name": None}

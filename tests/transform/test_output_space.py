@@ -8,6 +8,7 @@ import pytest
 
 import ngd_jax as ngd
 from tests import reference
+from tests.marks import long_unless
 from tests.transform.problems import (
     damped_solve,
     flat,
@@ -85,7 +86,7 @@ def _minimum_norm_fit(params, batch):
     return np.linalg.lstsq(rows, np.ravel(outputs - batch["y"]), rcond=None)[0]
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", long_unless({"lsmr"}, SOLVERS.keys()))
 def test_small_damping_does_not_lose_the_direction(name, x64):
     """λ → 0 is the shortest step that fits the batch; by way of F, 3e-3 is all."""
     params, batch = _regression()

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 import ngd_jax as ngd
 from tests import reference
+from tests.marks import long_unless
 from tests.transform.problems import (
     NUM_EXAMPLES,
     damped_solve,
@@ -112,6 +113,7 @@ def test_predicted_kl_is_that_of_the_update(name, x64):
         params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.long
 def test_scaled_direction_has_neither_sign_nor_rate(x64):
     params, batch = make_problem(dtype=jnp.float64)
     tx = ngd.scale_by_natural_gradient(
@@ -155,7 +157,7 @@ def test_least_squares_is_solved_in_one_step(x64):
     np.testing.assert_allclose(w + updates, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", EXACT)
+@pytest.mark.parametrize("solver", long_unless({"cg"}, EXACT.keys()))
 def test_momentum_is_proximal_to_the_last_direction(solver, x64):
     params, batch = make_problem(dtype=jnp.float64)
     tx = ngd.natural_gradient(
@@ -303,6 +305,7 @@ def test_microbatches_equal_the_whole_batch():
 # --- Learning rate and radius.
 
 
+@pytest.mark.long
 def test_radius_shortens_a_step_only_where_it_is_too_long():
     params, batch = make_problem()
     # An exact solver and a rate that rounds nothing: programs differ by round-off only.
@@ -334,7 +337,7 @@ SCHEDULED = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULED)
+@pytest.mark.parametrize("name", long_unless({"damping"}, SCHEDULED.keys()))
 def test_schedules_are_evaluated_at_the_number_of_steps_taken(name):
     params, batch = make_problem()
     field, options = SCHEDULED[name]
@@ -385,6 +388,7 @@ def test_leaves_without_entries_are_parameters(solver):
     assert updates["w"].all()
 
 
+@pytest.mark.long
 def test_no_zero_step_counts_as_taken_where_products_overflow():
     # (J d)² overflows in float32, where half a step of 4e-26 is the whole radius.
     solver = ngd.KFAC(exact_length=False)

@@ -11,6 +11,7 @@ from experiments.race.settings import (
 )
 from experiments.running.config import CONFIG_DIR
 from experiments.running.settings import ConfigError
+from tests.marks import long_unless
 
 RACES = CONFIG_DIR / "race"
 
@@ -35,7 +36,11 @@ def test_a_task_brings_its_batches_and_its_target():
 
 
 @pytest.mark.parametrize(
-    "task", sorted({path.stem for path in RACES.glob("*.yaml")} - {"own"})
+    "task",
+    long_unless(
+        {"digits", "vae"},
+        sorted({path.stem for path in RACES.glob("*.yaml")} - {"own"}),
+    ),
 )
 def test_every_task_has_a_race_of_its_own(task):
     config, _ = read(f"task={task}")

@@ -54,6 +54,7 @@ def configure(*words):
     return read_config(compose_config([*words]))
 
 
+@pytest.mark.long
 def test_a_task_trains_with_the_arguments_of_its_function(tmp_path):
     words = (f"task={HERE}:make_narrow", *SMALL[1:])
     assert configure(*words).task.width == 3

@@ -26,6 +26,7 @@ from tests.experiments.tasks.supervised.small_tasks import (
     configure,
     first_batch,
 )
+from tests.marks import long_unless
 
 # Their steps take long to compile.
 LARGE = {"autoencoder", "charlm", "fashion_cnn", "row_transformer"}
@@ -60,7 +61,11 @@ def test_every_task_is_tested_here():
 
 class TestEveryTask:
     # The loss of the VAE has another term; see `test_vae`.
-    @pytest.mark.parametrize("config", sorted(SMALL.keys() - {"vae"}), indirect=True)
+    @pytest.mark.parametrize(
+        "config",
+        long_unless(SMALL.keys() - LARGE, sorted(SMALL.keys() - {"vae"})),
+        indirect=True,
+    )
     def test_loss_is_minus_the_mean_log_likelihood(self, config):
         task = make_task(config.task)
         params, _ = task.init_fn(jax.random.key(0))

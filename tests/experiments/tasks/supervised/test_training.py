@@ -19,9 +19,11 @@ from experiments.tasks.supervised.training import (
     make_train_chunk,
 )
 from tests.experiments.helpers import OPTIMIZERS, assert_same_bits, make_config
+from tests.marks import long_unless
 
 CAPACITY = 4
 BATCH_SIZE = 400  # three batches an epoch, so that chunks run across epochs
+QUICK = ("adam", "natural_gradient", "sgd")
 
 
 def make_parts(optimizer):
@@ -46,7 +48,7 @@ def run(parts, cuts, seed=0):
     return state, rows
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS)
+@pytest.fixture(scope="module", params=long_unless(QUICK, OPTIMIZERS))
 def parts(request):
     return make_parts(request.param)
 

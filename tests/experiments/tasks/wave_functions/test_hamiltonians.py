@@ -27,6 +27,7 @@ from experiments.tasks.wave_functions.hamiltonians import (
     make_square_heisenberg,
     make_square_ising,
 )
+from tests.marks import long_unless
 
 PAULI = {
     "x": np.array([[0.0, 1.0], [1.0, 0.0]]),
@@ -173,7 +174,7 @@ def test_rings_that_are_not_known_are_errors():
         enumerate_configurations(make_ising(18, 1.0))
 
 
-@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("is_complex", long_unless([True], [False, True]))
 @pytest.mark.parametrize(
     "system",
     [make_ising(4, 0.7), make_heisenberg(4, 0.0)],
@@ -248,7 +249,9 @@ def invariant_log_psi(spins):
 
 
 @pytest.mark.parametrize(
-    "system", [make_ising(6, 0.7), make_heisenberg(6)], ids=lambda system: system.name
+    "system",
+    [pytest.param(make_ising(6, 0.7), marks=pytest.mark.long), make_heisenberg(6)],
+    ids=lambda system: system.name,
 )
 def test_one_configuration_of_each_orbit_is_enough_for_an_invariant_psi(system):
     every = enumerate_configurations(system)

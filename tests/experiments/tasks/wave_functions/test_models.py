@@ -13,6 +13,7 @@ from experiments.tasks.wave_functions.hamiltonians import make_square_heisenberg
 from experiments.tasks.wave_functions.lattices import Lattice
 from experiments.tasks.wave_functions.models import make_model, symmetries
 from experiments.tasks.wave_functions.settings import ModelConfig
+from tests.marks import long_unless
 
 SQUARE = Lattice((4, 4))
 NEIGHBOURS = SQUARE.translations((2, 2))[1:]
@@ -95,7 +96,7 @@ def test_networks_have_the_symmetries_asked_for(
     assert len(group) == num_translations * (8 if turned else 1)
 
 
-@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("is_complex", long_unless([False], [False, True]))
 def test_symmetric_psi_is_the_mean_over_the_images(is_complex):
     plain, spins, *_ = network("rbm", complex_parameters=is_complex)
     symmetric, *_ = network(

@@ -25,6 +25,7 @@ from experiments.tasks.wave_functions.sampling import (
     sample_exactly,
     start_chains,
 )
+from tests.marks import long_unless
 
 COUPLINGS = np.random.default_rng(0).normal(size=(4, 4)) / 2
 
@@ -61,7 +62,11 @@ def test_exact_samples_come_in_proportion_to_the_counts():
 
 @pytest.mark.parametrize(
     "system",
-    [make_ising(4, 1.0), make_heisenberg(4, 0.0), make_square_heisenberg(4)],
+    [
+        make_ising(4, 1.0),
+        pytest.param(make_heisenberg(4, 0.0), marks=pytest.mark.long),
+        pytest.param(make_square_heisenberg(4), marks=pytest.mark.long),
+    ],
     ids=lambda system: system.name,
 )
 def test_markov_chains_come_to_the_distribution(system):
@@ -95,6 +100,7 @@ def test_convolutions_are_those_of_flax(width):
     np.testing.assert_allclose(found, expected[:, 0], atol=1e-5)
 
 
+@pytest.mark.long
 def test_gradients_of_single_examples_have_no_grouped_convolutions():
     """Which XLA has no fast code for in float64 on a CPU."""
     module, spins = Convolutional((3,), 3, jnp.float32), jnp.ones((2, 4))
@@ -104,7 +110,7 @@ def test_gradients_of_single_examples_have_no_grouped_convolutions():
     assert "convolution" not in program.as_text()
 
 
-@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("is_complex", long_unless([True], [False, True]))
 def test_log_cosh_is_right_where_cosh_overflows(is_complex):
     x = np.array([-800.0, -3.0, -1e-9, 0.0, 0.5, 3.0, 800.0])
     x = x + 0.3j * is_complex if is_complex else x
