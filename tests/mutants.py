@@ -726,6 +726,12 @@ MUTANTS = [
     ),
     Mutant(
         "solvers/sample_space.py",
+        "is_null = tree.norm(system.pull(null)) <= system.round_off * longest",
+        "is_null = tree.norm(system.pull(null)) <= 0.1 * longest",
+        "tests/solvers/test_sample_space.py",
+    ),
+    Mutant(
+        "solvers/sample_space.py",
         "dropped = jnp.where(is_kept, 0.0, tree.norm(rest))",
         "dropped = 0.0",
         "tests/solvers/test_sample_space.py",

@@ -379,7 +379,6 @@ def _split(
     Returns:
       w, r and A r.
     """
-    eps = float(jnp.finfo(w.dtype).eps)
     pseudo_inverse, null_part = inverse.pseudo_inverse()
 
     def is_left(carry: tuple[Array, Array, PyTree, Array]) -> Array:
@@ -400,10 +399,11 @@ def _split(
 
     # Aᵀ takes a null vector to zero, but not its product with 1/λ, whose round-off is
     # large. Without a gap in the spectrum none can be told apart, and w is left alone.
+    # A tells: G, with the squares, takes what is small for null.
     def without_null(w: Array) -> Array:
         null = null_part(w)
-        size = _ROUND_OFF * eps * system.trace * jnp.linalg.norm(null)
-        is_null = jnp.linalg.norm(system.scaled.without_shift(null)) <= size
+        longest = jnp.sqrt(system.trace) * jnp.linalg.norm(null)
+        is_null = tree.norm(system.pull(null)) <= system.round_off * longest
         return jnp.where(is_null, w - null, w)
 
     w, pushed = inverse.map(without_null, jnp.stack([w, pushed]))

@@ -354,6 +354,32 @@ def test_float32_is_as_good_as_its_precision(damping, rng):
     assert has_converged or (damping < 1e-2 and int(info.status) == Status.STAGNATED)
 
 
+@pytest.mark.parametrize("damping", [1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_small_singular_values_are_not_taken_for_null_in_float32(
+    damping, is_known, rng
+):
+    # More rows than parameters and no gap, as of a wave function near its ground state.
+    num_rows, num_params = 200, 150
+    u, _ = np.linalg.qr(rng.normal(size=(num_rows, num_params)))
+    v, _ = np.linalg.qr(rng.normal(size=(num_params, num_params)))
+    s = np.geomspace(50, 1e-5, num_params)
+    x = jnp.asarray(np.sqrt(num_rows) * (u * s) @ v.T, jnp.float32)
+    known = rng.normal(size=num_params)
+    truth = v @ (s / (s**2 + damping) * known)
+
+    @jax.jit
+    def solve(x, w):
+        params = jnp.zeros((num_params, 1))
+        fisher = ngd.linearize_fisher(lambda p, x: x @ p, params, x, ngd.Gaussian())
+        rhs = ngd.RightHandSide(fisher.sqrt_rmatvec(w), w if is_known else None)
+        return ngd.SampleSpace().solve(fisher, rhs, damping=damping).direction
+
+    d = np.ravel(solve(x, jnp.asarray(u @ known, jnp.float32)[:, None]))
+    # The round-off of F, over λ: Cholesky errs by 6e-5 / λ.
+    assert np.linalg.norm(d - truth) <= 2e-4 / damping * np.linalg.norm(truth)
+
+
 @pytest.mark.long
 def test_narrow_parameters_keep_their_dtype(rng):
     params, x = narrow_problem(rng, "bfloat16")
