@@ -344,9 +344,12 @@ def test_block_sizes_that_cannot_be_raise(block_size, error):
 # --- Models that mix examples, or cannot be run on one.
 
 
-MARKS = {"batch_norm_before_a_zero_head": [], "nothing_alone": []}
-MARKS |= {"attention_over_examples": pytest.mark.long}
-MARKS |= {"mixing_behind_a_large_scale": pytest.mark.long}
+MARKS = {
+    "attention_over_examples": pytest.mark.long,
+    "batch_norm_before_a_zero_head": [],
+    "mixing_behind_a_large_scale": pytest.mark.long,
+    "nothing_alone": [],
+}
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ class SampleSpace(Solver):
     A system of the size of the samples, M = N·K for N examples of K real outputs (2·N·K
     for complex ones, N for the sampled and the empirical kind), however many parameters
     there are. Exact for every likelihood, for every right-hand side, and in λ: G costs
-    2M²P operations and its factorisation M³/3; then each solve takes two to six passes
-    through the linearised model, of 2/3 of a gradient each. Dense layers that are used
-    once in an example cost 2M²(m + n) in place of 2M²mn for m inputs and n outputs, as
-    long as parameters and outputs are real.
+    2M²P operations and its factorisation M³/3; then each solve takes two to eight
+    passes through the linearised model, of 2/3 of a gradient each. Dense layers that
+    are used once in an example cost 2M²(m + n) in place of 2M²mn for m inputs and n
+    outputs, as long as parameters and outputs are real.
 
     Small damping: the part of g outside the span of the samples is divided by λ, and so
     is its round-off. If that part is no longer than 16 ε (‖g‖ + ‖A‖ ‖w‖), with the

@@ -534,8 +534,11 @@ def test_memory_is_set_by_the_block_and_not_by_all_rows():
 # --- Models that mix examples, and mistakes.
 
 
-MARKS = {"batch_norm_with_a_large_offset": pytest.mark.long}
-MARKS |= {"batch_norm_before_a_zero_head": [], "output_mean": []}
+MARKS = {
+    "batch_norm_before_a_zero_head": [],
+    "batch_norm_with_a_large_offset": pytest.mark.long,
+    "output_mean": [],
+}
 
 
 @pytest.mark.parametrize(
