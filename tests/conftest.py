@@ -1,6 +1,7 @@
 """Shared by all tests: checked types, hypothesis, 64-bit mode, compiled programs."""
 
 import functools
+import gc
 import inspect
 import os
 import shutil
@@ -12,7 +13,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The threads of two workers would wait for each other in every small factorisation.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import jaxlib.version
+# Tracing makes millions of small objects that live long: looking through all of them
+# every few seconds took a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
+
+import jaxlib.version  # noqa: E402
 
 # Compiling is most of what the tests do. Left unoptimized, and with the fusion emitters
 # that XLA had before, it takes a tenth. JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=""
@@ -22,7 +27,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if jaxlib.version.__version_info__ < (0, 11):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
-import jaxtyping
+import jaxtyping  # noqa: E402
 
 # Before the first import of the library: annotations are checked in every call. Not
 # those of the likelihoods, whose shape checks take `jax.ShapeDtypeStruct` for arrays.
