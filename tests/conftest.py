@@ -13,11 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The threads of two workers would wait for each other in every small factorisation.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Tracing makes millions of small objects that live long: looking through all of them
-# every few seconds took a tenth of the time.
-gc.set_threshold(50_000, 20, 50)
-
-import jaxlib.version  # noqa: E402
+import jaxlib.version
 
 # Compiling is most of what the tests do. Left unoptimized, and with the fusion emitters
 # that XLA had before, it takes a tenth. JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=""
@@ -27,7 +23,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if jaxlib.version.__version_info__ < (0, 11):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
-import jaxtyping  # noqa: E402
+import jaxtyping
 
 # Before the first import of the library: annotations are checked in every call. Not
 # those of the likelihoods, whose shape checks take `jax.ShapeDtypeStruct` for arrays.
@@ -53,6 +49,10 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+# Tracing makes millions of small objects that live long: looking through all of them
+# every few seconds took a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
 
 # Compiling dominates, so few examples; the same ones in every run.
 hypothesis.settings.register_profile(
