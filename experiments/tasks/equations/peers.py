@@ -26,6 +26,7 @@ __all__ = ["OURS", "PEERS", "Equation", "broyden_update", "iterate"]
 PyTree = Any
 
 OURS = "natural gradient, ours"
+OURS_FAST = "natural gradient, ours, squared"
 # The line search of the published energy natural gradient.
 _SCALES = 2.0 ** -np.arange(31.0)
 
@@ -173,7 +174,7 @@ def _optax(
     return (equation.params, tx.init(equation.params)), step
 
 
-def _ours(equation: Equation) -> tuple[PyTree, Step]:
+def _ours(equation: Equation, **settings: Any) -> tuple[PyTree, Step]:
     problem = equation.problem
     tx = ngd.natural_gradient(
         1.0,
@@ -183,6 +184,7 @@ def _ours(equation: Equation) -> tuple[PyTree, Step]:
         solver=contrib.DampingSearch(
             sketch_size=equation.sketch_size,
             key=None if equation.sketch_size is None else jax.random.key(0),
+            **settings,
         ),
         loss_fn=problem.loss,
     )
@@ -232,9 +234,13 @@ def _value_and_grad(
     """The compiled loss and gradient, for arrays of NumPy."""
     compiled = jax.jit(jax.value_and_grad(equation.loss))
 
-    def fun(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        value, grad = compiled(jnp.asarray(theta))
+    @functools.lru_cache(maxsize=2)  # line searches ask for values and slopes apart
+    def known(theta: bytes) -> tuple[float, np.ndarray]:
+        value, grad = compiled(jnp.asarray(np.frombuffer(theta)))
         return float(value), np.asarray(grad)
+
+    def fun(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        return known(np.asarray(theta, np.float64).tobytes())
 
     fun(np.asarray(ravel_pytree(equation.params)[0]))
     return fun
@@ -275,7 +281,7 @@ def _iterate_ssbroyden(chunk: int, equation: Equation) -> Iterator[PyTree]:
     fun = _value_and_grad(equation)
     theta = np.asarray(ravel_pytree(equation.params)[0], np.float64)
     value, grad = fun(theta)
-    inverse, last = np.eye(theta.size), None
+    inverse, last = _fresh(value, grad)
     while True:
         yield equation.unravel(jnp.asarray(theta))
         for _ in range(chunk):
@@ -286,12 +292,20 @@ def _iterate_ssbroyden(chunk: int, equation: Equation) -> Iterator[PyTree]:
             length = found[0]
             if length is None:
                 # No progress along p: begin anew with the steepest descent.
-                inverse, last = np.eye(theta.size), None
+                inverse, last = _fresh(value, grad)
                 continue
             s, last = length * p, value
             value, new = fun(theta + s)
             y, theta, grad_before, grad = new - grad, theta + s, grad, new
             inverse = broyden_update(inverse, s, y, float(-length * (s @ grad_before)))
+
+
+def _fresh(value: float, grad: np.ndarray) -> tuple[np.ndarray, float]:
+    """H = I, and a former value from which the search tries a first step of length 1.
+
+    Without one it tries θ - ∇f, and gives up if that is many times too far.
+    """
+    return np.eye(grad.size), value + float(np.linalg.norm(grad)) / 2
 
 
 def broyden_update(
@@ -322,6 +336,8 @@ def broyden_update(
 
 PEERS: dict[str, Callable[..., Any]] = {
     OURS: _ours,
+    # As in configs/optimizer/solver/damping_search_squared.yaml.
+    OURS_FAST: functools.partial(_ours, squared=True, factors=(0.3333, 1.0, 9.0)),
     "energy natural gradient, published": _published,
     "SVD least squares, line search": _least_squares,
     "Levenberg-Marquardt": _levenberg_marquardt,
