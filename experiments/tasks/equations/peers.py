@@ -21,7 +21,7 @@ import ngd_jax as ngd
 from experiments.tasks.equations.problem import Points, Problem
 from ngd_jax import contrib
 
-__all__ = ["OURS", "PEERS", "Equation", "broyden_update", "iterate"]
+__all__ = ["OURS", "OURS_FAST", "PEERS", "Equation", "broyden_update", "iterate"]
 
 PyTree = Any
 

@@ -11,7 +11,13 @@ from hydra import compose, initialize_config_dir
 from experiments.running.config import CONFIG_DIR
 from experiments.running.settings import ConfigError
 from experiments.tasks.equations.derivatives import init_network
-from experiments.tasks.equations.peers import Equation, broyden_update, iterate
+from experiments.tasks.equations.peers import (
+    OURS_FAST,
+    PEERS,
+    Equation,
+    broyden_update,
+    iterate,
+)
 from experiments.tasks.equations.problem import Sizes
 from experiments.tasks.equations.problems import make_problem
 from experiments.tasks.equations.settings import PhysicsConfig
@@ -62,6 +68,13 @@ def test_the_settings_of_a_problem_are_those_of_its_table(problem):
     config = read_table(tree)
     assert config.task.problem == problem
     assert config.sketch_size == 700
+
+
+def test_the_squared_search_is_that_of_the_programs():
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        given = compose("optimizer/solver/damping_search_squared").optimizer.solver
+    ours = {"_target_": given["_target_"], **PEERS[OURS_FAST].keywords}
+    assert ours == {**given, "factors": tuple(given.factors)}
 
 
 def test_the_update_of_broyden_is_a_secant_and_that_of_bfgs_if_it_is_exact(rng):
